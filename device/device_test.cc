@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "base/error.h"
+#include "device/arena.h"
+#include "device/cpu_device.h"
+#include "device/thread_pool.h"
+
+namespace gradwire {
+namespace {
+
+TEST(ThreadPoolTest, ParallelForCoversEveryIndexOnce) {
+  for (int threads : {1, 2, 3, 5}) {
+    ThreadPool pool(threads);
+    for (int64_t n : {0, 1, 2, 7, 64, 1000}) {
+      for (int64_t grain : {1, 3, 64}) {
+        std::vector<std::atomic<int>> hits(n);
+        pool.ParallelFor(n, grain, [&](int64_t begin, int64_t end) {
+          EXPECT_EQ(begin % grain, 0);
+          for (int64_t i = begin; i < end; ++i) hits[i].fetch_add(1);
+        });
+        for (auto& hit : hits) EXPECT_EQ(hit.load(), 1);
+      }
+    }
+  }
+}
+
+TEST(ThreadPoolTest, ParallelItemsRunsEachItemOnceOnAKnownThread) {
+  ThreadPool pool(3);
+  for (int round = 0; round < 100; ++round) {
+    std::vector<std::atomic<int>> hits(17);
+    pool.ParallelItems(17, [&](int64_t item, int thread) {
+      EXPECT_GE(thread, 0);
+      EXPECT_LT(thread, 3);
+      hits[item].fetch_add(1);
+    });
+    for (auto& hit : hits) EXPECT_EQ(hit.load(), 1);
+  }
+}
+
+TEST(ArenaTest, TensorsAreAlignedDisjointAndZero) {
+  CpuDevice device(1);
+  auto arena = Arena::Create(device, 4096);
+  ASSERT_TRUE(arena.ok());
+  Tensor a = arena->Alloc("a", DType::kF32, {3, 5});
+  Tensor b = arena->Alloc("b", DType::kBF16, {7});
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(b.raw()) % Arena::kAlignment, 0u);
+  EXPECT_GE(static_cast<char*>(b.raw()),
+            static_cast<char*>(a.raw()) + a.bytes());
+  for (int i = 0; i < 15; ++i) EXPECT_EQ(a.data<float>()[i], 0.0f);
+  const int64_t mark = arena->Mark();
+  Tensor c = arena->Alloc("c", DType::kI64, {2});
+  arena->ResetTo(mark);
+  EXPECT_EQ(arena->Alloc("d", DType::kI64, {2}).raw(), c.raw());
+}
+
+TEST(ArenaDeathTest, OverflowingThePlanEndsTheProcess) {
+  CpuDevice device(1);
+  auto arena = Arena::Create(device, 512);
+  ASSERT_TRUE(arena.ok());
+  EXPECT_DEATH(arena->Alloc("big", DType::kF32, {129}), "arena: big");
+}
+
+TEST(CpuDeviceTest, AnAbsurdAllocationIsAnErrorWithNumbers) {
+  CpuDevice device(1);
+  auto buffer = device.Allocate(int64_t{1} << 60);
+  ASSERT_FALSE(buffer.ok());
+  EXPECT_EQ(GetErrorDetail(buffer.status())->reason, "OUT_OF_MEMORY");
+}
+
+TEST(CpuDeviceTest, KnowsItsMemory) {
+  CpuDevice device(1);
+  EXPECT_GT(device.AvailableBytes(), 0);
+}
+
+TEST(TensorTest, RowsAndReshapeView) {
+  std::vector<float> data(12);
+  std::iota(data.begin(), data.end(), 0.0f);
+  Tensor t(data.data(), DType::kF32, {3, 4});
+  EXPECT_EQ(t.Rows(1, 3).data<float>()[0], 4.0f);
+  EXPECT_EQ(t.Rows(1, 3).num_elements(), 8);
+  EXPECT_EQ(t.Reshape({12}).dim(0), 12);
+  EXPECT_EQ(t.DebugString(), "f32[3, 4]");
+  EXPECT_TRUE(Tensor().is_null());
+}
+
+TEST(BFloat16Test, RoundsToNearestEvenAndKeepsNan) {
+  EXPECT_EQ(BFloat16(1.0f).bits, 0x3f80);
+  EXPECT_EQ(BFloat16(std::bit_cast<float>(0x3f808000u)).bits, 0x3f80);
+  EXPECT_EQ(BFloat16(std::bit_cast<float>(0x3f818000u)).bits, 0x3f82);
+  EXPECT_TRUE(std::isnan(
+      static_cast<float>(BFloat16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST(StreamTest, TheFirstFailureSticksUntilFinish) {
+  CpuDevice device(1);
+  auto stream = device.NewStream();
+  stream->Fail(absl::InternalError("first"));
+  stream->Fail(absl::InternalError("second"));
+  EXPECT_FALSE(stream->ok());
+  EXPECT_EQ(stream->Finish().message(), "first");
+  EXPECT_TRUE(stream->Finish().ok());
+}
+
+}  // namespace
+}  // namespace gradwire
