@@ -9,8 +9,8 @@ namespace gradwire {
 
 }  // namespace gradwire
 
-#define GW_CHECK(condition)                                        \
-  do {                                                             \
-    if (!(condition)) [[unlikely]]                                 \
-      ::gradwire::CheckFailed(__FILE__, __LINE__, #condition);     \
+#define GW_CHECK(condition)                                    \
+  do {                                                         \
+    if (!(condition)) [[unlikely]]                             \
+      ::gradwire::CheckFailed(__FILE__, __LINE__, #condition); \
   } while (false)

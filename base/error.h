@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Errors that a client can see: a gRPC code, a machine-readable reason and every
-// dynamic value as metadata. They travel as absl::Status with one payload, so
-// that layers below the server need no protobuf; the server turns the payload
-// into google.rpc.ErrorInfo. The registry of reasons is docs/errors.md.
+// Errors that a client can see: a gRPC code, a machine-readable reason and
+// every dynamic value as metadata. They travel as absl::Status with one
+// payload, so that layers below the server need no protobuf; the server turns
+// the payload into google.rpc.ErrorInfo. The registry of reasons is
+// docs/errors.md.
 #pragma once
 
 #include <cstdint>
@@ -24,15 +25,15 @@ struct ErrorDetail {
   std::map<std::string, std::string> metadata;
 };
 
-// Makes a status that carries `detail`. `message` says what is wrong, where, the
-// limit, and what to do; it holds no paths, addresses or other clients' names.
+// Makes a status that carries `detail`. `message` says what is wrong, where,
+// the limit, and what to do; it holds no paths, addresses or other clients'
+// names.
 //   return ErrorBuilder(absl::StatusCode::kInvalidArgument, "SHAPE_MISMATCH")
 //       .With("field", "weights").With("value", 3).With("limit", 4)
 //       .Message("weights has 3 entries but model_input has 4 tokens; ...");
 class ErrorBuilder {
  public:
-  ErrorBuilder(absl::StatusCode code, std::string reason)
-      : code_(code) {
+  ErrorBuilder(absl::StatusCode code, std::string reason) : code_(code) {
     detail_.reason = std::move(reason);
   }
 

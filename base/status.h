@@ -8,8 +8,8 @@
 #include "absl/status/statusor.h"
 
 // Returns the status of `expr` from the enclosing function unless it is OK.
-#define GW_RETURN_IF_ERROR(expr)                   \
-  do {                                             \
+#define GW_RETURN_IF_ERROR(expr)                                            \
+  do {                                                                      \
     if (absl::Status gw_status = (expr); !gw_status.ok()) return gw_status; \
   } while (false)
 

@@ -19,8 +19,7 @@ int64_t Bytes(DType dtype, std::initializer_list<int64_t> shape) {
 
 }  // namespace
 
-int64_t Arena::AlignedBytes(DType dtype,
-                            std::initializer_list<int64_t> shape) {
+int64_t Arena::AlignedBytes(DType dtype, std::initializer_list<int64_t> shape) {
   return AlignedBytes(Bytes(dtype, shape));
 }
 

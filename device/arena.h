@@ -34,8 +34,8 @@ class Arena {
   Tensor Alloc(const std::string& name, DType dtype,
                std::initializer_list<int64_t> shape);
 
-  // Everything allocated after a mark is given back by ResetTo(mark): scratch of
-  // one micro-batch is LIFO.
+  // Everything allocated after a mark is given back by ResetTo(mark): scratch
+  // of one micro-batch is LIFO.
   int64_t Mark() const { return used_; }
   void ResetTo(int64_t mark);
 

@@ -71,8 +71,8 @@ absl::StatusOr<std::unique_ptr<DeviceBuffer>> CpuDevice::Allocate(
     int64_t bytes) {
   GW_CHECK(bytes >= 0);
   if (bytes == 0) return std::make_unique<MappedBuffer>(nullptr, 0);
-  void* data = mmap(nullptr, static_cast<size_t>(bytes),
-                    PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) {
     return ErrorBuilder(absl::StatusCode::kResourceExhausted, "OUT_OF_MEMORY")
         .Server()

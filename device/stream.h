@@ -9,9 +9,9 @@
 namespace gradwire {
 
 // Ops queue on a stream in program order and return nothing: the first failure
-// sticks, later ops do nothing, and Finish() returns it. A block of a model thus
-// reads as a list of ops with one check a step.
-// Thread rule: one thread at a time.
+// sticks, later ops do nothing, and Finish() returns it. A block of a model
+// thus reads as a list of ops with one check a step. Thread rule: one thread at
+// a time.
 class Stream {
  public:
   virtual ~Stream() = default;

@@ -117,8 +117,8 @@ void ThreadPool::ParallelFor(
   });
 }
 
-void ThreadPool::ParallelItems(
-    int64_t n, const std::function<void(int64_t, int)>& body) {
+void ThreadPool::ParallelItems(int64_t n,
+                               const std::function<void(int64_t, int)>& body) {
   std::atomic<int64_t> next{0};
   if (n == 1) {
     body(0, 0);

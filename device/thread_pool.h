@@ -23,8 +23,8 @@ class ThreadPool {
 
   int num_threads() const { return num_threads_; }
 
-  // Calls body(thread) for thread = 0 .. num_threads()-1, each on its own thread
-  // (0 is the caller), and returns when all have returned.
+  // Calls body(thread) for thread = 0 .. num_threads()-1, each on its own
+  // thread (0 is the caller), and returns when all have returned.
   void Run(const std::function<void(int thread)>& body);
 
   // Cuts [0, n) into at most num_threads() ranges that start at multiples of
@@ -32,9 +32,9 @@ class ThreadPool {
   void ParallelFor(int64_t n, int64_t grain,
                    const std::function<void(int64_t begin, int64_t end)>& body);
 
-  // Calls body(item, thread) for item = 0 .. n-1; threads take the next item when
-  // they are free. For items of unequal cost whose results do not depend on
-  // which thread ran them.
+  // Calls body(item, thread) for item = 0 .. n-1; threads take the next item
+  // when they are free. For items of unequal cost whose results do not depend
+  // on which thread ran them.
   void ParallelItems(int64_t n,
                      const std::function<void(int64_t item, int thread)>& body);
 
