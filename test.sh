@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Builds and tests everything.
+#
+#   ./test.sh            all of it
+#   ./test.sh --quick    without the sanitizers
+#
+# The last line is "N passed, N failed"; the status is non-zero if any failed.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+sanitizers=(asan ubsan tsan)
+case "${1:-}" in
+  '') ;;
+  --quick) sanitizers=() ;;
+  *)
+    echo "test.sh: unknown argument '$1'; use --quick or nothing" >&2
+    exit 2
+    ;;
+esac
+
+readonly results=.cache/test
+# The longest that one run of Bazel or pytest may take, in seconds.
+readonly limit=${GRADWIRE_TEST_LIMIT:-2400}
+rm -rf "$results"
+mkdir -p "$results"
+passed=0
+failed=0
+
+stage() { echo "=== $* ($((SECONDS / 60)) min)"; }
+
+add() { # add PASSED FAILED
+  passed=$((passed + $1))
+  failed=$((failed + $2))
+}
+
+finish() {
+  echo "$passed passed, $failed failed"
+  [[ $failed -eq 0 && $passed -gt 0 ]]
+  exit
+}
+
+# A runner that fails without a failed case (a build file that does not parse,
+# a crash) is a failure all the same.
+count() { # count STATUS count_tests.py-ARGUMENTS...
+  local status=$1 p f
+  shift
+  read -r p f < <(python3 tools/count_tests.py "$@")
+  if [[ $status -ne 0 && ${f:-0} -eq 0 ]]; then
+    echo "FAILED: the runner ended with status $status" >&2
+    f=1
+  fi
+  add "${p:-0}" "${f:-1}"
+}
+
+# bazel_test NAME ARGUMENTS...
+bazel_test() {
+  local events=$results/$1.json status
+  shift
+  timeout --signal=INT "$limit" bazel test --keep_going --noshow_progress \
+    --build_event_json_file="$events" "$@"
+  status=$?
+  if [[ $status -eq 4 ]]; then status=0; fi # No test targets.
+  count "$status" --bazel "$events"
+}
+
+# The packages of a list that exist and have tests.
+unit() {
+  local package
+  for package in "$@"; do
+    if grep -qs '_test' "$package"/BUILD.bazel; then echo "//$package/..."; fi
+  done
+}
+
+stage "set-up"
+if ! tools/setup.sh --dev; then
+  add 0 1
+  finish
+fi
+
+stage "format"
+if tools/format.sh --check; then add 1 0; else add 0 1; fi
+
+stage "build and test"
+bazel_test plain //...
+
+stage "Python"
+mapfile -t suites < <(for suite in client/python/tests tests tools; do
+  if [[ -n $(git ls-files "$suite/*test_*.py" "$suite/*_test.py") ]]; then
+    echo "$suite"
+  fi
+done)
+if [[ ${#suites[@]} -gt 0 ]]; then
+  timeout --signal=INT "$limit" .venv/bin/python -m pytest -q \
+    -p no:cacheprovider --junitxml="$results/pytest.xml" "${suites[@]}"
+  count $? --junit "$results/pytest.xml"
+fi
+
+for config in "${sanitizers[@]}"; do
+  packages=(base device model checkpoint trainer server)
+  # The libraries below the kernels bring OpenMP, which tsan cannot see through.
+  if [[ $config != tsan ]]; then packages+=(kernels); fi
+  mapfile -t targets < <(unit "${packages[@]}")
+  if [[ ${#targets[@]} -eq 0 ]]; then continue; fi
+  stage "$config"
+  bazel_test "$config" --config="$config" --build_tests_only "${targets[@]}"
+done
+
+finish

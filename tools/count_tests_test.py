@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last line of ./test.sh must not hide a failure of any kind."""
+
+import json
+
+from count_tests import count_bazel, count_junit
+
+JUNIT = """<testsuites><testsuite>
+  <testcase name="a" classname="A" status="run"/>
+  <testcase name="b" classname="A" status="run"><failure message="x"/></testcase>
+  <testcase name="c" classname="A"><skipped/></testcase>
+  <testcase name="d" classname="A" status="notrun"/>
+</testsuite></testsuites>"""
+
+GREEN = '<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>'
+
+
+def write_events(tmp_path, *events):
+    path = tmp_path / "events.json"
+    path.write_text("\n".join(json.dumps(e) for e in events))
+    return path
+
+
+def result(tmp_path, status, xml=None):
+    outputs = []
+    if xml is not None:
+        file = tmp_path / "test.xml"
+        file.write_text(xml)
+        outputs.append({"name": "test.xml", "uri": f"file://{file}"})
+    return {
+        "id": {"testResult": {"label": "//a:a_test"}},
+        "testResult": {"status": status, "testActionOutput": outputs},
+    }
+
+
+def test_skipped_cases_count_neither_way(tmp_path):
+    path = tmp_path / "junit.xml"
+    path.write_text(JUNIT)
+    assert count_junit(path) == (1, ["A.b"])
+
+
+def test_passed_target(tmp_path):
+    events = write_events(tmp_path, result(tmp_path, "PASSED", GREEN))
+    assert count_bazel(events) == (1, [])
+
+
+def test_timeout_is_a_failure_even_if_its_cases_passed(tmp_path):
+    events = write_events(tmp_path, result(tmp_path, "TIMEOUT", GREEN))
+    assert count_bazel(events) == (1, ["//a:a_test: TIMEOUT"])
+
+
+def test_crash_without_xml_is_one_failure(tmp_path):
+    events = write_events(tmp_path, result(tmp_path, "FAILED"))
+    assert count_bazel(events) == (0, ["//a:a_test: FAILED"])
+
+
+def test_target_that_does_not_build_is_one_failure(tmp_path):
+    completed = {
+        "id": {"targetCompleted": {"label": "//a:a_test"}},
+        "completed": {},
+    }
+    events = write_events(tmp_path, completed)
+    assert count_bazel(events) == (0, ["//a:a_test: not built"])
+
+
+def test_failed_target_is_not_counted_twice(tmp_path):
+    completed = {
+        "id": {"targetCompleted": {"label": "//a:a_test"}},
+        "completed": {},
+    }
+    events = write_events(
+        tmp_path, result(tmp_path, "FAILED", JUNIT), completed
+    )
+    assert count_bazel(events) == (1, ["//a:a_test: A.b"])
