@@ -7,6 +7,7 @@
 #include <string>
 
 #include "device/cpu_device.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/kernels.h"
 
 namespace gradwire {
@@ -102,6 +103,8 @@ class CpuKernels : public Kernels {
 
   // Matmul primitives by shape, built on first use (gemm.h).
   const std::unique_ptr<Gemm> gemm_;
+  // Tiles of the op that runs.
+  Scratch scratch_;
 };
 
 }  // namespace gradwire

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/cpu/gemm.h"
+
+#include <omp.h>
+#include <oneapi/dnnl/dnnl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "kernels/cpu/scratch.h"
+
+namespace gradwire {
+namespace {
+
+// Slices of fewer rows than this run below speed: cut columns instead.
+constexpr int64_t kMinRows = 64;
+// Slices start at multiples of one cache line of bf16.
+constexpr int64_t kGrain = 32;
+// Batches of ever new lengths would collect primitives for ever.
+constexpr size_t kMaxPrimitives = 4096;
+
+dnnl_data_type_t DnnlType(DType dtype) {
+  return dtype == DType::kBF16 ? dnnl_bf16 : dnnl_f32;
+}
+
+struct HashShape {
+  size_t operator()(const GemmShape& s) const {
+    size_t hash = static_cast<size_t>(s.ab) * 8 + static_cast<size_t>(s.c) * 2 +
+                  static_cast<size_t>(s.accumulate);
+    for (int64_t x :
+         {s.m, s.n, s.k, s.a_row, s.a_col, s.b_row, s.b_col, s.c_row}) {
+      hash = hash * 0x9e3779b97f4a7c15u + static_cast<size_t>(x);
+    }
+    return hash ^ (hash >> 32);
+  }
+};
+
+dnnl_engine_t CpuEngine() {
+  static dnnl_engine_t engine = [] {
+    dnnl_engine_t e = nullptr;
+    GW_CHECK(dnnl_engine_create(&e, dnnl_cpu, 0) == dnnl_success);
+    return e;
+  }();
+  return engine;
+}
+
+dnnl_memory_desc_t MatrixDesc(DType dtype, std::array<int64_t, 2> dims,
+                              std::array<int64_t, 2> strides) {
+  dnnl_memory_desc_t desc;
+  GW_CHECK(dnnl_memory_desc_init_by_strides(&desc, 2, dims.data(),
+                                            DnnlType(dtype),
+                                            strides.data()) == dnnl_success);
+  return desc;
+}
+
+// The caller destroys it. Null if oneDNN has no such product on this machine.
+dnnl_primitive_desc_t NewDesc(const GemmShape& s) {
+  const dnnl_memory_desc_t a = MatrixDesc(s.ab, {s.m, s.k}, {s.a_row, s.a_col});
+  const dnnl_memory_desc_t b = MatrixDesc(s.ab, {s.k, s.n}, {s.b_row, s.b_col});
+  const dnnl_memory_desc_t c = MatrixDesc(s.c, {s.m, s.n}, {s.c_row, 1});
+  dnnl_matmul_desc_t op;
+  GW_CHECK(dnnl_matmul_desc_init(&op, &a, &b, nullptr, &c) == dnnl_success);
+  dnnl_primitive_attr_t attr = nullptr;
+  GW_CHECK(dnnl_primitive_attr_create(&attr) == dnnl_success);
+  GW_CHECK(dnnl_primitive_attr_set_scratchpad_mode(
+               attr, dnnl_scratchpad_mode_user) == dnnl_success);
+  if (s.accumulate) {
+    dnnl_post_ops_t ops = nullptr;
+    GW_CHECK(dnnl_post_ops_create(&ops) == dnnl_success);
+    GW_CHECK(dnnl_post_ops_append_sum(ops, 1.0f) == dnnl_success);
+    GW_CHECK(dnnl_primitive_attr_set_post_ops(attr, ops) == dnnl_success);
+    dnnl_post_ops_destroy(ops);
+  }
+  dnnl_primitive_desc_t desc = nullptr;
+  if (dnnl_primitive_desc_create(&desc, &op, attr, CpuEngine(), nullptr) !=
+      dnnl_success) {
+    desc = nullptr;
+  }
+  dnnl_primitive_attr_destroy(attr);
+  return desc;
+}
+
+bool HasBf16() {
+  GemmShape s{.m = 16, .n = 16, .k = 16, .a_row = 16, .b_row = 16, .c_row = 16};
+  s.ab = DType::kBF16;
+  const dnnl_primitive_desc_t desc = NewDesc(s);
+  if (desc == nullptr) return false;
+  dnnl_primitive_desc_destroy(desc);
+  return true;
+}
+
+// A product of one shape with its argument slots.
+class Product {
+ public:
+  explicit Product(const GemmShape& s) {
+    const dnnl_primitive_desc_t desc = NewDesc(s);
+    GW_CHECK(desc != nullptr);
+    GW_CHECK(dnnl_primitive_create(&primitive_, desc) == dnnl_success);
+    const std::array<std::pair<int, dnnl_query_t>, 4> slots = {
+        {{DNNL_ARG_SRC, dnnl_query_src_md},
+         {DNNL_ARG_WEIGHTS, dnnl_query_weights_md},
+         {DNNL_ARG_DST, dnnl_query_dst_md},
+         {DNNL_ARG_SCRATCHPAD, dnnl_query_scratchpad_md}}};
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const dnnl_memory_desc_t* md =
+          dnnl_primitive_desc_query_md(desc, slots[i].second, 0);
+      GW_CHECK(dnnl_memory_create(&args_[i].memory, md, CpuEngine(),
+                                  DNNL_MEMORY_NONE) == dnnl_success);
+      args_[i].arg = slots[i].first;
+      if (i == 3) {
+        scratch_bytes_ = static_cast<int64_t>(dnnl_memory_desc_get_size(md));
+      }
+    }
+    dnnl_primitive_desc_destroy(desc);
+  }
+  ~Product() {
+    for (dnnl_exec_arg_t& arg : args_) dnnl_memory_destroy(arg.memory);
+    dnnl_primitive_destroy(primitive_);
+  }
+  Product(const Product&) = delete;
+  Product& operator=(const Product&) = delete;
+
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+
+  void Execute(dnnl_stream_t stream, const std::array<void*, 4>& data) {
+    for (size_t i = 0; i < args_.size(); ++i) {
+      dnnl_memory_set_data_handle_v2(args_[i].memory, data[i], stream);
+    }
+    GW_CHECK(dnnl_primitive_execute(primitive_, stream,
+                                    static_cast<int>(args_.size()),
+                                    args_.data()) == dnnl_success);
+  }
+
+ private:
+  dnnl_primitive_t primitive_ = nullptr;
+  std::array<dnnl_exec_arg_t, 4> args_ = {};
+  int64_t scratch_bytes_ = 0;
+};
+
+// A strided bf16 matrix as a dense f32 one.
+void Widen(const void* from, int64_t rows, int64_t cols, int64_t row_stride,
+           int64_t col_stride, float* to) {
+  const BFloat16* x = static_cast<const BFloat16*>(from);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) {
+      to[r * cols + c] = static_cast<float>(x[r * row_stride + c * col_stride]);
+    }
+  }
+}
+
+}  // namespace
+
+// What one thread owns: its primitives, their scratchpad, its oneDNN stream.
+class Gemm::Core {
+ public:
+  Core() {
+    GW_CHECK(dnnl_stream_create(&stream_, CpuEngine(),
+                                dnnl_stream_default_flags) == dnnl_success);
+  }
+  ~Core() { dnnl_stream_destroy(stream_); }
+
+  void Execute(const GemmShape& shape, const void* a, const void* b, void* c) {
+    static thread_local const bool single = [] {
+      omp_set_num_threads(1);
+      return true;
+    }();
+    static_cast<void>(single);
+    auto it = products_.find(shape);
+    if (it == products_.end()) {
+      if (products_.size() >= kMaxPrimitives) products_.clear();
+      it = products_.emplace(shape, std::make_unique<Product>(shape)).first;
+    }
+    Product& product = *it->second;
+    scratchpad_.Reserve(1, product.scratch_bytes());
+    product.Execute(stream_, {const_cast<void*>(a), const_cast<void*>(b), c,
+                              scratchpad_.part(0)});
+  }
+
+  // bf16 on a machine whose oneDNN knows only f32.
+  void ExecuteWidened(const GemmShape& shape, const void* a, const void* b,
+                      void* c) {
+    const bool narrow_c = shape.c == DType::kBF16;
+    widened_.Reserve(1, Scratch::RoundUp(4 * shape.m * shape.k) +
+                            Scratch::RoundUp(4 * shape.k * shape.n) +
+                            Scratch::RoundUp(4 * shape.m * shape.n));
+    ScratchCursor cursor(widened_.part(0));
+    float* wide_a = cursor.Take<float>(shape.m * shape.k);
+    float* wide_b = cursor.Take<float>(shape.k * shape.n);
+    Widen(a, shape.m, shape.k, shape.a_row, shape.a_col, wide_a);
+    Widen(b, shape.k, shape.n, shape.b_row, shape.b_col, wide_b);
+    GemmShape wide = shape;
+    wide.ab = wide.c = DType::kF32;
+    wide.a_row = shape.k;
+    wide.b_row = shape.n;
+    wide.a_col = wide.b_col = 1;
+    if (!narrow_c) {
+      Execute(wide, wide_a, wide_b, c);
+      return;
+    }
+    float* wide_c = cursor.Take<float>(shape.m * shape.n);
+    wide.c_row = shape.n;
+    if (shape.accumulate) {
+      Widen(c, shape.m, shape.n, shape.c_row, 1, wide_c);
+    }
+    Execute(wide, wide_a, wide_b, wide_c);
+    BFloat16* out = static_cast<BFloat16*>(c);
+    for (int64_t i = 0; i < shape.m; ++i) {
+      for (int64_t j = 0; j < shape.n; ++j) {
+        out[i * shape.c_row + j] = BFloat16(wide_c[i * shape.n + j]);
+      }
+    }
+  }
+
+ private:
+  dnnl_stream_t stream_ = nullptr;
+  Scratch scratchpad_, widened_;
+  std::unordered_map<GemmShape, std::unique_ptr<Product>, HashShape> products_;
+};
+
+Gemm::Gemm() : native_bf16_(HasBf16()) {}
+Gemm::~Gemm() = default;
+
+std::string Gemm::Isa() {
+  switch (dnnl_get_effective_cpu_isa()) {
+    case dnnl_cpu_isa_avx512_core_amx:
+      return "amx_bf16";
+    case dnnl_cpu_isa_avx512_core_bf16:
+      return "avx512_bf16";
+    case dnnl_cpu_isa_avx512_core_vnni:
+    case dnnl_cpu_isa_avx512_core:
+      return "avx512";
+    case dnnl_cpu_isa_avx2_vnni:
+    case dnnl_cpu_isa_avx2:
+      return "avx2";
+    default:
+      return "generic";
+  }
+}
+
+void Gemm::Prepare(int num_threads) {
+  while (static_cast<int>(cores_.size()) < num_threads) {
+    cores_.push_back(std::make_unique<Core>());
+  }
+}
+
+void Gemm::RunOne(int thread, const GemmShape& shape, const void* a,
+                  const void* b, void* c) {
+  if (shape.m == 0 || shape.n == 0) return;
+  if (shape.k == 0) {
+    if (shape.accumulate) return;
+    const int64_t bytes = DTypeBytes(shape.c);
+    for (int64_t i = 0; i < shape.m; ++i) {
+      std::memset(static_cast<char*>(c) + i * shape.c_row * bytes, 0,
+                  static_cast<size_t>(shape.n * bytes));
+    }
+    return;
+  }
+  Core& core = *cores_[static_cast<size_t>(thread)];
+  if (shape.ab == DType::kBF16 && !native_bf16_) {
+    core.ExecuteWidened(shape, a, b, c);
+  } else {
+    core.Execute(shape, a, b, c);
+  }
+}
+
+void Gemm::Run(ThreadPool& pool, const GemmShape& shape, const void* a,
+               const void* b, void* c) {
+  const int threads = pool.num_threads();
+  Prepare(threads);
+  // The most row slices that are still tall; the rest of the threads share
+  // each of them by columns.
+  int row_cuts = threads;
+  while (row_cuts > 1 &&
+         (threads % row_cuts != 0 || shape.m < kMinRows * row_cuts)) {
+    --row_cuts;
+  }
+  const int col_cuts = threads / row_cuts;
+  const auto cut = [](int64_t size, int64_t i, int64_t n) {
+    return std::min(size, (size + kGrain - 1) / kGrain * i / n * kGrain);
+  };
+  const int64_t ab_bytes = DTypeBytes(shape.ab);
+  const int64_t c_bytes = DTypeBytes(shape.c);
+  pool.Run([&](int thread) {
+    const int64_t r = thread / col_cuts, q = thread % col_cuts;
+    const int64_t row = cut(shape.m, r, row_cuts);
+    const int64_t col = cut(shape.n, q, col_cuts);
+    GemmShape slice = shape;
+    slice.m = cut(shape.m, r + 1, row_cuts) - row;
+    slice.n = cut(shape.n, q + 1, col_cuts) - col;
+    RunOne(thread, slice,
+           static_cast<const char*>(a) + row * shape.a_row * ab_bytes,
+           static_cast<const char*>(b) + col * shape.b_col * ab_bytes,
+           static_cast<char*>(c) + (row * shape.c_row + col) * c_bytes);
+  });
+}
+
+}  // namespace gradwire

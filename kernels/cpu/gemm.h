@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products on oneDNN, one core at a time.
+//
+// oneDNN brings OpenMP threads of its own; two pools would fight for the cores.
+// So each thread of our pool runs a single-threaded product on a slice of the
+// result. The inner dimension is never cut: every element of the result is one
+// sum in one order, whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/dtype.h"
+#include "device/thread_pool.h"
+
+namespace gradwire {
+
+// c = a b, or c += a b: a [m, k], b [k, n], c [m, n]. Strides in elements; c's
+// columns are adjacent.
+struct GemmShape {
+  int64_t m = 0, n = 0, k = 0;
+  int64_t a_row = 0, a_col = 1;
+  int64_t b_row = 0, b_col = 1;
+  int64_t c_row = 0;
+  DType ab = DType::kF32;  // f32 or bf16
+  DType c = DType::kF32;   // f32, or bf16 if ab is
+  // Sums are float32; c is rounded once, after its old value is added.
+  bool accumulate = false;
+
+  bool operator==(const GemmShape&) const = default;
+};
+
+// Thread rule: Run and Prepare from one thread at a time; RunOne(t) from one
+// thread for each t.
+class Gemm {
+ public:
+  Gemm();
+  ~Gemm();
+
+  // The best instruction set that oneDNN uses here: "avx512_bf16".
+  static std::string Isa();
+
+  // Makes room for threads 0 .. num_threads-1. REQUIRED before RunOne.
+  void Prepare(int num_threads);
+  // On the calling thread, which is number `thread` of its pool.
+  void RunOne(int thread, const GemmShape& shape, const void* a, const void* b,
+              void* c);
+  // On all threads of the pool.
+  void Run(ThreadPool& pool, const GemmShape& shape, const void* a,
+           const void* b, void* c);
+
+ private:
+  class Core;
+  // bf16 operands can go to oneDNN as they are.
+  const bool native_bf16_;
+  std::vector<std::unique_ptr<Core>> cores_;
+};
+
+}  // namespace gradwire

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host memory for tiles that live in a core's cache during one op.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "base/check.h"
+
+namespace gradwire {
+
+// One buffer, cut into equal parts for the threads of an op. It grows to the
+// largest op's need and then stays. Thread rule: Reserve is called before the
+// threads start.
+class Scratch {
+ public:
+  static constexpr int64_t kAlignment = 64;
+
+  static int64_t RoundUp(int64_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  // Room of `bytes_per_thread` bytes for each of `num_threads` threads, with
+  // undefined content; the parts of an earlier call are gone.
+  void Reserve(int num_threads, int64_t bytes_per_thread) {
+    stride_ = RoundUp(bytes_per_thread);
+    const int64_t bytes = stride_ * num_threads;
+    if (bytes <= capacity_) return;
+    data_.reset();
+    data_.reset(static_cast<char*>(
+        std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
+    GW_CHECK(data_ != nullptr);
+    capacity_ = bytes;
+  }
+
+  char* part(int thread) const { return data_.get() + thread * stride_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+  int64_t capacity_ = 0;
+  int64_t stride_ = 0;
+};
+
+// Cuts a thread's part of the scratch into arrays.
+class ScratchCursor {
+ public:
+  explicit ScratchCursor(char* at) : at_(at) {}
+
+  template <typename T>
+  T* Take(int64_t n) {
+    T* result = reinterpret_cast<T*>(at_);
+    at_ += Scratch::RoundUp(n * static_cast<int64_t>(sizeof(T)));
+    return result;
+  }
+
+ private:
+  char* at_;
+};
+
+}  // namespace gradwire
