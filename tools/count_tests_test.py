@@ -7,7 +7,7 @@ from count_tests import count_bazel, count_junit
 
 JUNIT = """<testsuites><testsuite>
   <testcase name="a" classname="A" status="run"/>
-  <testcase name="b" classname="A" status="run"><failure message="x"/></testcase>
+  <testcase name="b" classname="A" status="run"><failure/></testcase>
   <testcase name="c" classname="A"><skipped/></testcase>
   <testcase name="d" classname="A" status="notrun"/>
 </testsuite></testsuites>"""
