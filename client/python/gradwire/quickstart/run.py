@@ -7,7 +7,6 @@ what shows that it worked: the loss on questions that were not trained on,
 answers before and after, and a check of the exported model.
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -19,6 +18,7 @@ import uuid
 
 import gradwire
 from gradwire.quickstart import data, evaluate, losses, model
+from gradwire.quickstart.journal import Journal, say
 
 DEFAULT_STEPS = 56  # optimizer steps in all
 _DPO_SHARE = 1 / 7  # of the steps are DPO
@@ -54,14 +54,14 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
 
     from transformers import AutoTokenizer
 
-    base = model.prepare(data.all_texts(), log=_say)
+    base = model.prepare(data.all_texts(), log=say)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     held_out = [
         data.to_datum(tokenizer, e.prompt, e.answer)
         for e in data.held_out_examples()
     ]
     margin = _MARGIN * min(1.0, steps / DEFAULT_STEPS)
-    _say(
+    say(
         f"{base.name} ({base.source}), {steps} steps; the loss on "
         f"{len(held_out)} held-out answers must fall by {margin:.0%} or more"
     )
@@ -81,12 +81,12 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
         precision = _effective_precision(policy, precision)
 
         loss_before, _ = _held_out_loss(policy, held_out)
-        _say(f"held-out loss before: {loss_before:.3f} ({precision})")
-        log = _Log(out / "metrics.jsonl", steps)
+        say(f"held-out loss before: {loss_before:.3f} ({precision})")
+        journal = Journal(out / "metrics.jsonl", steps)
         num_dpo = round(steps * _DPO_SHARE)
-        _train_sft(policy, tokenizer, steps - num_dpo, log)
-        _train_dpo(policy, tokenizer, num_dpo, log)
-        log.close()
+        _train_sft(policy, tokenizer, steps - num_dpo, journal)
+        _train_dpo(policy, tokenizer, num_dpo, journal)
+        journal.close()
         loss_after, served = _held_out_loss(policy, held_out)
 
         snapshot = policy.save_weights_for_sampler(
@@ -106,8 +106,8 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
         "held_out_loss_before": loss_before,
         "held_out_loss_after": loss_after,
         "margin": margin,
-        "tokens_per_second": log.tokens / log.seconds,
-        "training_seconds": log.seconds,
+        "tokens_per_second": journal.tokens / journal.seconds,
+        "training_seconds": journal.seconds,
         "seconds": time.monotonic() - started,
         "exported_difference": agreement.largest,
         "exported_difference_allowed": agreement.allowed,
@@ -121,17 +121,17 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
     return _verdict(summary, fall, agreement)
 
 
-def _train_sft(policy, tokenizer, steps, log):
+def _train_sft(policy, tokenizer, steps, journal):
     batches = data.batches(data.train_examples(), _SFT_BATCH, steps, seed=1)
-    log.start("sft")
+    journal.start("sft")
     for step, examples in enumerate(batches):
         batch = [data.to_datum(tokenizer, e.prompt, e.answer) for e in examples]
         rate = _SFT_LEARNING_RATE * _schedule(step, steps)
-        _step(policy, batch, losses.sft, rate, log)
-    log.drain()
+        _step(policy, batch, losses.sft, rate, journal)
+    journal.drain()
 
 
-def _train_dpo(policy, tokenizer, steps, log):
+def _train_dpo(policy, tokenizer, steps, journal):
     batches = data.batches(data.preferences(), _DPO_BATCH, steps, seed=2)
     pairs = [
         [
@@ -145,25 +145,25 @@ def _train_dpo(policy, tokenizer, steps, log):
     # scored before the first step moves it.
     scored = [(batch, policy.forward(batch)) for batch in pairs]
     references = [_answer_sums(batch, future) for batch, future in scored]
-    log.start("dpo")
+    journal.start("dpo")
     for batch, reference in zip(pairs, references, strict=True):
         _step(
             policy,
             batch,
             losses.dpo(reference, _DPO_BETA),
             _DPO_LEARNING_RATE,
-            log,
+            journal,
         )
-    log.drain()
+    journal.drain()
 
 
-def _step(policy, batch, loss_fn, learning_rate, log):
+def _step(policy, batch, loss_fn, learning_rate, journal):
     """One optimizer step; both calls return at once, the server orders them."""
     result = policy.forward_backward_custom(batch, loss_fn)
     update = policy.optim_step(
         gradwire.AdamParams(learning_rate=learning_rate, grad_clip_norm=1.0)
     )
-    log.add(batch, learning_rate, result, update)
+    journal.add(batch, learning_rate, result, update)
 
 
 def _schedule(step, steps):
@@ -188,67 +188,6 @@ def _answer_sums(batch, future):
         float(d.response(lp).sum())
         for d, lp in zip(batch, logprobs, strict=True)
     ]
-
-
-class _Log:
-    """Reads results two steps behind, so that the server never waits."""
-
-    _DEPTH = 2
-
-    def __init__(self, path, steps):
-        self._writer = gradwire.logging.JsonlLogger(path)
-        self._steps = steps
-        self._step = 0
-        self._pending = collections.deque()
-        self._phase = ""
-        self._since = 0.0
-        self.tokens = 0  # trained on
-        self.seconds = 0.0  # spent on it
-
-    def start(self, phase):
-        self._phase = phase
-        self._since = time.monotonic()
-
-    def add(self, *step):
-        self._pending.append(step)
-        if len(self._pending) > self._DEPTH:
-            self._read()
-
-    def drain(self):
-        while self._pending:
-            self._read()
-
-    def close(self):
-        self._writer.close()
-
-    def _read(self):
-        batch, learning_rate, result, update = self._pending.popleft()
-        result, update = result.result(), update.result()
-        now = time.monotonic()
-        tokens = sum(len(evaluate.token_ids(datum)) for datum in batch)
-        seconds, self._since = now - self._since, now
-        self.tokens += tokens
-        self.seconds += seconds
-        self._step += 1
-        loss = result.metrics["loss:sum"]
-        self._writer.log(
-            {
-                **result.metrics,
-                "phase": self._phase,
-                "loss": loss,
-                "grad_norm": update.grad_norm,
-                "learning_rate": learning_rate,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-            },
-            step=self._step,
-        )
-        if self._step % 4 == 1 or self._step == self._steps:
-            _say(
-                f"step {self._step:3d}/{self._steps}  {self._phase}  "
-                f"loss {loss:.3f}  grad norm {update.grad_norm:.2f}  "
-                f"{self.tokens / self.seconds:.0f} tokens/s"
-            )
 
 
 @contextlib.contextmanager
@@ -277,7 +216,7 @@ def _fetch(exported, base, target):
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(exported, target)
     for file in pathlib.Path(base).iterdir():
-        if file.suffix != ".safetensors" and not (target / file.name).exists():
+        if "safetensors" not in file.name and not (target / file.name).exists():
             shutil.copy(file, target / file.name)
     return target
 
@@ -288,17 +227,13 @@ def _write_json(path, value):
     os.replace(temporary, path)
 
 
-def _say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
 def _report(out, summary):
-    _say("")
+    say("")
     for sample in summary["samples"]:
-        _say(f"  Q       {sample['prompt']}")
-        _say(f"  before  {_one_line(sample['before'])}")
-        _say(f"  after   {_one_line(sample['after'])}\n")
-    _say(
+        say(f"  Q       {sample['prompt']}")
+        say(f"  before  {_one_line(sample['before'])}")
+        say(f"  after   {_one_line(sample['after'])}\n")
+    say(
         f"held-out loss  {summary['held_out_loss_before']:.3f} -> "
         f"{summary['held_out_loss_after']:.3f}\n"
         f"speed          {summary['tokens_per_second']:.0f} tokens/s, "
@@ -319,13 +254,13 @@ def _one_line(text):
 
 def _verdict(summary, fall, agreement):
     if not agreement.ok:
-        _say(
+        say(
             "gradwire quickstart: the exported model does not give the "
             "server's log-probabilities; please report this with summary.json"
         )
         return 1
     if summary["model_source"] == "pretrained" and fall < summary["margin"]:
-        _say(
+        say(
             f"gradwire quickstart: the held-out loss fell by {fall:.1%}, less "
             f"than {summary['margin']:.0%}; please report this with "
             "metrics.jsonl"
