@@ -45,20 +45,24 @@ class Scratch {
   int64_t stride_ = 0;
 };
 
-// Cuts a thread's part of the scratch into arrays.
+// Cuts a thread's part of the scratch into arrays; over a null part it only
+// counts the bytes.
 class ScratchCursor {
  public:
-  explicit ScratchCursor(char* at) : at_(at) {}
+  explicit ScratchCursor(char* part) : part_(part) {}
 
   template <typename T>
   T* Take(int64_t n) {
-    T* result = reinterpret_cast<T*>(at_);
-    at_ += Scratch::RoundUp(n * static_cast<int64_t>(sizeof(T)));
-    return result;
+    const int64_t at = used_;
+    used_ += Scratch::RoundUp(n * static_cast<int64_t>(sizeof(T)));
+    return part_ == nullptr ? nullptr : reinterpret_cast<T*>(part_ + at);
   }
 
+  int64_t used() const { return used_; }
+
  private:
-  char* at_;
+  char* part_;
+  int64_t used_ = 0;
 };
 
 }  // namespace gradwire

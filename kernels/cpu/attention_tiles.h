@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// How attention is cut into tiles, and how tiles are packed.
+//
+// Work on one sequence and one key-value head goes by blocks of queries (rows:
+// token by head of the group) against blocks of keys. Blocks are packed dense
+// and padded with zero rows to multiples of 16 tokens, so that few shapes of
+// products exist whatever the lengths of the sequences are.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/cpu/softmax_tile.h"
+#include "kernels/kernels.h"
+
+namespace gradwire {
+
+struct AttentionTiles {
+  // Rows of a query block that keep a tile of scores in the second-level cache
+  // and a product long enough to run at full speed.
+  static constexpr int64_t kRows = 256;
+  static constexpr int64_t kMaxTokens = 128;
+  static constexpr int64_t kKeys = 128;
+
+  AttentionTiles(const AttentionShape& s, DType dtype)
+      : shape(s),
+        act(dtype),
+        group(s.heads / s.kv_heads),
+        query_tokens(std::clamp<int64_t>(
+            kRows / group / kTileLanes * kTileLanes, kTileLanes, kMaxTokens)) {}
+
+  static int64_t Pad(int64_t n) {
+    return (n + kTileLanes - 1) / kTileLanes * kTileLanes;
+  }
+
+  int64_t rows() const { return query_tokens * group; }
+  int64_t act_bytes() const { return DTypeBytes(act); }
+  // Row widths, in elements.
+  int64_t qkv_width() const { return shape.QkvWidth(); }
+  int64_t out_width() const { return shape.heads * shape.head_dim; }
+  // Offsets of a key-value head's parts within a row of qkv, in elements.
+  int64_t q_offset(int64_t kv_head) const {
+    return kv_head * group * shape.head_dim;
+  }
+  int64_t k_offset(int64_t kv_head) const {
+    return (shape.heads + kv_head) * shape.head_dim;
+  }
+  int64_t v_offset(int64_t kv_head) const {
+    return (shape.heads + shape.kv_heads + kv_head) * shape.head_dim;
+  }
+
+  // Copies `n` rows of `cols` elements that lie `stride` elements apart, from
+  // element `offset` of `base` on, and adds zero rows up to Pad(n).
+  void Pack(const void* base, int64_t offset, int64_t stride, int64_t n,
+            int64_t cols, void* to) const {
+    const char* from = static_cast<const char*>(base) + offset * act_bytes();
+    char* out = static_cast<char*>(to);
+    const size_t bytes = static_cast<size_t>(cols * act_bytes());
+    for (int64_t i = 0; i < n; ++i) {
+      std::memcpy(out, from, bytes);
+      from += stride * act_bytes();
+      out += bytes;
+    }
+    std::memset(out, 0, static_cast<size_t>(Pad(n) - n) * bytes);
+  }
+
+  const AttentionShape shape;
+  const DType act;
+  const int64_t group;
+  const int64_t query_tokens;
+};
+
+}  // namespace gradwire

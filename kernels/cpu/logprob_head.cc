@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+// Logprobs of targets without a [tokens, vocab] buffer.
+//
+// A thread takes a block of tokens through the vocabulary, chunk by chunk; the
+// chunk's logits stay in its second-level cache from the product that makes
+// them to the last look at them. In the backward a chunk of d_logit for all
+// tokens of a batch part is shared, because d_weight sums over tokens: threads
+// first split the tokens (logits, d_logit, d_hidden), then the chunk's rows of
+// d_weight.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "base/check.h"
+#include "kernels/cpu/cpu_kernels_impl.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/logit_rows.h"
+#include "kernels/cpu/softmax_tile.h"
+
+namespace gradwire {
+namespace {
+
+// A chunk of logits, kBlock x kChunk floats, takes half of a common 1 MiB
+// second-level cache.
+constexpr int64_t kBlock = 256;
+constexpr int64_t kChunk = 512;
+// Tokens whose d_logit chunk is kept at once: long enough that reading and
+// writing d_weight is small beside the product.
+constexpr int64_t kTokens = 2048;
+
+int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Tokens a thread takes at a time: all threads get as many blocks.
+int64_t BlockTokens(int64_t tokens, int threads) {
+  const int64_t rounds = std::max<int64_t>(
+      1, RoundUp(tokens, kBlock * threads) / (kBlock * threads));
+  return std::min(
+      kBlock, RoundUp(RoundUp(tokens, rounds * threads) / (rounds * threads),
+                      kRowPadding));
+}
+
+// The logits of some tokens and ids.
+GemmShape LogitShape(const LogprobHead& head, int64_t rows, int64_t cols) {
+  const int64_t hidden = head.hidden.dim(1);
+  return {.m = rows,
+          .n = cols,
+          .k = hidden,
+          .a_row = hidden,
+          .b_row = 1,
+          .b_col = hidden,
+          .c_row = RoundUp(cols, kRowPadding),
+          .ab = head.hidden.dtype()};
+}
+
+// A row's largest logits so far, descending, and their ids; ids come in
+// ascending order, so an equal logit that comes later goes behind.
+void InsertTop(float logit, int32_t id, int64_t top_k, float* logits,
+               int32_t* ids) {
+  if (!(logit > logits[top_k - 1])) return;
+  int64_t at = top_k - 1;
+  for (; at > 0 && logit > logits[at - 1]; --at) {
+    logits[at] = logits[at - 1];
+    ids[at] = ids[at - 1];
+  }
+  logits[at] = logit;
+  ids[at] = id;
+}
+
+// The forward of tokens [begin, end); `logits` holds one chunk.
+class ForwardBlock {
+ public:
+  ForwardBlock(const LogprobHead& head, const LogprobHeadOutput& out,
+               int64_t begin, int64_t end)
+      : head_(head),
+        begin_(begin),
+        end_(end),
+        num_targets_(head.targets.dim(1)),
+        top_k_(out.top_k_logprobs.is_null() ? 0 : out.top_k_logprobs.dim(1)),
+        targets_(head.targets.data<int32_t>()),
+        logprobs_(out.logprobs.data<float>()),
+        lse_(out.lse.data<float>()),
+        top_(out.top_k_logprobs.data<float>()),
+        top_ids_(out.top_k_indices.data<int32_t>()) {}
+
+  void Run(Gemm& gemm, int thread, float* logits) {
+    const int64_t vocab = head_.weight.dim(0);
+    const int64_t rows = end_ - begin_;
+    std::vector<float> max(static_cast<size_t>(rows), -INFINITY);
+    std::vector<float> sum(static_cast<size_t>(rows), 0.0f);
+    std::fill_n(top_ + begin_ * top_k_, rows * top_k_, -INFINITY);
+    std::fill_n(top_ids_ + begin_ * top_k_, rows * top_k_, 0);
+    for (int64_t id = 0; id < vocab; id += kChunk) {
+      const int64_t cols = std::min(kChunk, vocab - id);
+      const GemmShape shape = LogitShape(head_, rows, cols);
+      gemm.RunOne(thread, shape, head_.hidden.Rows(begin_, end_).raw(),
+                  head_.weight.Rows(id, id + cols).raw(), logits);
+      for (int64_t r = 0; r < rows; ++r) {
+        const size_t i = static_cast<size_t>(r);
+        const float* row = logits + r * shape.c_row;
+        const float top = RowMax(row, cols);
+        if (top > max[i]) {
+          sum[i] *= std::exp(max[i] - top);
+          max[i] = top;
+        }
+        sum[i] += RowSumExp(row, cols, max[i]);
+        TakeTargets(begin_ + r, row, id, cols);
+        TakeTop(begin_ + r, row, id, cols, top);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const size_t i = static_cast<size_t>(r);
+      const int64_t t = begin_ + r;
+      lse_[t] = max[i] + std::log(sum[i]);
+      for (int64_t j = 0; j < num_targets_; ++j) {
+        logprobs_[t * num_targets_ + j] -= lse_[t];
+      }
+      for (int64_t j = 0; j < top_k_; ++j) top_[t * top_k_ + j] -= lse_[t];
+    }
+  }
+
+ private:
+  void TakeTargets(int64_t t, const float* row, int64_t id, int64_t cols) {
+    for (int64_t j = 0; j < num_targets_; ++j) {
+      const int64_t target = targets_[t * num_targets_ + j] - id;
+      if (target >= 0 && target < cols) {
+        logprobs_[t * num_targets_ + j] = row[target];
+      }
+    }
+  }
+
+  void TakeTop(int64_t t, const float* row, int64_t id, int64_t cols,
+               float top) {
+    if (top_k_ == 0) return;
+    float* logits = top_ + t * top_k_;
+    if (!(top > logits[top_k_ - 1])) return;
+    for (int64_t c = 0; c < cols; ++c) {
+      InsertTop(row[c], static_cast<int32_t>(id + c), top_k_, logits,
+                top_ids_ + t * top_k_);
+    }
+  }
+
+  const LogprobHead& head_;
+  const int64_t begin_, end_, num_targets_, top_k_;
+  const int32_t* const targets_;
+  float* const logprobs_;
+  float* const lse_;
+  float* const top_;
+  int32_t* const top_ids_;
+};
+
+// logits -> d_logit, in float32, of tokens [begin, begin + rows) and ids
+// [id, id + cols).
+void ToLogitGrad(const LogprobHead& head, const float* d_logprobs,
+                 const float* lse, int64_t begin, int64_t rows, int64_t id,
+                 int64_t cols, float* logits) {
+  const int64_t k = head.targets.dim(1);
+  const int32_t* targets = head.targets.data<int32_t>();
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = logits + r * RoundUp(cols, kRowPadding);
+    const int64_t at = (begin + r) * k;
+    float total = 0;
+    for (int64_t j = 0; j < k; ++j) total += d_logprobs[at + j];
+    RowNegativeProbs(row, cols, lse[begin + r], total);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t target = targets[at + j] - id;
+      if (target >= 0 && target < cols) row[target] += d_logprobs[at + j];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t CpuKernels::LogprobHeadWorkspaceBytes(DType act, int64_t tokens,
+                                              int64_t hidden,
+                                              int64_t vocab) const {
+  // A chunk of d_logit; in bf16 the float32 sums of d_hidden as well.
+  const int64_t rows = std::min(tokens, kTokens);
+  const int64_t cols = RoundUp(std::min(vocab, kChunk), kRowPadding);
+  const int64_t d_hidden = act == DType::kF32 ? 0 : rows * hidden * 4;
+  return d_hidden + rows * cols * DTypeBytes(act);
+}
+
+void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
+                                    const LogprobHeadOutput& out,
+                                    const Tensor&) {
+  if (!stream.ok()) return;
+  const int64_t tokens = args.hidden.dim(0);
+  GW_CHECK(args.weight.dtype() == args.hidden.dtype());
+  GW_CHECK(args.weight.dim(1) == args.hidden.dim(1));
+  GW_CHECK(out.top_k_logprobs.is_null() ||
+           out.top_k_logprobs.dim(1) <= args.weight.dim(0));
+  ThreadPool& pool = Pool(stream);
+  gemm_->Prepare(pool.num_threads());
+  scratch_.Reserve(pool.num_threads(), kBlock * kChunk * 4);
+  const int64_t block = BlockTokens(tokens, pool.num_threads());
+  pool.ParallelItems((tokens + block - 1) / block, [&](int64_t item,
+                                                       int thread) {
+    ForwardBlock(args, out, item * block, std::min(tokens, (item + 1) * block))
+        .Run(*gemm_, thread, reinterpret_cast<float*>(scratch_.part(thread)));
+  });
+}
+
+void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
+                                     const LogprobHeadGrad& grad,
+                                     const Tensor& d_hidden,
+                                     const Tensor& d_weight) {
+  if (!stream.ok()) return;
+  const DType act = args.hidden.dtype();
+  const int64_t tokens = args.hidden.dim(0), hidden = args.hidden.dim(1);
+  const int64_t vocab = args.weight.dim(0);
+  const bool f32 = act == DType::kF32;
+  GW_CHECK(grad.workspace.bytes() >=
+           LogprobHeadWorkspaceBytes(act, tokens, hidden, vocab));
+  ThreadPool& pool = Pool(stream);
+  gemm_->Prepare(pool.num_threads());
+  scratch_.Reserve(pool.num_threads(), f32 ? 0 : kBlock * kChunk * 4);
+
+  for (int64_t first = 0; first < tokens; first += kTokens) {
+    const int64_t rows = std::min(kTokens, tokens - first);
+    const int64_t block = BlockTokens(rows, pool.num_threads());
+    char* workspace = static_cast<char*>(grad.workspace.raw());
+    float* hidden_sums = reinterpret_cast<float*>(workspace);
+    if (f32) {
+      hidden_sums = d_hidden.data<float>() + first * hidden;
+    } else {
+      workspace += rows * hidden * 4;
+    }
+    for (int64_t id = 0; id < vocab; id += kChunk) {
+      const int64_t cols = std::min(kChunk, vocab - id);
+      const int64_t width = RoundUp(cols, kRowPadding);
+      pool.ParallelItems((rows + block - 1) / block, [&](int64_t item,
+                                                         int thread) {
+        const int64_t begin = item * block;
+        const int64_t n = std::min(block, rows - begin);
+        char* d_logit = workspace + begin * width * DTypeBytes(act);
+        float* logits =
+            reinterpret_cast<float*>(f32 ? d_logit : scratch_.part(thread));
+        const Tensor weight = args.weight.Rows(id, id + cols);
+        gemm_->RunOne(thread, LogitShape(args, n, cols),
+                      args.hidden.Rows(first + begin, first + begin + n).raw(),
+                      weight.raw(), logits);
+        ToLogitGrad(args, grad.d_logprobs.data<float>(), grad.lse.data<float>(),
+                    first + begin, n, id, cols, logits);
+        if (!f32) ScaleTo(act, logits, n * width, 1.0f, d_logit);
+        gemm_->RunOne(thread,
+                      {.m = n,
+                       .n = hidden,
+                       .k = cols,
+                       .a_row = width,
+                       .b_row = hidden,
+                       .c_row = hidden,
+                       .ab = act,
+                       .accumulate = id > 0},
+                      d_logit, weight.raw(), hidden_sums + begin * hidden);
+      });
+      if (d_weight.is_null()) continue;
+      gemm_->Run(pool,
+                 {.m = cols,
+                  .n = hidden,
+                  .k = rows,
+                  .a_row = 1,
+                  .a_col = width,
+                  .b_row = hidden,
+                  .c_row = hidden,
+                  .ab = act,
+                  .accumulate = true},
+                 workspace, args.hidden.Rows(first, first + rows).raw(),
+                 d_weight.Rows(id, id + cols).raw());
+    }
+    if (f32) continue;
+    const Tensor out = d_hidden.Rows(first, first + rows);
+    pool.ParallelFor(rows, 1, [&](int64_t begin, int64_t end) {
+      ScaleTo(act, hidden_sums + begin * hidden, (end - begin) * hidden, 1.0f,
+              out.Rows(begin, end).raw());
+    });
+  }
+}
+
+}  // namespace gradwire

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vector functions that several ops share. Included once per target, inside
+// foreach_target.
+#if defined(GRADWIRE_KERNELS_CPU_SIMD_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef GRADWIRE_KERNELS_CPU_SIMD_MATH_INL_H_
+#undef GRADWIRE_KERNELS_CPU_SIMD_MATH_INL_H_
+#else
+#define GRADWIRE_KERNELS_CPU_SIMD_MATH_INL_H_
+#endif
+
+#include "device/dtype.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gradwire {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// e^x within 2 ulp for -87 <= x <= 88; below, some value in (0, 2e-38]. NaN
+// stays NaN. Softmax needs no more, and this is half the work of a general exp.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V SoftmaxExp(D d, V x) {
+  const hn::Rebind<int32_t, D> di;
+  // Max returns its second argument if one is NaN.
+  x = hn::Max(hn::Set(d, -87.0f), x);
+  const V q = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
+  // ln 2 in two parts; the first has 9 bits, so q times it is exact.
+  V r = hn::NegMulAdd(q, hn::Set(d, 0.693359375f), x);
+  r = hn::NegMulAdd(q, hn::Set(d, -2.12194440e-4f), r);
+  // Least maximal relative error of 1 + r + r^2 p(r) over |r| <= ln(2) / 2,
+  // which is 4e-9.
+  V p = hn::Set(d, 1.381446490995586e-3f);
+  p = hn::MulAdd(p, r, hn::Set(d, 8.368780836462975e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.166839271783829e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.666651964187622e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.999999403953552e-1f));
+  p = hn::MulAdd(hn::Mul(r, r), p, r);
+  p = hn::Add(p, hn::Set(d, 1.0f));
+  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, q));
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const float* from) {
+  return hn::LoadU(d, from);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const BFloat16* from) {
+  const hn::Rebind<uint16_t, D> d16;
+  const hn::Rebind<uint32_t, D> d32;
+  const auto bits = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(from));
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, bits)));
+}
+
+template <class D>
+HWY_INLINE void StoreF32(D d, hn::Vec<D> v, float* to) {
+  hn::StoreU(v, d, to);
+}
+// Rounds to nearest, ties to even; NaN stays NaN.
+template <class D>
+HWY_INLINE void StoreF32(D, hn::Vec<D> v, BFloat16* to) {
+  const hn::Rebind<uint16_t, D> d16;
+  const hn::Rebind<uint32_t, D> d32;
+  const auto bits = hn::BitCast(d32, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d32, 1u));
+  auto top =
+      hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(d32, 0x7fffu))));
+  const auto nan = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d32, 0x40u));
+  top = hn::IfThenElse(hn::RebindMask(d32, hn::IsNaN(v)), nan, top);
+  hn::StoreU(hn::TruncateTo(d16, top), d16, reinterpret_cast<uint16_t*>(to));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gradwire
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard toggle
