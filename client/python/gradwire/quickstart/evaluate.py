@@ -50,9 +50,9 @@ def agreement(path, datums, served, precision) -> Agreement:
     """Compares transformers in float32 with what the server computed.
 
     The allowance follows from the arithmetic. With u the unit roundoff, a
-    block's output carries a relative error of about u for each of the few
-    results that are rounded on its way, times sqrt(terms) where sums of that
-    many terms are themselves kept in the precision. Over the blocks these
+    block's output carries a relative error of u / sqrt(3) in the mean square
+    for each of the few results that are rounded on its way, times sqrt(terms)
+    where sums of that many terms are themselves kept in the precision. Over the blocks these
     errors add like a random walk. An error of relative size r in the last
     hidden state h, in no particular direction, moves a logit h.w by about
     r |h| |w| / sqrt(hidden); a log-probability is a logit less a mean over
@@ -69,7 +69,7 @@ def agreement(path, datums, served, precision) -> Agreement:
         u = torch.finfo(torch.float32).eps / 2
         terms = config.intermediate_size
     blocks = 2 * config.num_hidden_layers
-    relative = u * math.sqrt(blocks * roundings_per_block * terms)
+    relative = u * math.sqrt(blocks * roundings_per_block * terms / 3)
     head = model.get_output_embeddings().weight.detach()
     lengths = head.norm(dim=-1)
     usual = lengths.square().mean()
