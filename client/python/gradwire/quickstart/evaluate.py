@@ -52,13 +52,13 @@ def agreement(path, datums, served, precision) -> Agreement:
     The allowance follows from the arithmetic. With u the unit roundoff, a
     block's output carries a relative error of u / sqrt(3) in the mean square
     for each of the few results that are rounded on its way, times sqrt(terms)
-    where sums of that many terms are themselves kept in the precision. Over the blocks these
-    errors add like a random walk. An error of relative size r in the last
-    hidden state h, in no particular direction, moves a logit h.w by about
-    r |h| |w| / sqrt(hidden); a log-probability is a logit less a mean over
-    logits, whose w is of a usual length, and is itself rounded. No position
-    may differ by more than four of these standard deviations, nor all of them
-    by more than one in the mean square.
+    where sums of that many terms are themselves kept in the precision. Over
+    the blocks these errors add like a random walk. An error of relative size
+    r in the last hidden state h, in no particular direction, moves a logit
+    h.w by about r |h| |w| / sqrt(hidden); a log-probability is a logit less a
+    mean over logits, whose w is of a usual length, and is itself rounded. No
+    position may differ by more than four of these standard deviations, nor
+    all of them by more than one in the mean square.
     """
     roundings_per_block = 4
     model = _load(path)
