@@ -19,9 +19,9 @@ namespace gradwire {
 struct AttentionTiles {
   // Rows of a query block that keep a tile of scores in the second-level cache
   // and a product long enough to run at full speed.
-  static constexpr int64_t kRows = 256;
+  static constexpr int64_t kRows = 192;
   static constexpr int64_t kMaxTokens = 128;
-  static constexpr int64_t kKeys = 128;
+  static constexpr int64_t kKeys = 256;
 
   AttentionTiles(const AttentionShape& s, DType dtype)
       : shape(s),
