@@ -14,6 +14,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace gradwire {
 namespace HWY_NAMESPACE {
+namespace {
 
 using D = hn::CappedTag<float, kRowPadding>;
 using V = hn::Vec<D>;
@@ -60,6 +61,7 @@ void RowNegativeProbsImpl(float* x, int64_t n, float lse, float factor) {
   });
 }
 
+}  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace gradwire
 HWY_AFTER_NAMESPACE();

@@ -8,6 +8,9 @@
 #define GRADWIRE_KERNELS_CPU_SIMD_MATH_INL_H_
 #endif
 
+#include <algorithm>
+#include <cstdint>
+
 #include "device/dtype.h"
 #include "hwy/highway.h"
 
@@ -68,6 +71,33 @@ HWY_INLINE void StoreF32(D, hn::Vec<D> v, BFloat16* to) {
   const auto nan = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d32, 0x40u));
   top = hn::IfThenElse(hn::RebindMask(d32, hn::IsNaN(v)), nan, top);
   hn::StoreU(hn::TruncateTo(d16, top), d16, reinterpret_cast<uint16_t*>(to));
+}
+
+// The first n lanes, the others 0. Reads nothing beyond them.
+template <class D, class T>
+HWY_INLINE hn::Vec<D> LoadFirst(D d, const T* from, int64_t n) {
+  if (n >= static_cast<int64_t>(hn::Lanes(d))) return LoadF32(d, from);
+  HWY_ALIGN T lanes[hn::MaxLanes(d)] = {};
+  std::copy_n(from, n, lanes);
+  return LoadF32(d, lanes);
+}
+
+// Stores the first n lanes.
+template <class D, class T>
+HWY_INLINE void StoreFirst(D d, hn::Vec<D> v, int64_t n, T* to) {
+  if (n >= static_cast<int64_t>(hn::Lanes(d))) return StoreF32(d, v, to);
+  HWY_ALIGN T lanes[hn::MaxLanes(d)];
+  StoreF32(d, v, lanes);
+  std::copy_n(lanes, n, to);
+}
+
+// 1 / (1 + e^-x), without overflow on either side.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Sigmoid(D d, V x) {
+  const V one = hn::Set(d, 1.0f);
+  const V e = SoftmaxExp(d, hn::Neg(hn::Abs(x)));
+  const V top = hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one);
+  return hn::Div(top, hn::Add(one, e));
 }
 
 }  // namespace HWY_NAMESPACE

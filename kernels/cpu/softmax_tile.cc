@@ -15,6 +15,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace gradwire {
 namespace HWY_NAMESPACE {
+namespace {
 
 using D = hn::CappedTag<float, kTileLanes>;
 using V = hn::Vec<D>;
@@ -194,6 +195,7 @@ void AddToImpl(const float* from, int64_t n, float* to) {
   for (; i < n; ++i) to[i] += from[i];
 }
 
+}  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace gradwire
 HWY_AFTER_NAMESPACE();
