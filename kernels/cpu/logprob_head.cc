@@ -184,8 +184,8 @@ int64_t CpuKernels::LogprobHeadWorkspaceBytes(DType act, int64_t tokens,
 void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
                                     const LogprobHeadOutput& out,
                                     const Tensor&) {
-  if (!stream.ok()) return;
   const int64_t tokens = args.hidden.dim(0);
+  if (!stream.ok() || tokens == 0) return;
   GW_CHECK(args.weight.dtype() == args.hidden.dtype());
   GW_CHECK(args.weight.dim(1) == args.hidden.dim(1));
   GW_CHECK(out.top_k_logprobs.is_null() ||
