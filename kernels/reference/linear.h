@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Definitions of the ops that are linear in their gradient-carrying inputs:
+// embedding, matmul, bias.
+#pragma once
+
+#include <vector>
+
+#include "kernels/reference/number.h"
+
+namespace gradwire::reference {
+
+template <class Num>
+using Result = std::vector<Num>;
+
+// The old content of an output that is added to, or zeros.
+template <class Num>
+Result<Num> Start(const Tensor& out, bool accumulate) {
+  Result<Num> result(static_cast<size_t>(out.num_elements()));
+  for (size_t i = 0; accumulate && i < result.size(); ++i) {
+    result[i] = At(out, static_cast<int64_t>(i));
+  }
+  return result;
+}
+
+// d_table as it becomes.
+template <class Num>
+Result<Num> EmbeddingBackward(const Tensor& tokens, const Tensor& d_out,
+                              const Tensor& d_table) {
+  const int64_t vocab = d_table.dim(0), hidden = d_table.dim(1);
+  Result<Num> result;
+  for (int64_t id = 0; id < vocab; ++id) {
+    for (int64_t c = 0; c < hidden; ++c) {
+      Sum<Num> sum;
+      sum.Add(At(d_table, id * hidden + c));
+      for (int64_t t = 0; t < tokens.dim(0); ++t) {
+        if (tokens.data<int32_t>()[t] == id) sum.Add(At(d_out, t * hidden + c));
+      }
+      result.push_back(sum.Total());
+    }
+  }
+  return result;
+}
+
+// c[i, j] = sum over l of a[i, l] b[l, j] (+ c), with the strides of a and b.
+struct Strides {
+  int64_t row, col;
+};
+template <class Num>
+Result<Num> Product(const Tensor& a, Strides as, const Tensor& b, Strides bs,
+                    int64_t inner, const Tensor& c, bool accumulate) {
+  const int64_t rows = c.dim(0), cols = c.dim(1);
+  Result<Num> result;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      Sum<Num> sum;
+      if (accumulate) sum.Add(At(c, i * cols + j));
+      for (int64_t l = 0; l < inner; ++l) {
+        sum.Add(Num(At(a, i * as.row + l * as.col)) *
+                Num(At(b, l * bs.row + j * bs.col)));
+      }
+      result.push_back(sum.Total());
+    }
+  }
+  return result;
+}
+
+template <class Num>
+Result<Num> MatmulForward(const Tensor& x, const Tensor& w, const Tensor& y,
+                          bool accumulate) {
+  const int64_t k = x.dim(1);
+  return Product<Num>(x, {k, 1}, w, {1, k}, k, y, accumulate);
+}
+
+template <class Num>
+Result<Num> MatmulBackwardInput(const Tensor& d_y, const Tensor& w,
+                                const Tensor& d_x, bool accumulate) {
+  return Product<Num>(d_y, {d_y.dim(1), 1}, w, {w.dim(1), 1}, d_y.dim(1), d_x,
+                      accumulate);
+}
+
+template <class Num>
+Result<Num> MatmulBackwardWeight(const Tensor& d_y, const Tensor& x,
+                                 const Tensor& d_w) {
+  return Product<Num>(d_y, {1, d_y.dim(1)}, x, {x.dim(1), 1}, x.dim(0), d_w,
+                      true);
+}
+
+template <class Num>
+Result<Num> BiasForward(const Tensor& bias, const Tensor& y) {
+  const int64_t n = y.dim(1);
+  Result<Num> result;
+  for (int64_t i = 0; i < y.num_elements(); ++i) {
+    result.push_back(Num(At(y, i)) + Num(At(bias, i % n)));
+  }
+  return result;
+}
+
+template <class Num>
+Result<Num> BiasBackward(const Tensor& d_y, const Tensor& d_bias) {
+  const int64_t n = d_y.dim(1);
+  Result<Num> result;
+  for (int64_t c = 0; c < n; ++c) {
+    Sum<Num> sum;
+    sum.Add(At(d_bias, c));
+    for (int64_t t = 0; t < d_y.dim(0); ++t) sum.Add(At(d_y, t * n + c));
+    result.push_back(sum.Total());
+  }
+  return result;
+}
+
+// y + x
+template <class Num>
+Result<Num> Add(const Tensor& x, const Tensor& y) {
+  Result<Num> result;
+  for (int64_t i = 0; i < x.num_elements(); ++i) {
+    result.push_back(Num(At(x, i)) + Num(At(y, i)));
+  }
+  return result;
+}
+
+}  // namespace gradwire::reference
