@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// One suite for every backend: each op on each case against its definition in
+// kernels/reference, with tolerances that follow from it.
+//
+// A backend's test instantiates it:
+//   INSTANTIATE_TEST_SUITE_P(Cpu, KernelsConformanceTest,
+//   testing::Values(...));
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "device/device.h"
+#include "kernels/kernels.h"
+#include "kernels/reference/number.h"
+
+namespace gradwire {
+
+struct KernelsBackend {
+  std::string name;
+  std::function<std::unique_ptr<Device>()> device;
+  std::function<std::unique_ptr<Kernels>()> kernels;
+  DType act = DType::kF32;
+};
+
+inline void PrintTo(const KernelsBackend& backend, std::ostream* out) {
+  *out << backend.name << " " << DTypeName(backend.act);
+}
+
+// Empty if every element of `got` lies within its bound and one rounding to
+// got's type; else a sentence on the worst element.
+std::string CompareWithin(const Tensor& got, const std::vector<Tracked>& want);
+
+// A tensor on the device with the values it began with on the host.
+struct Operand {
+  Tensor host;
+  Tensor device;
+};
+
+class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
+ protected:
+  KernelsConformanceTest();
+  ~KernelsConformanceTest() override;
+
+  DType act() const { return GetParam().act; }
+  Kernels& kernels() { return *kernels_; }
+  Stream& stream() { return *stream_; }
+
+  // Normally distributed, rounded to dtype.
+  Operand Normal(DType dtype, std::initializer_list<int64_t> shape,
+                 float deviation = 1.0f);
+  // NaN everywhere: an element that an op should write and does not, shows.
+  Operand Unwritten(DType dtype, std::initializer_list<int64_t> shape);
+  Operand Ints(const std::vector<int32_t>& values,
+               std::initializer_list<int64_t> shape);
+  // Values in [0, limit).
+  Operand RandomInts(std::initializer_list<int64_t> shape, int32_t limit);
+
+  // Sends host values that were changed to the device.
+  void Upload(const Operand& operand);
+  // What the device holds now, in host memory.
+  Tensor Fetch(const Tensor& device);
+  void ExpectWithin(const std::string& what, const Operand& got,
+                    const std::vector<Tracked>& want);
+  void ExpectSame(const std::string& what, const Tensor& a, const Tensor& b);
+
+  std::mt19937 random_{17};
+
+ private:
+  Tensor NewHost(DType dtype, std::initializer_list<int64_t> shape);
+  Tensor NewDevice(const Tensor& host);
+
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Kernels> kernels_;
+  std::unique_ptr<Stream> stream_;
+  std::vector<std::vector<char>> host_memory_;
+  std::vector<std::unique_ptr<DeviceBuffer>> device_memory_;
+};
+
+}  // namespace gradwire

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Norms, rotary embedding, SwiGLU, AdamW.
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "kernels/conformance.h"
+#include "kernels/reference/pointwise.h"
+
+namespace gradwire {
+namespace {
+
+namespace ref = reference;
+
+struct Size {
+  int64_t tokens, width;
+};
+const Size kSizes[] = {{0, 5}, {1, 1}, {3, 7}, {5, 16}, {33, 100}, {70, 576}};
+
+std::string Name(const Size& s) {
+  return std::to_string(s.tokens) + " x " + std::to_string(s.width);
+}
+
+TEST_P(KernelsConformanceTest, RmsNormForward) {
+  for (const Size& s : kSizes) {
+    const float eps = 1e-5f;
+    const Operand x = Normal(act(), {s.tokens, s.width});
+    const Operand weight = Normal(act(), {s.width});
+    const Operand y = Unwritten(act(), {s.tokens, s.width});
+    const Operand rstd = Unwritten(DType::kF32, {s.tokens});
+    kernels().RmsNormForward(stream(), x.device, weight.device, eps, y.device,
+                             rstd.device);
+    const auto want = ref::RmsNormForward<Tracked>(x.host, weight.host, eps);
+    ExpectWithin("y " + Name(s), y, want.y);
+    ExpectWithin("rstd " + Name(s), rstd, want.rstd);
+  }
+}
+
+TEST_P(KernelsConformanceTest, AddRmsNormForward) {
+  for (const Size& s : kSizes) {
+    for (const bool in_place : {false, true}) {
+      const float eps = 1e-6f;
+      const Operand x = Normal(act(), {s.tokens, s.width});
+      const Operand delta = Normal(act(), {s.tokens, s.width});
+      const Operand weight = Normal(act(), {s.width});
+      const Operand sum = in_place ? x : Unwritten(act(), {s.tokens, s.width});
+      const Operand y = Unwritten(act(), {s.tokens, s.width});
+      const Operand rstd = Unwritten(DType::kF32, {s.tokens});
+      kernels().AddRmsNormForward(stream(),
+                                  {x.device, delta.device, weight.device, eps},
+                                  sum.device, y.device, rstd.device);
+      // The norm is of the sum as stored, so the sum must be exact.
+      const Operand stored = Normal(act(), {s.tokens, s.width});
+      std::vector<double> sums;
+      for (int64_t i = 0; i < x.host.num_elements(); ++i) {
+        sums.push_back(
+            ref::AddRounded(act(), At(x.host, i), At(delta.host, i)));
+      }
+      Store(sums, stored.host);
+      ExpectSame("sum " + Name(s), Fetch(sum.device), stored.host);
+      const auto want =
+          ref::RmsNormForward<Tracked>(stored.host, weight.host, eps);
+      ExpectWithin("y " + Name(s), y, want.y);
+      ExpectWithin("rstd " + Name(s), rstd, want.rstd);
+    }
+  }
+}
+
+TEST_P(KernelsConformanceTest, RmsNormBackward) {
+  for (const Size& s : kSizes) {
+    const Operand d_y = Normal(act(), {s.tokens, s.width});
+    const Operand x = Normal(act(), {s.tokens, s.width});
+    const Operand weight = Normal(act(), {s.width});
+    const Operand rstd = Normal(DType::kF32, {s.tokens});
+    const Operand d_x = Normal(act(), {s.tokens, s.width});
+    const Operand d_weight = Normal(DType::kF32, {s.width});
+    kernels().RmsNormBackward(
+        stream(), {d_y.device, x.device, weight.device, rstd.device},
+        d_x.device, d_weight.device);
+    const auto want = ref::RmsNormBackward<Tracked>(
+        {d_y.host, x.host, weight.host, rstd.host}, d_x.host, d_weight.host);
+    ExpectWithin("d_x " + Name(s), d_x, want.d_x);
+    ExpectWithin("d_weight " + Name(s), d_weight, want.d_weight);
+  }
+}
+
+struct RopeCase {
+  int64_t tokens;
+  AttentionShape shape;
+  bool q_norm, k_norm;
+};
+const RopeCase kRopeCases[] = {
+    {0, {2, 1, 8, 1}, true, true},   {3, {1, 1, 2, 1}, true, true},
+    {9, {3, 1, 20, 1}, true, true},  {70, {9, 3, 64, 1}, false, false},
+    {5, {4, 2, 128, 1}, true, true}, {6, {2, 2, 6, 1}, false, false},
+    {4, {2, 1, 96, 1}, true, false},
+};
+
+TEST_P(KernelsConformanceTest, QkNormRope) {
+  for (const RopeCase& c : kRopeCases) {
+    const std::string name = "head_dim " + std::to_string(c.shape.head_dim);
+    const int64_t width = c.shape.QkvWidth(), dim = c.shape.head_dim;
+    const int64_t positions = 50;
+    const Operand qkv = Normal(act(), {c.tokens, width});
+    const Operand q_weight = Normal(act(), {dim});
+    const Operand k_weight = Normal(act(), {dim});
+    const Operand cos = Normal(DType::kF32, {positions, dim / 2});
+    const Operand sin = Normal(DType::kF32, {positions, dim / 2});
+    const Operand at = RandomInts({c.tokens}, positions);
+    const auto args = [&](Tensor Operand::*side) {
+      QkNormRope result;
+      result.shape = c.shape;
+      if (c.q_norm) result.q_weight = q_weight.*side;
+      if (c.k_norm) result.k_weight = k_weight.*side;
+      result.cos = cos.*side;
+      result.sin = sin.*side;
+      result.positions = at.*side;
+      return result;
+    };
+    const bool norm = c.q_norm || c.k_norm;
+    const Operand out = norm ? Unwritten(act(), {c.tokens, width}) : qkv;
+    kernels().QkNormRopeForward(stream(), args(&Operand::device), qkv.device,
+                                out.device);
+    ExpectWithin(
+        "out " + name, out,
+        ref::QkNormRopeForward<Tracked>(args(&Operand::host), qkv.host));
+
+    const Operand d_out = Normal(act(), {c.tokens, width});
+    const Operand d_q_weight = Normal(DType::kF32, {dim});
+    const Operand d_k_weight = Normal(DType::kF32, {dim});
+    const auto grad = [&](Tensor Operand::*side) {
+      Kernels::QkNormRopeGrad result;
+      result.d_out = d_out.*side;
+      if (norm) result.qkv = qkv.*side;
+      if (c.q_norm) result.d_q_weight = d_q_weight.*side;
+      if (c.k_norm) result.d_k_weight = d_k_weight.*side;
+      return result;
+    };
+    const auto want = ref::QkNormRopeBackward<Tracked>(args(&Operand::host),
+                                                       grad(&Operand::host));
+    const Operand d_qkv = Unwritten(act(), {c.tokens, width});
+    kernels().QkNormRopeBackward(stream(), args(&Operand::device),
+                                 grad(&Operand::device), d_qkv.device);
+    ExpectWithin("d_qkv " + name, d_qkv, want.d_qkv);
+    if (c.q_norm) ExpectWithin("d_q_weight", d_q_weight, want.d_q_weight);
+    if (c.k_norm) ExpectWithin("d_k_weight", d_k_weight, want.d_k_weight);
+    // In place, and without the weights' gradients.
+    Kernels::QkNormRopeGrad alone = grad(&Operand::device);
+    alone.d_q_weight = alone.d_k_weight = Tensor();
+    kernels().QkNormRopeBackward(stream(), args(&Operand::device), alone,
+                                 d_out.device);
+    ExpectWithin("d_qkv in place " + name, d_out, want.d_qkv);
+  }
+}
+
+TEST_P(KernelsConformanceTest, SwiGlu) {
+  for (const Size& s : kSizes) {
+    // Wide enough that the sigmoid saturates on both sides.
+    const Operand x = Normal(act(), {s.tokens, 2 * s.width}, 20.0f);
+    const Operand d_y = Normal(act(), {s.tokens, s.width});
+    const Operand y = Unwritten(act(), {s.tokens, s.width});
+    const Operand again = Unwritten(act(), {s.tokens, s.width});
+    const Operand d_x = Unwritten(act(), {s.tokens, 2 * s.width});
+    const auto want_y = ref::SwiGluForward<Tracked>(x.host);
+    const auto want_d_x = ref::SwiGluBackward<Tracked>(x.host, d_y.host);
+    kernels().SwiGluForward(stream(), x.device, y.device);
+    ExpectWithin("y " + Name(s), y, want_y);
+    kernels().SwiGluBackward(stream(), x.device, d_y.device, d_x.device,
+                             again.device);
+    ExpectWithin("d_x " + Name(s), d_x, want_d_x);
+    ExpectWithin("y again " + Name(s), again, want_y);
+    kernels().SwiGluBackward(stream(), x.device, d_y.device, x.device,
+                             Tensor());
+    ExpectWithin("d_x in place " + Name(s), x, want_d_x);
+  }
+}
+
+TEST_P(KernelsConformanceTest, SumOfSquares) {
+  for (const int64_t n : {0, 1, 100, 70001}) {
+    const Operand x = Normal(DType::kF32, {n});
+    double want = 0;
+    for (int64_t i = 0; i < n; ++i) want += At(x.host, i) * At(x.host, i);
+    const double float64_roundoff = 1.0 / (int64_t{1} << 53);
+    EXPECT_NEAR(kernels().SumOfSquares(stream(), x.device), want,
+                static_cast<double>(n) * float64_roundoff * want);
+  }
+  const Operand bad = Normal(DType::kF32, {1000});
+  bad.host.data<float>()[999] = INFINITY;
+  Upload(bad);
+  EXPECT_FALSE(std::isfinite(kernels().SumOfSquares(stream(), bad.device)));
+}
+
+TEST_P(KernelsConformanceTest, AdamW) {
+  for (const int64_t n : {1, 37, 70001}) {
+    AdamWParams params;
+    params.learning_rate = 1e-2f;
+    params.beta1 = 0.9f;
+    params.beta2 = 0.95f;
+    params.eps = 1e-8f;
+    params.weight_decay = 0.1f;
+    params.grad_scale = 0.25f;
+    params.step = 3;
+    const Operand master = Normal(DType::kF32, {n});
+    const Operand m = Normal(DType::kF32, {n});
+    const Operand v = Normal(DType::kF32, {n});
+    const Operand grad = Normal(DType::kF32, {n});
+    for (int64_t i = 0; i < n; ++i) {
+      v.host.data<float>()[i] = std::abs(v.host.data<float>()[i]);
+    }
+    Upload(v);
+    const Operand weight = Unwritten(DType::kBF16, {n});
+    const auto want = ref::AdamW<Tracked>(
+        params, {master.host, m.host, v.host, grad.host, Tensor()});
+    const bool copy = act() == DType::kBF16;
+    kernels().AdamW(stream(), params,
+                    {master.device, m.device, v.device, grad.device,
+                     copy ? weight.device : Tensor()});
+    ExpectWithin("master", master, want.master);
+    ExpectWithin("m", m, want.m);
+    ExpectWithin("v", v, want.v);
+    const Tensor cleared = Fetch(grad.device), stored = Fetch(master.device);
+    for (int64_t i = 0; i < n; ++i) ASSERT_EQ(At(cleared, i), 0) << i;
+    if (!copy) continue;
+    const Tensor copied = Fetch(weight.device);
+    for (int64_t i = 0; i < n; ++i) {
+      ASSERT_EQ(copied.data<BFloat16>()[i].bits,
+                BFloat16(stored.data<float>()[i]).bits)
+          << i;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gradwire
