@@ -92,22 +92,22 @@ void CpuKernels::AttentionForward(Stream& stream, const Attention& args,
     const Item& item = items[static_cast<size_t>(index)];
     const Buffers b(tiles, scratch_.part(thread));
     const int64_t width = tiles.qkv_width();
-    const int64_t padded = AttentionTiles::Pad(item.tokens);
+    const int64_t padded = AttentionTiles::PadQueries(item.tokens);
     const int64_t rows = padded * group;
     tiles.Pack(qkv,
                (item.begin + item.query) * width + tiles.q_offset(item.kv_head),
-               width, item.tokens, group * dim, b.q);
+               {item.tokens, padded, group * dim, width}, b.q);
     std::fill_n(b.max, rows, -INFINITY);
     std::fill_n(b.sum, rows, 0.0f);
     const int64_t seen = item.query + item.tokens;
     for (int64_t key = 0; key < seen; key += AttentionTiles::kKeys) {
       const int64_t keys = std::min(AttentionTiles::kKeys, seen - key);
-      const int64_t cols = AttentionTiles::Pad(keys);
+      const int64_t cols = AttentionTiles::PadKeys(keys);
       const int64_t row = (item.begin + key) * width;
-      tiles.Pack(qkv, row + tiles.k_offset(item.kv_head), width, keys, dim,
-                 b.k);
-      tiles.Pack(qkv, row + tiles.v_offset(item.kv_head), width, keys, dim,
-                 b.v);
+      tiles.Pack(qkv, row + tiles.k_offset(item.kv_head),
+                 {keys, cols, dim, width}, b.k);
+      tiles.Pack(qkv, row + tiles.v_offset(item.kv_head),
+                 {keys, cols, dim, width}, b.v);
       gemm_->RunOne(thread,
                     {.m = rows,
                      .n = cols,

@@ -3,8 +3,8 @@
 //
 // Work on one sequence and one key-value head goes by blocks of queries (rows:
 // token by head of the group) against blocks of keys. Blocks are packed dense
-// and padded with zero rows to multiples of 16 tokens, so that few shapes of
-// products exist whatever the lengths of the sequences are.
+// and padded with zero rows to multiples of 16 queries and 64 keys, so that few
+// shapes of products exist whatever the lengths of the sequences are.
 #pragma once
 
 #include <algorithm>
@@ -30,9 +30,8 @@ struct AttentionTiles {
         query_tokens(std::clamp<int64_t>(
             kRows / group / kTileLanes * kTileLanes, kTileLanes, kMaxTokens)) {}
 
-  static int64_t Pad(int64_t n) {
-    return (n + kTileLanes - 1) / kTileLanes * kTileLanes;
-  }
+  static int64_t PadQueries(int64_t n) { return RoundUp(n, kTileLanes); }
+  static int64_t PadKeys(int64_t n) { return RoundUp(n, 4 * kTileLanes); }
 
   int64_t rows() const { return query_tokens * group; }
   int64_t act_bytes() const { return DTypeBytes(act); }
@@ -51,24 +50,32 @@ struct AttentionTiles {
   }
 
   // Copies `n` rows of `cols` elements that lie `stride` elements apart, from
-  // element `offset` of `base` on, and adds zero rows up to Pad(n).
-  void Pack(const void* base, int64_t offset, int64_t stride, int64_t n,
-            int64_t cols, void* to) const {
+  // element `offset` of `base` on, and adds zero rows up to `padded`.
+  struct Rows {
+    int64_t n, padded, cols, stride;
+  };
+  void Pack(const void* base, int64_t offset, const Rows& rows,
+            void* to) const {
     const char* from = static_cast<const char*>(base) + offset * act_bytes();
     char* out = static_cast<char*>(to);
-    const size_t bytes = static_cast<size_t>(cols * act_bytes());
-    for (int64_t i = 0; i < n; ++i) {
+    const size_t bytes = static_cast<size_t>(rows.cols * act_bytes());
+    for (int64_t i = 0; i < rows.n; ++i) {
       std::memcpy(out, from, bytes);
-      from += stride * act_bytes();
+      from += rows.stride * act_bytes();
       out += bytes;
     }
-    std::memset(out, 0, static_cast<size_t>(Pad(n) - n) * bytes);
+    std::memset(out, 0, static_cast<size_t>(rows.padded - rows.n) * bytes);
   }
 
   const AttentionShape shape;
   const DType act;
   const int64_t group;
   const int64_t query_tokens;
+
+ private:
+  static int64_t RoundUp(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+  }
 };
 
 }  // namespace gradwire
