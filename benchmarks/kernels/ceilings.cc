@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "base/check.h"
-#include "benchmarks/kernels/step_ops.h"
+#include "benchmarks/kernels/fill.h"
 #include "benchmarks/kernels/timing.h"
 #include "device/arena.h"
 

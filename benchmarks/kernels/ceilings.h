@@ -13,8 +13,6 @@ struct Ceilings {
   double triad_bytes = 0;  // a[i] = b[i] + s c[i] from memory, bytes/s
 };
 
-// Normally distributed operands: constant ones draw less power and so run at
-// higher clocks.
 Ceilings MeasureCeilings(CpuDevice& device, Kernels& kernels, DType act);
 
 }  // namespace gradwire

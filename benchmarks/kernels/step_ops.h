@@ -5,10 +5,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "device/arena.h"
 #include "device/cpu_device.h"
 #include "kernels/kernels.h"
 
@@ -30,9 +30,6 @@ struct StepOp {
   double bytes = 0;  // of a call: every operand read once, results written once
   std::function<void(int call)> run;
 };
-
-// Normally distributed values, the same in every run.
-void FillNormal(const Tensor& tensor, float deviation);
 
 // Owns the tensors the ops work on. Operands rotate over several copies, as
 // layers do in a step, so that no op finds them in a cache.
