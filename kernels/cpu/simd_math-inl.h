@@ -26,7 +26,11 @@ HWY_INLINE V SoftmaxExp(D d, V x) {
   const hn::Rebind<int32_t, D> di;
   // Max returns its second argument if one is NaN.
   x = hn::Max(hn::Set(d, -87.0f), x);
-  const V q = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
+  // x = q ln 2 + r. Adding 1.5 * 2^23 rounds to an integer, which then lies in
+  // the low bits; 127 more make it the exponent field of 2^q.
+  const V round = hn::Set(d, 12582912.0f + 127.0f);
+  const V shifted = hn::MulAdd(x, hn::Set(d, 1.44269504f), round);
+  const V q = hn::Sub(shifted, round);
   // ln 2 in two parts; the first has 9 bits, so q times it is exact.
   V r = hn::NegMulAdd(q, hn::Set(d, 0.693359375f), x);
   r = hn::NegMulAdd(q, hn::Set(d, -2.12194440e-4f), r);
@@ -39,8 +43,8 @@ HWY_INLINE V SoftmaxExp(D d, V x) {
   p = hn::MulAdd(p, r, hn::Set(d, 4.999999403953552e-1f));
   p = hn::MulAdd(hn::Mul(r, r), p, r);
   p = hn::Add(p, hn::Set(d, 1.0f));
-  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, q));
-  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
+  const V power = hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(di, shifted)));
+  return hn::Mul(p, power);
 }
 
 template <class D>
