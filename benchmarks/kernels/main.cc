@@ -23,6 +23,7 @@ ABSL_FLAG(int, threads, 0, "threads; 0: one for each core");
 ABSL_FLAG(int, rounds, 5, "timed rounds of each op");
 ABSL_FLAG(int64_t, sequences, 4, "sequences in the batch");
 ABSL_FLAG(int64_t, length, 512, "tokens of a sequence");
+ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
 ABSL_FLAG(std::string, only, "", "run only ops whose name contains this");
 
 namespace gradwire {
@@ -33,6 +34,40 @@ constexpr double kRoundSeconds = 0.03;
 void Print(const nlohmann::ordered_json& line) {
   std::printf("%s\n", line.dump().c_str());
   std::fflush(stdout);
+}
+
+// The fields that every benchmark prints; those that do not apply stay null.
+nlohmann::ordered_json NewLine(const std::string& op, const std::string& device,
+                               const StepShape& shape, DType act,
+                               const Ceilings& ceilings, int threads) {
+  nlohmann::ordered_json line;
+  for (const char* field :
+       {"bench",     "op",           "commit",      "device",
+        "threads",   "driver",       "model",       "mode",
+        "dtype",     "optimizer",    "T",           "tokens",
+        "packing",   "microbatch",   "recompute",   "rounds",
+        "ms",        "tok_s",        "mfu_c",       "mcu",
+        "hfu",       "gflops",       "gbps",        "share_of_ceiling",
+        "count",     "step_ms",      "peak_mem",    "ceil_gemm",
+        "ceil_copy", "clock_before", "clock_after", "baseline",
+        "ratio",     "dloss",        "grad_cos"}) {
+    line[field] = nullptr;
+  }
+  line["bench"] = "kernels";
+  line["op"] = op;
+  if (const std::string commit = absl::GetFlag(FLAGS_commit); !commit.empty()) {
+    line["commit"] = commit;
+  }
+  line["device"] = device;
+  line["threads"] = threads;
+  line["model"] = shape.model;
+  line["dtype"] = DTypeName(act);
+  line["T"] = shape.length;
+  line["tokens"] = shape.tokens();
+  line["rounds"] = absl::GetFlag(FLAGS_rounds);
+  line["ceil_gemm"] = ceilings.gemm_flops;
+  line["ceil_copy"] = ceilings.triad_bytes;
+  return line;
 }
 
 void RunAll(DType act) {
@@ -52,14 +87,8 @@ void RunAll(DType act) {
   };
   const Ceilings ceilings = MeasureCeilings(device, *kernels, act);
   const auto line = [&](const std::string& name) {
-    return nlohmann::ordered_json{{"bench", "kernels"},
-                                  {"op", name},
-                                  {"device", kernels->description()},
-                                  {"threads", device.pool().num_threads()},
-                                  {"model", shape.model},
-                                  {"dtype", DTypeName(act)},
-                                  {"T", shape.length},
-                                  {"tokens", shape.tokens()}};
+    return NewLine(name, kernels->description(), shape, act, ceilings,
+                   device.pool().num_threads());
   };
   nlohmann::ordered_json top = line("ceilings");
   top["gflops"] = ceilings.gemm_flops * 1e-9;
@@ -67,16 +96,16 @@ void RunAll(DType act) {
   Print(top);
 
   const StepOps step(device, *kernels, shape, act);
-  double seconds = 0, best_seconds = 0, flops = 0;
+  double seconds = 0, best_seconds = 0, worst_seconds = 0, flops = 0;
   for (const StepOp& op : step.ops()) {
     if (op.name.find(absl::GetFlag(FLAGS_only)) == std::string::npos) continue;
     const Timing t = Time(op.run, absl::GetFlag(FLAGS_rounds), kRoundSeconds);
     seconds += t.median * static_cast<double>(op.count);
     best_seconds += t.min * static_cast<double>(op.count);
+    worst_seconds += t.max * static_cast<double>(op.count);
     flops += op.flops * static_cast<double>(op.count);
     nlohmann::ordered_json json = line(op.name);
     json["count"] = op.count;
-    json["rounds"] = absl::GetFlag(FLAGS_rounds);
     json["ms"] = {t.median * 1e3, t.min * 1e3, t.max * 1e3};
     json["step_ms"] = t.median * 1e3 * static_cast<double>(op.count);
     json["gflops"] = op.flops / t.median * 1e-9;
@@ -87,11 +116,10 @@ void RunAll(DType act) {
     Print(json);
   }
   nlohmann::ordered_json sum = line("forward_backward_sum");
-  sum["seconds"] = seconds;
-  sum["best_seconds"] = best_seconds;
+  sum["ms"] = {seconds * 1e3, best_seconds * 1e3, worst_seconds * 1e3};
   sum["tok_s"] = static_cast<double>(shape.tokens()) / seconds;
   sum["gflops"] = flops / seconds * 1e-9;
-  sum["share_of_ceiling"] = flops / seconds / ceilings.gemm_flops;
+  sum["mcu"] = sum["share_of_ceiling"] = flops / seconds / ceilings.gemm_flops;
   Print(sum);
 }
 
