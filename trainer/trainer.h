@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// One rank's training state: weights, accumulator, Adam, retained activations.
+// Knows steps, not RPCs. docs/training.md.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "device/cpu_device.h"
+#include "kernels/kernels.h"
+#include "model/config.h"
+
+namespace gradwire {
+
+enum class Precision { kF32, kBF16 };
+
+struct TrainerOptions {
+  std::string model_directory;
+  Precision precision = Precision::kF32;
+  // 0: chosen by the planner.
+  int64_t max_context = 0;
+  int64_t activation_bytes = 0;
+  int64_t micro_batch_tokens = 0;
+};
+
+// Bytes by class; made before the first allocation.
+struct MemoryPlan {
+  int64_t weights = 0, gradients = 0, optimizer = 0;
+  int64_t activations = 0, workspace = 0;
+  int64_t total = 0, available = 0;
+  int64_t micro_batch_tokens = 0, max_context = 0, retained_tokens = 0;
+};
+
+// One sequence of a batch. n positions, k targets a position.
+// Inputs that the loss does not use are empty.
+struct TrainDatum {
+  std::vector<int32_t> tokens;   // [n]
+  std::vector<int32_t> targets;  // [n, k]
+  int64_t k = 1;
+  std::vector<float> weights;                // [n, k]
+  std::vector<float> advantages, logprobs;   // [n, k] or [n]
+  std::vector<float> clip_low, clip_high;    // [n]
+  std::vector<float> sequence_ratio_mask;    // [n]
+};
+
+struct LossSpec {
+  std::string name = "cross_entropy";
+  std::map<std::string, double> config;
+};
+
+// Logprobs of one datum, as they are ready.
+struct DatumLogprobs {
+  int64_t index = 0;
+  std::vector<float> logprobs;        // [n, k]
+  std::vector<float> top_k_logprobs;  // [n, top_k]
+  std::vector<int32_t> top_k_indices;
+};
+using LogprobSink = std::function<void(DatumLogprobs)>;
+
+struct ForwardOptions {
+  LossSpec loss;
+  int32_t top_k = 0;
+  bool backward = false;
+  // Non-empty: retain under this id (not with backward).
+  std::string activation_id;
+};
+
+struct ForwardOutcome {
+  std::map<std::string, double> metrics;
+  int64_t retained_layers = 0;
+  bool retained = false;
+};
+
+struct BackwardOutcome {
+  std::map<std::string, double> metrics;
+  bool recomputed = false;
+};
+
+enum class GradientNormalization { kNone, kNumLossTokens, kNumSequences };
+enum class GradientNormMetrics { kOff, kBasic, kDetailed };
+
+struct OptimParams {
+  double learning_rate = 1e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-12;
+  double weight_decay = 0.0, grad_clip_norm = 0.0;
+  GradientNormalization normalization = GradientNormalization::kNone;
+  GradientNormMetrics norm_metrics = GradientNormMetrics::kBasic;
+  int64_t expected_ops = -1;  // -1: not checked
+};
+
+struct OptimOutcome {
+  double grad_norm = 0, clip_factor = 1;
+  int64_t loss_tokens = 0, sequences = 0;
+  bool skipped = false;
+  std::map<std::string, double> metrics;
+};
+
+struct ExportOutcome {
+  int64_t bytes = 0;
+  std::string digest;
+};
+
+// Thread rule: one thread at a time.
+class Trainer {
+ public:
+  // Plans, reports the plan through `on_plan`, allocates, loads (progress 0..1).
+  // Errors: those of ParseModelConfig and HfWeights; MODEL_TENSOR_MISSING,
+  // MODEL_TENSOR_MISMATCH, MODEL_TENSOR_UNKNOWN; RESOURCE_EXHAUSTED
+  // MEMORY_PLAN_EXCEEDED with the numbers.
+  static absl::StatusOr<std::unique_ptr<Trainer>> Create(
+      const TrainerOptions& options, CpuDevice& device, Kernels& kernels,
+      const std::function<void(const MemoryPlan&)>& on_plan,
+      const std::function<void(double)>& on_progress);
+  virtual ~Trainer() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual const MemoryPlan& plan() const = 0;
+  virtual int64_t num_parameters() const = 0;
+  virtual int64_t weight_version() const = 0;
+  virtual int64_t optimizer_step() const = 0;
+
+  // The batch has been validated. Calls `sink` once for each datum, micro-batch
+  // by micro-batch. With options.backward adds dL/dtheta to the accumulator.
+  virtual absl::StatusOr<ForwardOutcome> Forward(
+      const std::vector<TrainDatum>& data, const ForwardOptions& options,
+      const LogprobSink& sink) = 0;
+
+  // `d_logprobs[i]` is [n, k] of datum i, or empty for zero. Consumes the id.
+  // Errors: ACTIVATIONS_EXPIRED, ACTIVATIONS_STALE, SHAPE_MISMATCH,
+  // NONFINITE_INPUT.
+  virtual absl::StatusOr<BackwardOutcome> Backward(
+      const std::string& activation_id,
+      const std::vector<std::vector<float>>& d_logprobs, bool allow_stale) = 0;
+  virtual void Release(const std::string& activation_id) = 0;
+
+  virtual absl::StatusOr<OptimOutcome> OptimStep(const OptimParams& params) = 0;
+  virtual void ZeroGrad() = 0;
+  // Drops gradients, counters, taint and activations; returns the number of
+  // forward_backward operations whose gradients were dropped.
+  virtual int64_t Reset() = 0;
+
+  // Writes a Hugging Face directory (safetensors in the source's storage dtype:
+  // f32 for f32 jobs, bf16 for bf16 jobs; config.json, tokenizer files copied).
+  // Atomic: `directory` appears complete or not at all.
+  virtual absl::StatusOr<ExportOutcome> Export(
+      const std::string& directory) = 0;
+
+  // For tests: the accumulator's gradient, or the master weights, of one
+  // parameter by Hugging Face name.
+  virtual absl::StatusOr<std::vector<float>> Gradient(
+      const std::string& hf_name) = 0;
+  virtual absl::StatusOr<std::vector<float>> Weight(
+      const std::string& hf_name) = 0;
+};
+
+}  // namespace gradwire
