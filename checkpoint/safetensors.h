@@ -36,11 +36,11 @@ class SafetensorsFile {
   const std::map<std::string, SafetensorsEntry>& entries() const {
     return entries_;
   }
-  // Reads elements [begin, begin + count) of a tensor of dtype F32, F16 or BF16,
-  // widened to float. Errors: NOT_FOUND, OUT_OF_RANGE, UNIMPLEMENTED (dtype),
-  // DATA_LOSS (the file has shrunk).
-  absl::Status ReadFloats(const std::string& name, int64_t begin,
-                          int64_t count, float* out) const;
+  // Reads elements [begin, begin + count) of a tensor of dtype F32, F16 or
+  // BF16, widened to float. Errors: NOT_FOUND, OUT_OF_RANGE, UNIMPLEMENTED
+  // (dtype), DATA_LOSS (the file has shrunk).
+  absl::Status ReadFloats(const std::string& name, int64_t begin, int64_t count,
+                          float* out) const;
 
  private:
   SafetensorsFile() = default;
@@ -59,16 +59,16 @@ class HfWeights {
   // Null if there is no such tensor.
   const SafetensorsEntry* Find(const std::string& name) const;
   std::vector<std::string> Names() const;
-  absl::Status ReadFloats(const std::string& name, int64_t begin,
-                          int64_t count, float* out) const;
+  absl::Status ReadFloats(const std::string& name, int64_t begin, int64_t count,
+                          float* out) const;
 
  private:
   std::vector<std::unique_ptr<SafetensorsFile>> files_;
   std::map<std::string, size_t> file_of_;
 };
 
-// Writes one safetensors file tensor by tensor: Begin with the whole table, then
-// Append each tensor's bytes in table order. Errors stick and surface in
+// Writes one safetensors file tensor by tensor: Begin with the whole table,
+// then Append each tensor's bytes in table order. Errors stick and surface in
 // Finish(), which syncs the file.
 class SafetensorsWriter {
  public:

@@ -48,10 +48,11 @@ struct ModelConfig {
 
 // Reads the text of a config.json, in the older form (rope_theta, rope_scaling,
 // torch_dtype) and in the newer (rope_parameters, dtype, layer_types).
-// Errors: INVALID_ARGUMENT MODEL_CONFIG_INVALID (not JSON, wrong type, number out
-// of range, nested too deep, over 1 MiB); UNIMPLEMENTED MODEL_UNSUPPORTED
-// (architecture, activation, rope type, sliding window in use, quantisation, bias
-// or any other field that changes the mathematics), both naming field and value.
+// Errors: INVALID_ARGUMENT MODEL_CONFIG_INVALID (not JSON, wrong type, number
+// out of range, nested too deep, over 1 MiB); UNIMPLEMENTED MODEL_UNSUPPORTED
+// (architecture, activation, rope type, sliding window in use, quantisation,
+// bias or any other field that changes the mathematics), both naming field and
+// value.
 absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json);
 
 // The architectures that ParseModelConfig accepts.

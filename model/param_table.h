@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row per parameter: name, shape, init, place. Allocation, loading, Adam and
-// export all walk this table; a parameter's name is spelled once.
+// One row per parameter: name, shape, init, place. Allocation, loading, Adam
+// and export all walk this table; a parameter's name is spelled once.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +23,10 @@ struct ParamRow {
   int64_t num_elements = 0;
 };
 
-// Where one block's parameters lie, in elements from the start of the flat vector;
-// -1 where the model has no such parameter. q, k, v lie next to each other
-// without a gap, so that qkv is one [QkvWidth, hidden] matrix (and one bias); so
-// do gate and up, one [2 * ffn, hidden] matrix.
+// Where one block's parameters lie, in elements from the start of the flat
+// vector; -1 where the model has no such parameter. q, k, v lie next to each
+// other without a gap, so that qkv is one [QkvWidth, hidden] matrix (and one
+// bias); so do gate and up, one [2 * ffn, hidden] matrix.
 struct BlockOffsets {
   int64_t input_norm = -1;  // [hidden]
   int64_t qkv = -1;         // [QkvWidth, hidden]

@@ -43,10 +43,10 @@ struct TrainDatum {
   std::vector<int32_t> tokens;   // [n]
   std::vector<int32_t> targets;  // [n, k]
   int64_t k = 1;
-  std::vector<float> weights;                // [n, k]
-  std::vector<float> advantages, logprobs;   // [n, k] or [n]
-  std::vector<float> clip_low, clip_high;    // [n]
-  std::vector<float> sequence_ratio_mask;    // [n]
+  std::vector<float> weights;               // [n, k]
+  std::vector<float> advantages, logprobs;  // [n, k] or [n]
+  std::vector<float> clip_low, clip_high;   // [n]
+  std::vector<float> sequence_ratio_mask;   // [n]
 };
 
 struct LossSpec {
@@ -108,10 +108,10 @@ struct ExportOutcome {
 // Thread rule: one thread at a time.
 class Trainer {
  public:
-  // Plans, reports the plan through `on_plan`, allocates, loads (progress 0..1).
-  // Errors: those of ParseModelConfig and HfWeights; MODEL_TENSOR_MISSING,
-  // MODEL_TENSOR_MISMATCH, MODEL_TENSOR_UNKNOWN; RESOURCE_EXHAUSTED
-  // MEMORY_PLAN_EXCEEDED with the numbers.
+  // Plans, reports the plan through `on_plan`, allocates, loads (progress
+  // 0..1). Errors: those of ParseModelConfig and HfWeights;
+  // MODEL_TENSOR_MISSING, MODEL_TENSOR_MISMATCH, MODEL_TENSOR_UNKNOWN;
+  // RESOURCE_EXHAUSTED MEMORY_PLAN_EXCEEDED with the numbers.
   static absl::StatusOr<std::unique_ptr<Trainer>> Create(
       const TrainerOptions& options, CpuDevice& device, Kernels& kernels,
       const std::function<void(const MemoryPlan&)>& on_plan,
