@@ -15,6 +15,15 @@ Tensor Shaped(void* data, DType dtype, std::initializer_list<int64_t> shape) {
   return Tensor(data, dtype, shape);
 }
 
+// What lies on both sides of every device tensor. No op may touch it.
+constexpr int64_t kGuardBytes = 256;
+constexpr int32_t kGuardWord = 0x5ca1ab1e;
+
+Tensor Guard(char* at) { return Tensor(at, DType::kBF16, {kGuardBytes / 2}); }
+std::vector<int32_t> GuardContent() {
+  return std::vector<int32_t>(kGuardBytes / 4, kGuardWord);
+}
+
 void Set(const Tensor& t, int64_t i, float value) {
   if (t.dtype() == DType::kBF16) {
     t.data<BFloat16>()[i] = BFloat16(value);
@@ -59,6 +68,12 @@ KernelsConformanceTest::KernelsConformanceTest()
       stream_(device_->NewStream()) {}
 
 KernelsConformanceTest::~KernelsConformanceTest() {
+  const std::vector<int32_t> want = GuardContent();
+  for (const Tensor& guard : guards_) {
+    std::vector<int32_t> got(want.size());
+    device_->CopyToHost(*stream_, guard, got.data());
+    EXPECT_EQ(got, want) << "an op wrote outside a tensor";
+  }
   EXPECT_TRUE(stream_->Finish().ok());
 }
 
@@ -72,10 +87,15 @@ Tensor KernelsConformanceTest::NewHost(DType dtype,
 }
 
 Tensor KernelsConformanceTest::NewDevice(const Tensor& host) {
-  auto buffer = device_->Allocate(host.bytes() + DTypeBytes(host.dtype()));
+  auto buffer = device_->Allocate(host.bytes() + 2 * kGuardBytes);
   GW_CHECK(buffer.ok());
   device_memory_.push_back(*std::move(buffer));
-  void* data = device_memory_.back()->data();
+  char* data = static_cast<char*>(device_memory_.back()->data()) + kGuardBytes;
+  static const std::vector<int32_t> kContent = GuardContent();
+  for (char* side : {data - kGuardBytes, data + host.bytes()}) {
+    guards_.push_back(Guard(side));
+    device_->CopyFromHost(*stream_, kContent.data(), guards_.back());
+  }
   Tensor device;
   switch (host.rank()) {
     case 1:

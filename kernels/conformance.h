@@ -81,6 +81,7 @@ class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
   std::unique_ptr<Stream> stream_;
   std::vector<std::vector<char>> host_memory_;
   std::vector<std::unique_ptr<DeviceBuffer>> device_memory_;
+  std::vector<Tensor> guards_;  // memory around the tensors, checked at the end
 };
 
 }  // namespace gradwire
