@@ -190,24 +190,42 @@ TEST_P(KernelsConformanceTest, SumOfSquares) {
   EXPECT_FALSE(std::isfinite(kernels().SumOfSquares(stream(), bad.device)));
 }
 
+struct AdamWCase {
+  int64_t n;
+  float eps, weight_decay;
+  int64_t step;
+};
+// The first step starts from moments of zero and gradients among which some are
+// zero: there all of the denominator is eps.
+const AdamWCase kAdamWCases[] = {{0, 1e-8f, 0.1f, 3},
+                                 {1, 1e-8f, 0.1f, 3},
+                                 {37, 1e-12f, 0.0f, 1},
+                                 {70001, 1e-8f, 0.1f, 3},
+                                 {70001, 1e-12f, 0.01f, 100000}};
+
 TEST_P(KernelsConformanceTest, AdamW) {
-  for (const int64_t n : {1, 37, 70001}) {
+  for (const AdamWCase& c : kAdamWCases) {
+    const int64_t n = c.n;
     AdamWParams params;
     params.learning_rate = 1e-2f;
     params.beta1 = 0.9f;
     params.beta2 = 0.95f;
-    params.eps = 1e-8f;
-    params.weight_decay = 0.1f;
+    params.eps = c.eps;
+    params.weight_decay = c.weight_decay;
     params.grad_scale = 0.25f;
-    params.step = 3;
+    params.step = c.step;
     const Operand master = Normal(DType::kF32, {n});
     const Operand m = Normal(DType::kF32, {n});
     const Operand v = Normal(DType::kF32, {n});
     const Operand grad = Normal(DType::kF32, {n});
     for (int64_t i = 0; i < n; ++i) {
-      v.host.data<float>()[i] = std::abs(v.host.data<float>()[i]);
+      float& square = v.host.data<float>()[i];
+      square = std::abs(square);
+      if (c.step > 1) continue;
+      square = m.host.data<float>()[i] = 0;
+      if (i % 3 == 0) grad.host.data<float>()[i] = 0;
     }
-    Upload(v);
+    for (const Operand& changed : {m, v, grad}) Upload(changed);
     const Operand weight = Unwritten(DType::kBF16, {n});
     const auto want = ref::AdamW<Tracked>(
         params, {master.host, m.host, v.host, grad.host, Tensor()});
