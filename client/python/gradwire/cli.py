@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `gradwire`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gradwire.errors import GradwireError, UserError
+from gradwire.local_server import find_server
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    binary = find_server()
+    state = os.path.expanduser("~/.local/state/gradwire")
+    flags = list(args.flags)
+    given = [f for f in flags if f.startswith(("--state_dir", "-state_dir"))]
+    if not given:
+        os.makedirs(state, exist_ok=True)
+        flags.append(f"--state_dir={state}")
+    _say(f"gradwire: starting {binary.name} {' '.join(flags)}")
+    process = subprocess.Popen([str(binary), *flags])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent the signal to the server as well.
+            continue
+
+
+def _isa() -> list[str]:
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next(
+                (line.split() for line in file if line.startswith("flags")), []
+            )
+    except OSError:
+        return []
+    return [name for name in wanted if name in flags]
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    checks: list[dict[str, Any]] = []
+
+    def check(name: str, ok: bool, found: str, remedy: str = "") -> None:
+        row = {"name": name, "ok": ok, "found": found}
+        checks.append(row if ok else {**row, "remedy": remedy})
+
+    python_ok = sys.version_info >= (3, 10)
+    check(
+        "python", python_ok, platform.python_version(), "install 3.10 or newer"
+    )
+    try:
+        check("gradwired", True, str(find_server()))
+    except GradwireError as error:
+        check("gradwired", False, "", error.message)
+    for module in ("torch", "transformers", "matplotlib"):
+        found = importlib.util.find_spec(module) is not None
+        check(
+            module, found, "installed" if found else "", f"pip install {module}"
+        )
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    report = {
+        "ok": all(row["ok"] for row in checks),
+        "cores": os.cpu_count(),
+        "memory_bytes": pages * size,
+        "isa": _isa(),
+        "gpu": shutil.which("nvidia-smi") is not None,
+        "checks": checks,
+    }
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _say(
+            f"{report['cores']} cores, {report['memory_bytes'] / 2**30:.1f} "
+            f"GiB, {' '.join(report['isa']) or 'no wide vectors'}"
+        )
+        for row in checks:
+            mark = "ok     " if row["ok"] else "MISSING"
+            _say(f"{mark} {row['name']:14} {row.get('remedy') or row['found']}")
+    return 0 if report["ok"] else 1
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from gradwire.quickstart.run import run
+
+    return run(steps=args.steps, out=args.out, precision=args.precision)
+
+
+def _print_job(job: Any, as_json: bool) -> None:
+    from google.protobuf import json_format
+
+    if as_json:
+        fields = json_format.MessageToDict(
+            job, preserving_proto_field_name=True
+        )
+        print(json.dumps(fields), flush=True)
+        return
+    _say(_line(job))
+
+
+def _line(job: Any) -> str:
+    from gradwire._proto.gradwire.v1 import jobs_pb2
+
+    state = jobs_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
+    ready = "ready" if job.ready else f"{job.progress:.0%}"
+    return (
+        f"{job.job_id:32} {state.lower():10} {ready:6} step "
+        f"{job.optimizer_step}  {job.spec.base_model}  {job.status_message}"
+    )
+
+
+def _job(args: argparse.Namespace) -> int:
+    from google.protobuf import json_format
+
+    from gradwire.service_client import ServiceClient
+
+    with ServiceClient() as service:
+        if args.action == "list":
+            jobs = service.list_jobs()
+            if args.json:
+                rows = [
+                    json_format.MessageToDict(
+                        job, preserving_proto_field_name=True
+                    )
+                    for job in jobs
+                ]
+                print(json.dumps(rows, indent=2))
+            for job in jobs if not args.json else ():
+                _say(_line(job))
+            return 0
+        if not args.job_id:
+            raise UserError(
+                f"job {args.action} needs a job's id; `gradwire job list` "
+                "shows them",
+                reason="MISSING_ARGUMENT",
+            )
+        if args.action == "watch":
+            for job in service.watch_job(args.job_id):
+                _print_job(job, args.json)
+            return 0
+        call = service.get_job if args.action == "get" else service.delete_job
+        _print_job(call(args.job_id), args.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gradwire")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser(
+        "serve", help="start a server; flags are those of gradwired"
+    )
+    serve.set_defaults(run=_serve)
+    doctor = commands.add_parser("doctor", help="what this machine has")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+    quickstart = commands.add_parser(
+        "quickstart", help="fine-tune a model with a loss in Python"
+    )
+    quickstart.add_argument("--steps", type=int)
+    quickstart.add_argument("--out", default="quickstart-out")
+    quickstart.add_argument("--precision", choices=("f32", "bf16"))
+    quickstart.set_defaults(run=_quickstart)
+    job = commands.add_parser("job", help="list, get, watch, delete jobs")
+    job.add_argument("action", choices=("list", "get", "watch", "delete"))
+    job.add_argument("job_id", nargs="?")
+    job.add_argument("--json", action="store_true")
+    job.set_defaults(run=_job)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 a failure, 2 usage, 130 Ctrl-C."""
+    args, rest = _parser().parse_known_args(argv)
+    if args.command == "serve":
+        args.flags = rest
+    elif rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return args.run(args)
+    except GradwireError as error:
+        _say(f"gradwire: {' '.join(str(error).split())}")
+        return 1
+    except OSError as error:
+        _say(f"gradwire: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("gradwire: interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

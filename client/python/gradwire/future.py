@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a call that is still on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import queue
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+_log = logging.getLogger("gradwire")
+
+
+class Future(Generic[T]):
+    """Read it with result() or await.
+
+    A failure that nobody read is logged when the future is collected, and
+    raised by the check() and close() of the client that made it.
+    """
+
+    def __init__(self, what: str = "operation"):
+        self._inner: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._what = what
+        self._outcome = Outcome(self._inner)
+        self._on_cancel: Callable[[], bool] | None = None
+
+    def result(self, timeout: float | None = None) -> T:
+        """Waits for the result; raises the call's failure or TimeoutError.
+
+        A timeout ends the waiting, not the work.
+        """
+        try:
+            value = self._inner.result(timeout)
+        except concurrent.futures.TimeoutError as error:
+            if not self._inner.done():
+                raise TimeoutError(
+                    f"{self._what} is not done after {timeout} s"
+                ) from error
+            self._outcome.read = True
+            raise
+        except BaseException:
+            if self._inner.done():
+                self._outcome.read = True
+            raise
+        return value
+
+    def done(self) -> bool:
+        return self._inner.done()
+
+    def cancel(self) -> bool:
+        """Removes the operation if it is still queued; True if it was."""
+        if self._inner.done() or self._on_cancel is None:
+            return False
+        return self._on_cancel()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        waiting = asyncio.wrap_future(self._inner)
+        self._outcome.read = True
+        return (yield from asyncio.shield(waiting).__await__())
+
+    def __del__(self) -> None:
+        inner = getattr(self, "_inner", None)
+        if inner is None or not inner.done() or self._outcome.read:
+            return
+        if self._outcome.failed():
+            _log.error(
+                "%s failed and nobody read it: %s",
+                self._what,
+                inner.exception(),
+            )
+
+
+class Outcome:
+    """What a client keeps of a future: whether a failure was read."""
+
+    def __init__(self, inner: concurrent.futures.Future[Any]):
+        self._inner = inner
+        self.read = False
+
+    def failed(self) -> bool:
+        return self._inner.done() and self._inner.exception() is not None
+
+    def settled(self) -> bool:
+        return self._inner.done()
+
+    def raise_if_unread(self) -> None:
+        if not self.read and self.failed():
+            self.read = True
+            error = self._inner.exception()
+            assert error is not None
+            raise error
+
+
+class Workers:
+    """Daemon threads that take work in the order it was given.
+
+    Threads of concurrent.futures would keep a process alive that waits for a
+    server.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._pending = 0
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with self._lock:
+            self._pending += 1
+            start = self._threads < min(self._limit, self._pending)
+            self._threads += start
+        self._work.put(work)
+        if start:
+            threading.Thread(
+                target=self._run, name="gradwire-worker", daemon=True
+            ).start()
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            try:
+                work()
+            finally:
+                with self._lock:
+                    self._pending -= 1

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connection to a server: jobs, and one session for this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from gradwire._proto.gradwire.v1 import (
+    jobs_pb2,
+    jobs_pb2_grpc,
+    operations_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
+from gradwire.errors import (
+    GradwireError,
+    ServerError,
+    UserError,
+    from_operation,
+    from_rpc,
+    invalid,
+)
+from gradwire.training_client import TrainingClient
+
+DEFAULT_ADDRESS = "127.0.0.1:7700"
+_VERSION = "0.1.0"
+_UNARY_SECONDS = 60.0
+_MAX_MESSAGE_BYTES = 64 << 20
+_CHANNEL_OPTIONS = [
+    # Else a new channel inherits the backoff of one that failed before.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.keepalive_time_ms", 30000),
+    ("grpc.keepalive_timeout_ms", 10000),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+]
+_MODES = {
+    "train": training_pb2.MODEL_MODE_TRAIN,
+    "base_only": training_pb2.MODEL_MODE_BASE_ONLY,
+    "forward_only": training_pb2.MODEL_MODE_FORWARD_ONLY,
+}
+_log = logging.getLogger("gradwire")
+
+
+class ServiceClient:
+    """Creates and finds jobs; a context manager.
+
+    address: else GRADWIRE_ADDRESS, else 127.0.0.1:7700.
+    api_key: else GRADWIRE_API_KEY; sent as a bearer token.
+    tls: None or False for plaintext, True for the system's roots, or
+        grpc.ChannelCredentials.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        api_key: str | None = None,
+        tls: bool | grpc.ChannelCredentials | None = None,
+    ):
+        self.address = (
+            address or os.environ.get("GRADWIRE_ADDRESS") or DEFAULT_ADDRESS
+        )
+        key = api_key or os.environ.get("GRADWIRE_API_KEY")
+        self.call_metadata = (
+            (("authorization", f"Bearer {key}"),) if key else ()
+        )
+        if tls:
+            credentials = grpc.ssl_channel_credentials() if tls is True else tls
+            self._channel = grpc.secure_channel(
+                self.address, credentials, _CHANNEL_OPTIONS
+            )
+        else:
+            self._channel = grpc.insecure_channel(
+                self.address, _CHANNEL_OPTIONS
+            )
+        self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
+        self.training = training_pb2_grpc.TrainingServiceStub(self._channel)
+        self.operations = operations_pb2_grpc.OperationServiceStub(
+            self._channel
+        )
+        self._lock = threading.Lock()
+        self._session_id = ""
+        self._num_models = 0
+        self._stop = threading.Event()
+        self._clients: list[TrainingClient] = []
+
+    def call(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        timeout: float | None = _UNARY_SECONDS,
+    ) -> Any:
+        """One call; failures become GradwireError."""
+        try:
+            return method(request, timeout=timeout, metadata=self.call_metadata)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from None
+        except ValueError as error:  # grpc's word for a closed channel
+            if "closed channel" not in str(error):
+                raise
+            raise closed() from None
+
+    def get_server_info(self) -> Any:
+        return self.call(
+            self._jobs.GetServerInfo, jobs_pb2.GetServerInfoRequest()
+        )
+
+    def get_job(self, job_id: str) -> Any:
+        return self.call(
+            self._jobs.GetJob, jobs_pb2.GetJobRequest(job_id=job_id)
+        )
+
+    def list_jobs(self, show_deleted: bool = False) -> list[Any]:
+        """All jobs, oldest first."""
+        jobs: list[Any] = []
+        token = ""
+        while True:
+            request = jobs_pb2.ListJobsRequest(
+                page_size=200, page_token=token, show_deleted=show_deleted
+            )
+            page = self.call(self._jobs.ListJobs, request)
+            jobs.extend(page.jobs)
+            token = page.next_page_token
+            if not token:
+                return jobs
+
+    def watch_job(self, job_id: str) -> Iterator[Any]:
+        """The job now and at every change, until it is deleted."""
+        call = None
+        try:
+            call = self._jobs.WatchJob(
+                jobs_pb2.WatchJobRequest(job_id=job_id),
+                metadata=self.call_metadata,
+            )
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from None
+        finally:
+            if call is not None:
+                call.cancel()
+
+    def delete_job(self, job_id: str) -> Any:
+        request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
+        return self.call(self._jobs.DeleteJob, request)
+
+    def get_profile(self, job_id: str) -> Any:
+        request = jobs_pb2.GetProfileRequest(job_id=job_id)
+        return self.call(self._jobs.GetProfile, request)
+
+    def create_training_client(
+        self,
+        base_model: str,
+        *,
+        job_id: str | None = None,
+        lora: Any = None,
+        mode: str = "train",
+        precision: str | None = None,
+        world_size: int = 1,
+        max_context_length: int | None = None,
+        activation_bytes: int | None = None,
+        init_from: str | None = None,
+        take_over: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> TrainingClient:
+        """Creates the job, or attaches to it, and waits until it is ready."""
+        if mode not in _MODES:
+            raise invalid(
+                "UNSUPPORTED_OPTION",
+                f"mode is {mode!r}; use one of {', '.join(_MODES)}",
+                field="mode",
+                value=mode,
+            )
+        job_id = job_id or f"job-{uuid.uuid4().hex[:12]}"
+        spec = jobs_pb2.JobSpec(
+            base_model=os.fspath(base_model),
+            precision=precision or "",
+            world_size=world_size,
+            max_context_length=max_context_length or 0,
+            activation_bytes=activation_bytes or 0,
+            forward_only=mode == "forward_only",
+        )
+        request = training_pb2.CreateModelRequest(
+            job_id=job_id,
+            base_model=spec.base_model,
+            mode=_MODES[mode],
+            take_over=take_over,
+            user_metadata=user_metadata or {},
+        )
+        if lora is not None:
+            fields = {"rank": lora} if isinstance(lora, int) else dict(lora)
+            request.lora.CopyFrom(training_pb2.LoraConfig(**fields))
+            if fields.get("rank"):
+                spec.lora.max_rank = fields["rank"]
+                spec.lora.max_adapters = 1
+        if init_from is not None:
+            request.init_from.ref = init_from
+        self.call(
+            self._jobs.CreateJob,
+            jobs_pb2.CreateJobRequest(job_id=job_id, spec=spec),
+        )
+        self._wait_ready(job_id)
+        with self._lock:
+            request.session_id = self._session()
+            self._num_models += 1
+            request.model_seq_id = self._num_models
+        model = self.call(self.training.CreateModel, request)
+        client = TrainingClient(self, job_id, model.model_id)
+        self._clients.append(client)
+        return client
+
+    def _wait_ready(self, job_id: str) -> None:
+        from gradwire.progress import Progress
+
+        with Progress(f"job {job_id}") as progress:
+            for job in self.watch_job(job_id):
+                if job.ready:
+                    return
+                if job.state == jobs_pb2.JOB_STATE_FAILED:
+                    raise from_operation(job.error)
+                if job.state in (
+                    jobs_pb2.JOB_STATE_DELETING,
+                    jobs_pb2.JOB_STATE_DELETED,
+                    jobs_pb2.JOB_STATE_CANCELLED,
+                ):
+                    break
+                phase = jobs_pb2.JobPhase.Name(job.phase)
+                name = phase.removeprefix("JOB_PHASE_").lower()
+                progress.update(name, job.progress)
+        raise UserError(
+            f"job {job_id} was deleted while it started; create another one",
+            code=grpc.StatusCode.FAILED_PRECONDITION,
+            reason="JOB_DELETED",
+            metadata={"job_id": job_id},
+        )
+
+    def _session(self) -> str:
+        """The session of this client. REQUIRES: the lock is held."""
+        if not self._session_id:
+            reply = self.call(
+                self._sessions.CreateSession,
+                sessions_pb2.CreateSessionRequest(client_version=_VERSION),
+            )
+            self._session_id = reply.session_id
+            if reply.warning_message:
+                _log.warning("%s", reply.warning_message)
+            interval = reply.config.heartbeat_interval_seconds or 10.0
+            threading.Thread(
+                target=self._beat,
+                args=(interval,),
+                name="gradwire-heartbeat",
+                daemon=True,
+            ).start()
+        return self._session_id
+
+    def _beat(self, interval: float) -> None:
+        request = sessions_pb2.HeartbeatRequest(session_id=self._session_id)
+        last = ""
+        while not self._stop.wait(interval):
+            try:
+                self.call(self._sessions.Heartbeat, request, interval)
+                last = ""
+            except GradwireError as error:
+                if not self._stop.is_set() and error.reason != last:
+                    last = error.reason
+                    _log.warning("heartbeat failed: %s", error)
+
+    def close(self) -> None:
+        """Ends the session and the connection; raises unread failures."""
+        if self._stop.is_set():
+            return
+        failure: Exception | None = None
+        for client in self._clients:
+            try:
+                client.close()
+            except Exception as error:
+                failure = failure or error
+        self._finish("success" if failure is None else "errored")
+        if failure is not None:
+            raise failure
+
+    def _finish(self, reason: str) -> None:
+        self._stop.set()
+        if self._session_id:
+            request = sessions_pb2.FinishSessionRequest(
+                session_id=self._session_id, reason=reason
+            )
+            try:
+                self.call(self._sessions.FinishSession, request, 2.0)
+            except GradwireError as error:
+                _log.debug("the session was not finished: %s", error)
+        self._channel.close()
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        elif not self._stop.is_set():
+            self._finish(
+                "interrupted" if kind is KeyboardInterrupt else "errored"
+            )
+
+
+def closed() -> ServerError:
+    return ServerError(
+        "the client is closed; make a new ServiceClient",
+        code=grpc.StatusCode.CANCELLED,
+        reason="CLIENT_CLOSED",
+    )
