@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+
 from gradwire.quickstart import data
 
 
