@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real server and a tiny model, through the public client alone."""
+
+import os
+import pathlib
+import signal
+
+import pytest
+
+gradwire = pytest.importorskip("gradwire")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+if not hasattr(gradwire, "LocalServer"):
+    pytest.skip("the client is not installed", allow_module_level=True)
+from gradwire._proto.gradwire.v1 import jobs_pb2  # noqa: E402
+from gradwire.local_server import find_server  # noqa: E402
+from gradwire.quickstart import evaluate  # noqa: E402
+
+try:
+    _RANK = find_server().with_name("gradwire_rank")
+except gradwire.GradwireError as error:
+    pytest.skip(error.message, allow_module_level=True)
+if not _RANK.exists() and not _RANK.with_name("gradwire-rank").exists():
+    pytest.skip(
+        "gradwire_rank was not found beside gradwired; run `bazel build "
+        "//server:gradwire_rank`",
+        allow_module_level=True,
+    )
+
+VOCAB = 97
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server():
+    with gradwire.LocalServer(threads=1) as running:
+        yield running
+
+
+@pytest.fixture
+def service(server):
+    with gradwire.ServiceClient(address=server.address) as client:
+        yield client
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(2)
+    return [
+        gradwire.Datum.from_tokens(
+            torch.randint(VOCAB, (length,), generator=generator),
+            prompt_length=3,
+        )
+        for length in (9, 17, 5, 12)
+    ]
+
+
+@pytest.fixture
+def new_client(service, base):
+    jobs = []
+
+    def create():
+        client = service.create_training_client(base, precision="f32")
+        jobs.append(client.job_id)
+        return client
+
+    yield create
+    for job in jobs:
+        service.delete_job(job)
+
+
+def squares(data, logprobs):
+    """Not linear in the log-probabilities."""
+    terms = [d.response(lp) for d, lp in zip(data, logprobs, strict=True)]
+    return sum(t.sum() ** 2 for t in terms), {}
+
+
+def signed_weights(data, gradients):
+    return [
+        gradwire.Datum(
+            d.model_input,
+            {
+                "target_tokens": d.loss_fn_inputs["target_tokens"],
+                "weights": -gradient,
+            },
+        )
+        for d, gradient in zip(data, gradients, strict=True)
+    ]
+
+
+def test_logprobs_are_those_of_transformers(new_client, base, data):
+    served = new_client().forward(data).result().logprobs
+    assert evaluate.agreement(base, data, served, "f32").ok
+
+
+def test_exported_weights_are_those_that_were_trained(new_client, data):
+    client = new_client()
+    before = client.forward(data).result().logprobs
+    for _ in range(3):
+        client.forward_backward(data, "cross_entropy")
+        client.optim_step(gradwire.AdamParams(learning_rate=1e-2))
+    snapshot = client.save_weights_for_sampler("trained").result()
+    after = client.forward(data).result().logprobs
+    client.check()
+    path = pathlib.Path(snapshot.local_path)
+    assert evaluate.agreement(path, data, after, "f32").ok
+    assert not evaluate.agreement(path, data, before, "f32").ok
+
+
+def test_custom_loss_equals_its_two_call_form(new_client, data):
+    custom = new_client()
+    step = custom.forward_backward_custom(data, squares)
+    custom.optim_step()
+    one = custom.save_weights_for_sampler("one").result()
+    assert not step.result().recomputed
+
+    classic = new_client()
+    leaves = [
+        torch.tensor(lp, requires_grad=True)
+        for lp in classic.forward(data).result().logprobs
+    ]
+    loss, _ = squares(data, leaves)
+    loss.backward()
+    batch = signed_weights(data, [leaf.grad for leaf in leaves])
+    classic.forward_backward(batch, "cross_entropy")
+    classic.optim_step()
+    two = classic.save_weights_for_sampler("two").result()
+    assert step.result().loss == loss.item()
+    assert one.digest == two.digest
+
+
+def test_depth_does_not_change_results(new_client, data):
+    def digest(wait):
+        client = new_client()
+        for step in range(8):
+            parts = [
+                client.forward_backward(data[step % 4 :], "cross_entropy"),
+                client.optim_step(),
+            ]
+            if wait:
+                for part in parts:
+                    part.result()
+        return client.save_weights_for_sampler("end").result().digest
+
+    assert digest(wait=True) == digest(wait=False)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "loss", "reason"),
+    [
+        ({}, "cross_entropy", "MISSING_LOSS_INPUT"),
+        ({"target_tokens": [1, 2]}, "cross_entropy", "SHAPE_MISMATCH"),
+        (
+            {"target_tokens": [1, VOCAB, 2]},
+            "cross_entropy",
+            "TOKEN_OUT_OF_RANGE",
+        ),
+        ({"target_tokens": [1, 2, 3]}, "no_such_loss", "UNKNOWN_LOSS"),
+        (
+            {"target_tokens": [1, 2, 3], "weights": [1, float("nan"), 1]},
+            "cross_entropy",
+            "NONFINITE_INPUT",
+        ),
+        (
+            {"target_tokens": [1, 2, 3], "colour": [1, 1, 1]},
+            "cross_entropy",
+            "UNKNOWN_LOSS_INPUT",
+        ),
+    ],
+)
+def test_bad_input_is_named_and_the_job_goes_on(
+    new_client, data, inputs, loss, reason
+):
+    client = new_client()
+    bad = gradwire.Datum([1, 2, 3], inputs)
+    with pytest.raises(gradwire.UserError) as caught:
+        client.forward_backward([data[0], bad], loss).result()
+    assert caught.value.reason == reason
+    assert client.forward(data).result().logprobs
+
+
+def ranks_of(pid):
+    found = []
+    for folder in pathlib.Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            stat = (folder / "stat").read_text()
+        except OSError:
+            continue
+        name, fields = stat.rsplit(")", 1)
+        if int(fields.split()[1]) == pid and "rank" in name:
+            found.append(int(folder.name))
+    return found
+
+
+def test_killed_rank_fails_its_job_and_no_other(
+    server, service, new_client, data
+):
+    client = new_client()
+    ranks = ranks_of(server.pid)
+    assert len(ranks) == 1
+    os.kill(ranks[0], signal.SIGKILL)
+    for job in service.watch_job(client.job_id):
+        if job.state == jobs_pb2.JOB_STATE_FAILED:
+            break
+    assert job.status_reason == "RANK_EXITED"
+    assert new_client().forward(data).result().logprobs
