@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trainer/train_step.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/status.h"
+
+namespace gradwire {
+namespace {
+
+DType ActType(Precision precision) {
+  return precision == Precision::kF32 ? DType::kF32 : DType::kBF16;
+}
+
+AttentionShape ShapeOf(const ModelConfig& config) {
+  AttentionShape shape;
+  shape.heads = config.heads;
+  shape.kv_heads = config.kv_heads;
+  shape.head_dim = config.head_dim;
+  return shape;
+}
+
+// `acts` without its input: the part that a recompute makes again. `alloc`
+// hands out a tensor of (dtype, shape).
+template <typename Alloc>
+void LayOutRest(const ModelConfig& config, DType act, int64_t tokens,
+                Alloc alloc, BlockActivations& acts) {
+  acts.rstd1 = alloc(DType::kF32, {tokens});
+  acts.qkv = alloc(act, {tokens, config.QkvWidth()});
+  acts.attention = alloc(act, {tokens, config.AttentionWidth()});
+  acts.lse = alloc(DType::kF32, {tokens, config.heads});
+  acts.mid = alloc(act, {tokens, config.hidden});
+  acts.rstd2 = alloc(DType::kF32, {tokens});
+  acts.gate_up = alloc(act, {tokens, 2 * config.ffn});
+}
+
+}  // namespace
+
+int64_t KernelWorkspaceBytes(const Kernels& kernels, const ModelConfig& config,
+                             Precision precision, int64_t tokens,
+                             int64_t max_positions) {
+  const DType act = ActType(precision);
+  return Arena::AlignedBytes(
+             kernels.AttentionWorkspaceBytes(ShapeOf(config), act, tokens)) +
+         Arena::AlignedBytes(kernels.LogprobHeadWorkspaceBytes(
+             act, tokens, config.hidden, config.vocab)) +
+         2 * Arena::AlignedBytes(max_positions * config.head_dim / 2 * 4) +
+         64 * Arena::kAlignment;
+}
+
+TrainStep::TrainStep(const Options& options, Device& device, Kernels& kernels)
+    : options_(options), device_(device), kernels_(kernels) {}
+
+absl::StatusOr<std::unique_ptr<TrainStep>> TrainStep::Create(
+    const Options& options, Device& device, Kernels& kernels) {
+  std::unique_ptr<TrainStep> step(new TrainStep(options, device, kernels));
+  GW_ASSIGN_OR_RETURN(step->scratch_,
+                      Arena::Create(device, options.scratch_bytes));
+  step->stream_ = device.NewStream();
+  const int64_t half = options.config->head_dim / 2;
+  const int64_t positions = options.max_positions;
+  step->cos_ = step->scratch_.Alloc("cos", DType::kF32, {positions, half});
+  step->sin_ = step->scratch_.Alloc("sin", DType::kF32, {positions, half});
+  std::vector<float> cos(positions * half), sin(positions * half);
+  RopeTables(*options.config, positions, cos.data(), sin.data());
+  device.CopyFromHost(*step->stream_, cos.data(), step->cos_);
+  device.CopyFromHost(*step->stream_, sin.data(), step->sin_);
+  GW_RETURN_IF_ERROR(step->stream_->Finish());
+  step->after_tables_ = step->scratch_.Mark();
+  return step;
+}
+
+Tensor TrainStep::Global(const Tensor& flat, int64_t offset,
+                         int64_t rows) const {
+  const int64_t hidden = options_.config->hidden;
+  Tensor view = flat.Rows(offset, offset + rows * hidden);
+  return rows == 1 ? view : view.Reshape({rows, hidden});
+}
+
+StoredActivations TrainStep::LayOut(char* memory, int64_t tokens,
+                                    int64_t full_layers) const {
+  const ModelConfig& config = *options_.config;
+  const DType act = ActType(options_.precision);
+  auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    Tensor tensor(memory, dtype, shape);
+    memory += Arena::AlignedBytes(dtype, shape);
+    return tensor;
+  };
+  StoredActivations stored;
+  stored.full_layers = full_layers;
+  stored.layers.resize(config.layers);
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    stored.layers[layer].input = alloc(act, {tokens, config.hidden});
+    if (layer < full_layers) {
+      LayOutRest(config, act, tokens, alloc, stored.layers[layer]);
+    }
+  }
+  stored.residual = alloc(act, {tokens, config.hidden});
+  stored.lse = alloc(DType::kF32, {tokens});
+  return stored;
+}
+
+TrainStep::Bound TrainStep::Bind(const PackedInputs& inputs, int64_t top_k) {
+  const ModelConfig& config = *options_.config;
+  const DType act = ActType(options_.precision);
+  const int64_t tokens = inputs.num_tokens();
+  GW_CHECK(tokens <= options_.max_tokens && inputs.k <= kMaxTargets &&
+           top_k <= kMaxTargets);
+  scratch_.ResetTo(after_tables_);
+  auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    return scratch_.Alloc("scratch", dtype, shape);
+  };
+  Bound bound;
+  bound.tokens = alloc(DType::kI32, {tokens});
+  bound.targets = alloc(DType::kI32, {tokens, inputs.k});
+  bound.context.positions = alloc(DType::kI32, {tokens});
+  bound.context.config = &config;
+  bound.context.cos = cos_;
+  bound.context.sin = sin_;
+  bound.context.layout = {inputs.cu_seqlens.data(),
+                          static_cast<int64_t>(inputs.cu_seqlens.size()) - 1};
+  bound.scratch.normed = alloc(act, {tokens, config.hidden});
+  bound.scratch.hidden = alloc(act, {tokens, config.hidden});
+  bound.scratch.rotated = alloc(act, {tokens, config.QkvWidth()});
+  bound.scratch.d_rotated = alloc(act, {tokens, config.QkvWidth()});
+  bound.scratch.d_attention = alloc(act, {tokens, config.AttentionWidth()});
+  bound.scratch.ffn = alloc(act, {tokens, config.ffn});
+  bound.scratch.d_ffn = alloc(act, {tokens, config.ffn});
+  LayOutRest(config, act, tokens, alloc, bound.spare);
+  bound.residual_a = alloc(act, {tokens, config.hidden});
+  bound.residual_b = alloc(act, {tokens, config.hidden});
+  bound.lse = alloc(DType::kF32, {tokens});
+  bound.rstd = alloc(DType::kF32, {tokens});
+  bound.d_residual = alloc(act, {tokens, config.hidden});
+  bound.logprobs = alloc(DType::kF32, {tokens, inputs.k});
+  bound.d_logprobs = alloc(DType::kF32, {tokens, inputs.k});
+  if (top_k > 0) {
+    bound.top_k_logprobs = alloc(DType::kF32, {tokens, top_k});
+    bound.top_k_indices = alloc(DType::kI32, {tokens, top_k});
+  }
+  const int64_t attention =
+      kernels_.AttentionWorkspaceBytes(ShapeOf(config), act, tokens);
+  if (attention > 0) {
+    bound.scratch.attention_workspace =
+        alloc(DType::kF32, {(attention + 3) / 4});
+  }
+  const int64_t head = kernels_.LogprobHeadWorkspaceBytes(
+      act, tokens, config.hidden, config.vocab);
+  if (head > 0) bound.head_workspace = alloc(DType::kF32, {(head + 3) / 4});
+  device_.CopyFromHost(*stream_, inputs.tokens.data(), bound.tokens);
+  device_.CopyFromHost(*stream_, inputs.targets.data(), bound.targets);
+  device_.CopyFromHost(*stream_, inputs.positions.data(),
+                       bound.context.positions);
+  return bound;
+}
+
+absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
+                                               int64_t top_k,
+                                               StoredActivations* stored) {
+  const ModelConfig& config = *options_.config;
+  const ParamTable& table = *options_.table;
+  Bound bound = Bind(inputs, top_k);
+  Stream& stream = *stream_;
+  // Without a store the residual stream alternates between two buffers.
+  auto input_of = [&](int64_t layer) {
+    if (stored == nullptr) {
+      return layer % 2 == 0 ? bound.residual_a : bound.residual_b;
+    }
+    return layer == config.layers ? stored->residual
+                                  : stored->layers[layer].input;
+  };
+  kernels_.EmbeddingForward(
+      stream, bound.tokens,
+      Global(options_.weights, table.embedding(), config.vocab), input_of(0));
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    BlockActivations acts = bound.spare;
+    if (stored != nullptr && layer < stored->full_layers) {
+      acts = stored->layers[layer];
+    }
+    acts.input = input_of(layer);
+    BlockForward(stream, kernels_, bound.context,
+                 BlockParamsAt(config, table.blocks()[layer], options_.weights),
+                 acts, bound.scratch, input_of(layer + 1));
+  }
+  kernels_.RmsNormForward(stream, input_of(config.layers),
+                          Global(options_.weights, table.final_norm(), 1),
+                          static_cast<float>(config.rms_eps),
+                          bound.scratch.normed, bound.rstd);
+  LogprobHead head;
+  head.hidden = bound.scratch.normed;
+  head.weight = Global(options_.weights, table.head(), config.vocab);
+  head.targets = bound.targets;
+  LogprobHeadOutput out;
+  out.logprobs = bound.logprobs;
+  out.lse = stored == nullptr ? bound.lse : stored->lse;
+  out.top_k_logprobs = bound.top_k_logprobs;
+  out.top_k_indices = bound.top_k_indices;
+  kernels_.LogprobHeadForward(stream, head, out, bound.head_workspace);
+
+  HeadResults results;
+  results.logprobs.resize(bound.logprobs.num_elements());
+  device_.CopyToHost(stream, bound.logprobs, results.logprobs.data());
+  if (top_k > 0) {
+    results.top_k_logprobs.resize(bound.top_k_logprobs.num_elements());
+    results.top_k_indices.resize(bound.top_k_indices.num_elements());
+    device_.CopyToHost(stream, bound.top_k_logprobs,
+                       results.top_k_logprobs.data());
+    device_.CopyToHost(stream, bound.top_k_indices,
+                       results.top_k_indices.data());
+  }
+  GW_RETURN_IF_ERROR(stream.Finish());
+  return results;
+}
+
+absl::Status TrainStep::Backward(const PackedInputs& inputs,
+                                 const StoredActivations& stored,
+                                 const std::vector<float>& d_logprobs) {
+  const ModelConfig& config = *options_.config;
+  const ParamTable& table = *options_.table;
+  Bound bound = Bind(inputs, 0);
+  Stream& stream = *stream_;
+  const Tensor final_norm = Global(options_.weights, table.final_norm(), 1);
+  device_.CopyFromHost(stream, d_logprobs.data(), bound.d_logprobs);
+  kernels_.RmsNormForward(stream, stored.residual, final_norm,
+                          static_cast<float>(config.rms_eps),
+                          bound.scratch.normed, bound.rstd);
+  LogprobHead head;
+  head.hidden = bound.scratch.normed;
+  head.weight = Global(options_.weights, table.head(), config.vocab);
+  head.targets = bound.targets;
+  kernels_.LogprobHeadBackward(
+      stream, head, {bound.d_logprobs, stored.lse, bound.head_workspace},
+      bound.scratch.hidden,
+      Global(options_.gradients, table.head(), config.vocab));
+  device_.Zero(stream, bound.d_residual);
+  kernels_.RmsNormBackward(
+      stream, {bound.scratch.hidden, stored.residual, final_norm, bound.rstd},
+      bound.d_residual, Global(options_.gradients, table.final_norm(), 1));
+  for (int64_t layer = config.layers - 1; layer >= 0; --layer) {
+    const BlockParams weights =
+        BlockParamsAt(config, table.blocks()[layer], options_.weights);
+    BlockActivations acts = stored.layers[layer];
+    if (layer >= stored.full_layers) {
+      acts = bound.spare;
+      acts.input = stored.layers[layer].input;
+      BlockForward(stream, kernels_, bound.context, weights, acts,
+                   bound.scratch, bound.residual_a);
+    }
+    BlockBackward(
+        stream, kernels_, bound.context, weights, acts, bound.scratch,
+        {BlockParamsAt(config, table.blocks()[layer], options_.gradients),
+         bound.d_residual});
+  }
+  kernels_.EmbeddingBackward(
+      stream, bound.tokens, bound.d_residual,
+      Global(options_.gradients, table.embedding(), config.vocab));
+  return stream.Finish();
+}
+
+}  // namespace gradwire

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward and backward of one micro-batch: the only loop over layers, for every
+// architecture.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "device/arena.h"
+#include "device/device.h"
+#include "kernels/kernels.h"
+#include "model/block.h"
+#include "model/config.h"
+#include "model/param_table.h"
+#include "trainer/memory_plan.h"
+
+namespace gradwire {
+
+// The inputs of one micro-batch on the host; kept for as long as its
+// activations may have to be made again.
+struct PackedInputs {
+  int64_t k = 1;
+  std::vector<int32_t> tokens;      // [tokens]
+  std::vector<int32_t> positions;   // [tokens]
+  std::vector<int32_t> targets;     // [tokens, k]
+  std::vector<int32_t> cu_seqlens;  // [sequences + 1]
+  int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
+};
+
+// Where a micro-batch's activations lie. `full_layers` of the first layers are
+// whole; the others keep their inputs.
+struct StoredActivations {
+  std::vector<BlockActivations> layers;
+  Tensor residual;  // act [tokens, hidden], after the last layer
+  Tensor lse;       // f32 [tokens]
+  int64_t full_layers = 0;
+};
+
+struct HeadResults {
+  std::vector<float> logprobs;         // [tokens, k]
+  std::vector<float> top_k_logprobs;   // [tokens, top_k]
+  std::vector<int32_t> top_k_indices;  // [tokens, top_k]
+};
+
+// Thread rule: one thread at a time.
+class TrainStep {
+ public:
+  // Tensors are flat vectors by the table; `weights` act, `gradients` f32. All
+  // must outlive the step. `scratch_bytes` as planned.
+  struct Options {
+    const ModelConfig* config;
+    const ParamTable* table;
+    Precision precision;
+    Tensor weights, gradients;
+    int64_t max_tokens;
+    int64_t max_positions;
+    int64_t scratch_bytes;
+  };
+  static absl::StatusOr<std::unique_ptr<TrainStep>> Create(
+      const Options& options, Device& device, Kernels& kernels);
+
+  // Lays `stored` out in `memory` of ActivationBytesOf(...).Kept(...) bytes.
+  StoredActivations LayOut(char* memory, int64_t tokens,
+                           int64_t full_layers) const;
+
+  // Runs the forward; keeps activations in *stored unless it is null.
+  absl::StatusOr<HeadResults> Forward(const PackedInputs& inputs, int64_t top_k,
+                                      StoredActivations* stored);
+  // Adds the gradient of sum(d_logprobs * logprobs), [tokens, k]. Overwrites
+  // parts of `stored`: a forward is good for one backward.
+  absl::Status Backward(const PackedInputs& inputs,
+                        const StoredActivations& stored,
+                        const std::vector<float>& d_logprobs);
+
+  Stream& stream() { return *stream_; }
+
+ private:
+  TrainStep(const Options& options, Device& device, Kernels& kernels);
+
+  // Inputs on the device and buffers cut to the micro-batch's size.
+  struct Bound {
+    BlockContext context;
+    BlockScratch scratch;
+    BlockActivations spare;  // `rest` of a layer that is not kept
+    Tensor tokens, targets;
+    Tensor residual_a, residual_b, lse, rstd, normed, d_residual;
+    Tensor logprobs, d_logprobs, top_k_logprobs, top_k_indices;
+    Tensor head_workspace;
+  };
+  Bound Bind(const PackedInputs& inputs, int64_t top_k);
+  Tensor Global(const Tensor& flat, int64_t offset, int64_t rows) const;
+
+  const Options options_;
+  Device& device_;
+  Kernels& kernels_;
+  std::unique_ptr<Stream> stream_;
+  Arena scratch_;
+  Tensor cos_, sin_;
+  int64_t after_tables_ = 0;
+};
+
+// What the kernels need beside ScratchBytes, for up to `tokens`.
+int64_t KernelWorkspaceBytes(const Kernels& kernels, const ModelConfig& config,
+                             Precision precision, int64_t tokens,
+                             int64_t max_positions);
+
+}  // namespace gradwire
