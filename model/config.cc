@@ -309,6 +309,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text) {
   config.init_std = in.Number("initializer_range", 0.02, 0.0, 100.0);
   config.tied_embeddings = in.Bool("tie_word_embeddings", false);
   config.rope.theta = in.Number("rope_theta", 10000.0, 1.0, 1e12);
+  if (const Json* pad = in.Find("pad_token_id");
+      pad != nullptr && pad->is_number_integer()) {
+    // Negative ones count from the end, as in torch.
+    const int64_t token = pad->get<int64_t>();
+    const int64_t row = token < 0 ? token + config.vocab : token;
+    if (row >= 0 && row < config.vocab) config.padding_token = row;
+  }
   if (config.heads % config.kv_heads != 0) {
     in.Fail(Invalid("num_key_value_heads", std::to_string(config.kv_heads),
                     "does not divide num_attention_heads"));

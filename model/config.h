@@ -41,6 +41,9 @@ struct ModelConfig {
   bool qkv_bias = false;  // Qwen2
   bool qk_norm = false;   // Qwen3
   bool tied_embeddings = false;
+  // Its row of the embedding takes no gradient from the input side, as in
+  // torch.nn.Embedding(padding_idx); -1: none.
+  int64_t padding_token = -1;
 
   int64_t QkvWidth() const { return (heads + 2 * kv_heads) * head_dim; }
   int64_t AttentionWidth() const { return heads * head_dim; }

@@ -10,7 +10,7 @@
 namespace gradwire {
 namespace {
 
-constexpr int64_t kDefaultMicroBatch = 2048;
+constexpr int64_t kDefaultMicroBatch = 1024;
 constexpr int64_t kDefaultContext = 8192;
 // Left to the rest of the machine when the planner chooses.
 constexpr double kShare = 0.9;

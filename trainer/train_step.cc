@@ -252,6 +252,11 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
         {BlockParamsAt(config, table.blocks()[layer], options_.gradients),
          bound.d_residual});
   }
+  for (int64_t t = 0; t < inputs.num_tokens(); ++t) {
+    if (inputs.tokens[t] == config.padding_token) {
+      device_.Zero(stream, bound.d_residual.Rows(t, t + 1));
+    }
+  }
   kernels_.EmbeddingBackward(
       stream, bound.tokens, bound.d_residual,
       Global(options_.gradients, table.embedding(), config.vocab));

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trainer/model_files.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "base/status.h"
+#include "checkpoint/publish.h"
+#include "nlohmann/json.hpp"
+
+namespace gradwire {
+namespace {
+
+constexpr int64_t kStagingElements = 4 << 20;
+constexpr int64_t kConfigLimit = 1 << 20;
+constexpr int64_t kCopiedFileLimit = 256 << 20;
+
+// What belongs to a model beside its weights and config.json.
+constexpr const char* kCopiedFiles[] = {"tokenizer.json",
+                                        "tokenizer_config.json",
+                                        "tokenizer.model",
+                                        "vocab.json",
+                                        "merges.txt",
+                                        "added_tokens.json",
+                                        "chat_template.jinja",
+                                        "chat_template.json",
+                                        "generation_config.json",
+                                        "special_tokens_map.json"};
+
+std::string ShapeString(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    out += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return out + "]";
+}
+
+ErrorBuilder TensorError(const std::string& reason, const std::string& name) {
+  ErrorBuilder error(absl::StatusCode::kInvalidArgument, reason);
+  error.With("field", name.substr(0, 200));
+  return error;
+}
+
+// Tensors of some checkpoints that the model does not read.
+bool IsPassedOver(const std::string& name, const ModelConfig& config) {
+  return name.ends_with(".rotary_emb.inv_freq") ||
+         (config.tied_embeddings && name == "lm_head.weight");
+}
+
+}  // namespace
+
+absl::Status CheckTensors(const HfWeights& files, const ParamTable& table,
+                          const ModelConfig& config) {
+  for (const ParamRow& row : table.rows()) {
+    const SafetensorsEntry* entry = files.Find(row.hf_name);
+    if (entry == nullptr) {
+      return TensorError("MODEL_TENSOR_MISSING", row.hf_name)
+          .Message("The model's files have no tensor " + row.hf_name +
+                   ", which its config.json asks for.");
+    }
+    if (entry->shape != row.shape) {
+      return TensorError("MODEL_TENSOR_MISMATCH", row.hf_name)
+          .With("value", ShapeString(entry->shape))
+          .With("limit", ShapeString(row.shape))
+          .Message(row.hf_name + " is " + ShapeString(entry->shape) +
+                   " in the model's files and " + ShapeString(row.shape) +
+                   " by its config.json.");
+    }
+    if (entry->dtype != "F32" && entry->dtype != "F16" &&
+        entry->dtype != "BF16") {
+      return TensorError("MODEL_DTYPE_UNSUPPORTED", row.hf_name)
+          .With("value", entry->dtype)
+          .With("limit", "F32, F16, BF16")
+          .Message(row.hf_name + " is stored as " + entry->dtype +
+                   "; gradwire reads F32, F16 and BF16. Convert the model.");
+    }
+  }
+  for (const std::string& name : files.Names()) {
+    if (table.Find(name) == nullptr && !IsPassedOver(name, config)) {
+      return TensorError("MODEL_TENSOR_UNKNOWN", name)
+          .Message("The model's files hold " + name.substr(0, 200) +
+                   ", which " + config.architecture +
+                   " does not have: it is another model than its config.json "
+                   "says.");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
+                            const Tensor& master, Device& device,
+                            Stream& stream,
+                            const std::function<void(double)>& on_progress) {
+  std::vector<float> staging(
+      std::min<int64_t>(kStagingElements, table.num_elements()));
+  int64_t done = 0;
+  for (const ParamRow& row : table.rows()) {
+    for (int64_t begin = 0; begin < row.num_elements;) {
+      const int64_t count = std::min<int64_t>(
+          static_cast<int64_t>(staging.size()), row.num_elements - begin);
+      GW_RETURN_IF_ERROR(
+          files.ReadFloats(row.hf_name, begin, count, staging.data()));
+      device.CopyFromHost(
+          stream, staging.data(),
+          master.Rows(row.offset + begin, row.offset + begin + count));
+      GW_RETURN_IF_ERROR(stream.Finish());
+      begin += count;
+      done += count;
+      on_progress(static_cast<double>(done) /
+                  static_cast<double>(table.num_parameters()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
+                                               const ParamTable& table,
+                                               const Tensor& weights,
+                                               Device& device, Stream& stream,
+                                               const std::string& directory) {
+  const bool f32 = weights.dtype() == DType::kF32;
+  auto pending = PendingDirectory::Create(directory);
+  if (!pending.ok()) return pending.status();
+
+  std::vector<SafetensorsWriter::Row> rows;
+  for (const ParamRow& row : table.rows()) {
+    rows.push_back({row.hf_name, f32 ? "F32" : "BF16", row.shape});
+  }
+  SafetensorsWriter writer(pending->path() + "/model.safetensors", rows);
+  std::vector<char> staging;
+  for (const ParamRow& row : table.rows()) {
+    for (int64_t begin = 0; begin < row.num_elements;) {
+      const int64_t count =
+          std::min(kStagingElements, row.num_elements - begin);
+      const Tensor part =
+          weights.Rows(row.offset + begin, row.offset + begin + count);
+      staging.resize(part.bytes());
+      device.CopyToHost(stream, part, staging.data());
+      writer.Append(staging.data(), part.bytes());
+      begin += count;
+    }
+  }
+  GW_RETURN_IF_ERROR(stream.Finish());
+  GW_RETURN_IF_ERROR(writer.Finish());
+
+  nlohmann::ordered_json config =
+      nlohmann::ordered_json::parse(source.config_json);
+  const char* dtype = f32 ? "float32" : "bfloat16";
+  const bool newer = config.contains("dtype");
+  if (newer) config["dtype"] = dtype;
+  if (!newer || config.contains("torch_dtype")) config["torch_dtype"] = dtype;
+  GW_RETURN_IF_ERROR(pending->Write("config.json", config.dump(2) + "\n"));
+  for (const char* name : kCopiedFiles) {
+    auto content =
+        ReadSmallFile(source.model_directory + "/" + name, kCopiedFileLimit);
+    if (absl::IsNotFound(content.status())) continue;
+    if (!content.ok()) return content.status();
+    GW_RETURN_IF_ERROR(pending->Write(name, *content));
+  }
+  GW_RETURN_IF_ERROR(pending->Publish());
+  ExportOutcome outcome;
+  outcome.bytes = writer.bytes_written();
+  outcome.digest = writer.digest();
+  return outcome;
+}
+
+}  // namespace gradwire

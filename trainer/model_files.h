@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between a Hugging Face directory and the flat vector of parameters.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "checkpoint/safetensors.h"
+#include "device/device.h"
+#include "device/tensor.h"
+#include "model/config.h"
+#include "model/param_table.h"
+#include "trainer/trainer.h"
+
+namespace gradwire {
+
+// That the files hold every parameter in its shape, and nothing else (a tied
+// head and rotary frequencies are passed over).
+// Errors: INVALID_ARGUMENT MODEL_TENSOR_MISSING, MODEL_TENSOR_MISMATCH,
+// MODEL_TENSOR_UNKNOWN, MODEL_DTYPE_UNSUPPORTED, naming the tensor.
+absl::Status CheckTensors(const HfWeights& files, const ParamTable& table,
+                          const ModelConfig& config);
+
+// Fills `master`, f32 [table.num_elements()]. REQUIRES: CheckTensors is OK.
+absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
+                            const Tensor& master, Device& device,
+                            Stream& stream,
+                            const std::function<void(double)>& on_progress);
+
+// Writes `weights` (f32 or bf16, flat) as a Hugging Face directory with the
+// tokenizer's files of `source`. Atomic.
+struct ExportSource {
+  std::string model_directory;
+  std::string config_json;  // the source's config.json
+};
+absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
+                                               const ParamTable& table,
+                                               const Tensor& weights,
+                                               Device& device, Stream& stream,
+                                               const std::string& directory);
+
+}  // namespace gradwire

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trainer/optimizer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "base/error.h"
+#include "base/status.h"
+
+namespace gradwire {
+namespace {
+
+constexpr std::pair<ParamGroup, const char*> kGroups[] = {
+    {ParamGroup::kEmbedding, "grad_norm_embedding"},
+    {ParamGroup::kAttention, "grad_norm_attention"},
+    {ParamGroup::kMlp, "grad_norm_mlp"},
+    {ParamGroup::kNorm, "grad_norm_norm"},
+    {ParamGroup::kHead, "grad_norm_head"},
+};
+
+int64_t Divisor(const OptimParams& params, const Accumulated& accumulated) {
+  int64_t counter = 0;
+  if (params.normalization == GradientNormalization::kNumLossTokens) {
+    counter = accumulated.loss_tokens;
+  } else if (params.normalization == GradientNormalization::kNumSequences) {
+    counter = accumulated.sequences;
+  }
+  return counter > 0 ? counter : 1;
+}
+
+}  // namespace
+
+absl::Status Optimizer::CheckBefore(const OptimParams& params) {
+  if (params.expected_ops >= 0 && params.expected_ops != accumulated_.ops) {
+    return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                        "ACCUMULATION_MISMATCH")
+        .With("field", "expected_ops")
+        .With("value", params.expected_ops)
+        .With("limit", accumulated_.ops)
+        .Message("The accumulator holds " + std::to_string(accumulated_.ops) +
+                 " operations and " + std::to_string(params.expected_ops) +
+                 " were expected; an earlier one has failed. The gradients "
+                 "are dropped and the weights unchanged: send the batch "
+                 "again.");
+  }
+  if (accumulated_.tainted) {
+    return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                        "GRADIENTS_TAINTED")
+        .Server()
+        .With("value", accumulated_.ops)
+        .Message(
+            "An operation failed after it had begun to accumulate. The "
+            "gradients are dropped and the weights unchanged: send the batch "
+            "again.");
+  }
+  return absl::OkStatus();
+}
+
+double Optimizer::SumOfSquares(ParamGroup group) {
+  double sum = 0;
+  for (const ParamRow& row : table_.rows()) {
+    if (row.group != group) continue;
+    sum += kernels_.SumOfSquares(
+        stream_,
+        state_.gradient.Rows(row.offset, row.offset + row.num_elements));
+  }
+  return sum;
+}
+
+absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
+  if (absl::Status status = CheckBefore(params); !status.ok()) {
+    Clear();
+    GW_RETURN_IF_ERROR(stream_.Finish());
+    return status;
+  }
+  OptimOutcome outcome;
+  outcome.loss_tokens = accumulated_.loss_tokens;
+  outcome.sequences = accumulated_.sequences;
+  outcome.skipped = accumulated_.ops == 0;
+  if (!outcome.skipped) {
+    const double scale =
+        1.0 / static_cast<double>(Divisor(params, accumulated_));
+    const double norm =
+        std::sqrt(kernels_.SumOfSquares(stream_, state_.gradient)) * scale;
+    if (!std::isfinite(norm)) {
+      Clear();
+      GW_RETURN_IF_ERROR(stream_.Finish());
+      return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                          "NONFINITE_GRADIENT")
+          .With("field", "grad_norm")
+          .With("value", norm)
+          .Message(
+              "The gradient's norm is not finite. The gradients are dropped "
+              "and the weights unchanged: look for huge weights or "
+              "advantages in the batch.");
+    }
+    outcome.grad_norm = norm;
+    if (params.grad_clip_norm > 0) {
+      outcome.clip_factor =
+          std::min(1.0, params.grad_clip_norm / (norm + 1e-6));
+    }
+    if (params.norm_metrics == GradientNormMetrics::kDetailed) {
+      for (const auto& [group, name] : kGroups) {
+        outcome.metrics[name] = std::sqrt(SumOfSquares(group)) * scale;
+      }
+    }
+    AdamWParams adam;
+    adam.learning_rate = static_cast<float>(params.learning_rate);
+    adam.beta1 = static_cast<float>(params.beta1);
+    adam.beta2 = static_cast<float>(params.beta2);
+    adam.eps = static_cast<float>(params.eps);
+    adam.weight_decay = static_cast<float>(params.weight_decay);
+    adam.grad_scale = static_cast<float>(scale * outcome.clip_factor);
+    adam.step = step_ + 1;
+    kernels_.AdamW(
+        stream_, adam,
+        {state_.master, state_.m, state_.v, state_.gradient, state_.weight});
+    GW_RETURN_IF_ERROR(stream_.Finish());
+    accumulated_ = Accumulated();
+    ++step_;
+  }
+  outcome.metrics["grad_norm"] = outcome.grad_norm;
+  outcome.metrics["clip_factor"] = outcome.clip_factor;
+  outcome.metrics["learning_rate"] = params.learning_rate;
+  outcome.metrics["optimizer_step"] = static_cast<double>(step_);
+  outcome.metrics["loss_tokens"] = static_cast<double>(outcome.loss_tokens);
+  outcome.metrics["sequences"] = static_cast<double>(outcome.sequences);
+  outcome.metrics["skipped"] = outcome.skipped ? 1 : 0;
+  return outcome;
+}
+
+void Optimizer::Clear() {
+  // AdamW has left zeros; so has an earlier Clear.
+  if (!accumulated_.empty()) device_.Zero(stream_, state_.gradient);
+  accumulated_ = Accumulated();
+}
+
+}  // namespace gradwire

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient accumulator and AdamW over the flat vectors of one model.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "device/device.h"
+#include "kernels/kernels.h"
+#include "model/param_table.h"
+#include "trainer/trainer.h"
+
+namespace gradwire {
+
+// Flat vectors of table.num_elements(); weight is null for f32 jobs.
+struct FlatState {
+  Tensor master, gradient, m, v;  // f32
+  Tensor weight;                  // bf16, the compute copy
+};
+
+// What lies in FlatState::gradient.
+struct Accumulated {
+  int64_t ops = 0;
+  int64_t loss_tokens = 0;
+  int64_t sequences = 0;
+  // Work that failed half-way has left something behind.
+  bool tainted = false;
+  bool empty() const { return ops == 0 && !tainted; }
+};
+
+// Thread rule: one thread at a time.
+class Optimizer {
+ public:
+  Optimizer(const ParamTable& table, const FlatState& state, Device& device,
+            Kernels& kernels, Stream& stream)
+      : table_(table),
+        state_(state),
+        device_(device),
+        kernels_(kernels),
+        stream_(stream) {}
+
+  Accumulated& accumulated() { return accumulated_; }
+  // Applied steps.
+  int64_t step() const { return step_; }
+
+  // In order: expected_ops, taint; normalise; norm; clip; AdamW; clear. An
+  // empty accumulator changes nothing (skipped). Every error but a failure of
+  // the device leaves weights, moments and step as they were, and the
+  // accumulator clear.
+  // Errors: FAILED_PRECONDITION ACCUMULATION_MISMATCH, GRADIENTS_TAINTED,
+  // NONFINITE_GRADIENT.
+  absl::StatusOr<OptimOutcome> Step(const OptimParams& params);
+
+  void Clear();
+
+ private:
+  absl::Status CheckBefore(const OptimParams& params);
+  // Of the accumulator's part in `group`.
+  double SumOfSquares(ParamGroup group);
+
+  const ParamTable& table_;
+  const FlatState state_;
+  Device& device_;
+  Kernels& kernels_;
+  Stream& stream_;
+  Accumulated accumulated_;
+  int64_t step_ = 0;
+};
+
+}  // namespace gradwire
