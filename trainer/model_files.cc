@@ -40,7 +40,7 @@ std::string ShapeString(const std::vector<int64_t>& shape) {
 }
 
 ErrorBuilder TensorError(const std::string& reason, const std::string& name) {
-  ErrorBuilder error(absl::StatusCode::kInvalidArgument, reason);
+  ErrorBuilder error(absl::StatusCode::kFailedPrecondition, reason);
   error.With("field", name.substr(0, 200));
   return error;
 }

@@ -18,7 +18,7 @@ namespace gradwire {
 
 // That the files hold every parameter in its shape, and nothing else (a tied
 // head and rotary frequencies are passed over).
-// Errors: INVALID_ARGUMENT MODEL_TENSOR_MISSING, MODEL_TENSOR_MISMATCH,
+// Errors: FAILED_PRECONDITION MODEL_TENSOR_MISSING, MODEL_TENSOR_MISMATCH,
 // MODEL_TENSOR_UNKNOWN, MODEL_DTYPE_UNSUPPORTED, naming the tensor.
 absl::Status CheckTensors(const HfWeights& files, const ParamTable& table,
                           const ModelConfig& config);

@@ -292,6 +292,7 @@ absl::Status TrainerImpl::RunMicroBatch(const std::vector<TrainDatum>& data,
     };
     DatumLogprobs out;
     out.index = i;
+    out.last_of_micro_batch = i + 1 == batch.end;
     out.logprobs = cut(head.logprobs, batch.k);
     auto d = ComputeLoss(options.loss, data[i], out.logprobs, totals);
     // A plain forward reports logprobs whatever the loss makes of them.

@@ -60,6 +60,8 @@ struct DatumLogprobs {
   std::vector<float> logprobs;        // [n, k]
   std::vector<float> top_k_logprobs;  // [n, top_k]
   std::vector<int32_t> top_k_indices;
+  // The next datum will take another micro-batch's time.
+  bool last_of_micro_batch = false;
 };
 using LogprobSink = std::function<void(DatumLogprobs)>;
 

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// The supervisor's process: flags, signals, exit codes.
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/flags/usage_config.h"
+#include "base/error.h"
+#include "base/log.h"
+#include "server/supervisor.h"
+#include "server/version.h"
+
+ABSL_FLAG(std::string, state_dir, "",
+          "directory for everything the server keeps; default: "
+          "$XDG_STATE_HOME/gradwire or ~/.local/state/gradwire");
+ABSL_FLAG(std::string, listen, "127.0.0.1:7700",
+          "HOST:PORT of the gRPC API; port 0 takes a free one");
+ABSL_FLAG(std::string, metrics_listen, "127.0.0.1:9700",
+          "HOST:PORT of /metrics, /livez and /readyz; port 0 takes a free one");
+ABSL_FLAG(std::string, port_file, "",
+          "file that tells the addresses once the server accepts requests");
+ABSL_FLAG(std::string, launch, "local",
+          "how ranks are started: local (by this server)");
+ABSL_FLAG(int, threads, 0, "CPU threads of each rank; 0: one for each core");
+ABSL_FLAG(std::string, rank_binary, "",
+          "the rank's program; default: gradwire_rank beside this one");
+ABSL_FLAG(double, drain_seconds, 10,
+          "how long running operations may take after SIGTERM");
+ABSL_FLAG(double, gap_timeout_seconds, 600,
+          "how long operations wait for a missing seq_id");
+ABSL_FLAG(double, result_retention_seconds, 3600,
+          "how long results can be fetched");
+ABSL_FLAG(int64_t, max_queued_ops, 64, "operations that wait in one model");
+
+namespace gradwire {
+namespace {
+
+constexpr int kBadConfiguration = 2;
+constexpr int kStateDirectory = 3;
+constexpr int kPortTaken = 4;
+
+bool parsing = false;
+
+// Abseil ends the process with status 1 for a flag it does not know.
+void EndOfParsing() {
+  if (!parsing) return;
+  std::fflush(nullptr);
+  _exit(kBadConfiguration);
+}
+
+void ParseFlags(int argc, char** argv) {
+  bool help = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    help = help || arg.find("-help") != std::string::npos ||
+           arg.find("-version") != std::string::npos;
+  }
+  absl::FlagsUsageConfig config;
+  config.contains_help_flags = [](absl::string_view file) {
+    return file.find("server/gradwired") != absl::string_view::npos;
+  };
+  config.version_string = [] {
+    return "gradwired " + std::string(kVersion) + "\n";
+  };
+  absl::SetFlagsUsageConfig(config);
+  absl::SetProgramUsageMessage(
+      "serves training jobs over gRPC. Every flag can be given in a file "
+      "named by --flagfile, one a line.");
+  std::atexit(&EndOfParsing);
+  parsing = !help;
+  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
+  if (rest.size() > 1) {
+    std::fprintf(stderr, "gradwired: %s is no flag\n", rest[1]);
+    _exit(kBadConfiguration);
+  }
+  parsing = false;
+}
+
+std::string DefaultStateDir() {
+  if (const char* base = std::getenv("XDG_STATE_HOME");
+      base != nullptr && *base != '\0') {
+    return std::string(base) + "/gradwire";
+  }
+  const char* home = std::getenv("HOME");
+  return std::string(home == nullptr ? "/var/lib" : home) +
+         (home == nullptr ? "/gradwire" : "/.local/state/gradwire");
+}
+
+int ExitCode(const absl::Status& status) {
+  const auto detail = GetErrorDetail(status);
+  const std::string reason = detail ? detail->reason : "";
+  if (reason == "STATE_DIR_LOCKED" || reason == "STATE_DIR_UNUSABLE") {
+    return kStateDirectory;
+  }
+  if (reason == "PORT_TAKEN") return kPortTaken;
+  return kBadConfiguration;
+}
+
+int Main() {
+  SupervisorOptions options;
+  options.state_dir = absl::GetFlag(FLAGS_state_dir);
+  if (options.state_dir.empty()) options.state_dir = DefaultStateDir();
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
+  options.port_file = absl::GetFlag(FLAGS_port_file);
+  options.threads = absl::GetFlag(FLAGS_threads);
+  options.gap_timeout_seconds = absl::GetFlag(FLAGS_gap_timeout_seconds);
+  options.result_retention_seconds =
+      absl::GetFlag(FLAGS_result_retention_seconds);
+  options.max_queued_ops = absl::GetFlag(FLAGS_max_queued_ops);
+  options.rank_binary = absl::GetFlag(FLAGS_rank_binary);
+  if (options.rank_binary.empty()) {
+    std::error_code ignored;
+    options.rank_binary =
+        (std::filesystem::read_symlink("/proc/self/exe", ignored)
+             .parent_path() /
+         "gradwire_rank")
+            .string();
+  }
+  if (absl::GetFlag(FLAGS_launch) != "local") {
+    spdlog::error("--launch={} is not supported; use local",
+                  absl::GetFlag(FLAGS_launch));
+    return kBadConfiguration;
+  }
+  const double drain = absl::GetFlag(FLAGS_drain_seconds);
+  if (!(drain >= 0 && drain <= 86400)) {
+    spdlog::error("--drain_seconds must be from 0 to 86400");
+    return kBadConfiguration;
+  }
+
+  // Before the first thread, so that all inherit it and sigwait gets them.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+
+  auto server = Supervisor::Start(options);
+  if (!server.ok()) {
+    spdlog::error("{}", std::string(server.status().message()));
+    return ExitCode(server.status());
+  }
+  spdlog::info("gradwired {} serves on {}, metrics on {}, state in {}",
+               kVersion, (*server)->address(), (*server)->metrics_address(),
+               options.state_dir);
+  int received = 0;
+  do {
+    sigwait(&signals, &received);
+  } while (received == SIGHUP);
+  spdlog::info("signal {}: stopping", received);
+  (*server)->Stop(absl::Seconds(drain));
+  spdlog::info("stopped");
+  return 0;
+}
+
+}  // namespace
+}  // namespace gradwire
+
+int main(int argc, char** argv) {
+  gradwire::ParseFlags(argc, argv);
+  gradwire::InitLog("gradwired");
+  return gradwire::Main();
+}

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Errors on the wire: one google.rpc.ErrorInfo (domain "gradwire") on every
+// failed call, the same content in every failed operation.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include "absl/status/status.h"
+#include "gradwire/v1/operations.pb.h"
+
+namespace gradwire {
+
+// The details carry reason, all metadata and "category"; and a RetryInfo where
+// the metadata have retry_after_seconds. A status without detail takes its
+// code's name for a reason, and the server for its cause.
+grpc::Status ToGrpcStatus(const absl::Status& status);
+
+v1::OperationError ToOperationError(const absl::Status& status);
+// REQUIRES: error.code() is not OK.
+absl::Status FromOperationError(const v1::OperationError& error);
+
+// `text` as valid UTF-8 of at most `limit` bytes: what is not becomes '?'.
+std::string ValidText(const std::string& text, size_t limit);
+
+}  // namespace gradwire

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/job_table.h"
+
+#include "absl/strings/numbers.h"
+#include "base/error.h"
+#include "base/status.h"
+#include "google/protobuf/util/message_differencer.h"
+#include "server/validate.h"
+
+namespace gradwire {
+namespace {
+
+absl::Status Unsupported(const std::string& field, const std::string& value,
+                         const std::string& limit) {
+  return ErrorBuilder(absl::StatusCode::kUnimplemented, "UNSUPPORTED_OPTION")
+      .With("field", field)
+      .With("value", value)
+      .With("limit", limit)
+      .Message(field + " = " + value +
+               " is not supported by this server; use " + limit + ".");
+}
+
+absl::Status CheckSpec(const v1::JobSpec& spec) {
+  if (spec.base_model().empty()) {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "MISSING_FIELD")
+        .With("field", "base_model")
+        .Message(
+            "base_model must name a Hugging Face directory on the "
+            "server's machine.");
+  }
+  if (!spec.precision().empty() && spec.precision() != "f32" &&
+      spec.precision() != "bf16") {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "PRECISION_UNKNOWN")
+        .With("field", "precision")
+        .With("value", spec.precision().substr(0, 32))
+        .With("limit", "f32, bf16")
+        .Message(
+            "precision must be f32 or bf16, or empty for the device's "
+            "default.");
+  }
+  const std::pair<const char*, int64_t> counts[] = {
+      {"world_size", spec.world_size()},
+      {"max_context_length", spec.max_context_length()},
+      {"activation_bytes", spec.activation_bytes()},
+      {"micro_batch_tokens", spec.micro_batch_tokens()},
+      {"threads", spec.threads()},
+  };
+  for (const auto& [field, value] : counts) {
+    constexpr int64_t kMost = int64_t{1} << 50;
+    if (value >= 0 && value <= kMost) continue;
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                        "OPTION_OUT_OF_RANGE")
+        .With("field", field)
+        .With("value", value)
+        .With("limit", value < 0 ? 0 : kMost)
+        .Message(std::string(field) + " is out of range; 0 means the default.");
+  }
+  constexpr int32_t kMostThreads = 1024;
+  if (spec.threads() > kMostThreads) {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                        "OPTION_OUT_OF_RANGE")
+        .With("field", "threads")
+        .With("value", spec.threads())
+        .With("limit", kMostThreads)
+        .Message("threads is out of range; 0 means the default.");
+  }
+  if (spec.world_size() > 1) {
+    return Unsupported("world_size", std::to_string(spec.world_size()), "1");
+  }
+  if (spec.lora().max_rank() != 0) {
+    return Unsupported("lora.max_rank", std::to_string(spec.lora().max_rank()),
+                       "0");
+  }
+  if (spec.forward_only()) {
+    return Unsupported("forward_only", "true",
+                       "the mode FORWARD_ONLY of CreateModel");
+  }
+  if (spec.preemptible()) return Unsupported("preemptible", "true", "false");
+  if (spec.inactivity_timeout_seconds() != 0) {
+    return Unsupported("inactivity_timeout_seconds",
+                       std::to_string(spec.inactivity_timeout_seconds()),
+                       "0 (never)");
+  }
+  return absl::OkStatus();
+}
+
+// The first field in which two specifications differ.
+std::string Difference(const v1::JobSpec& a, const v1::JobSpec& b) {
+  const google::protobuf::Descriptor* type = v1::JobSpec::descriptor();
+  for (int i = 0; i < type->field_count(); ++i) {
+    google::protobuf::util::MessageDifferencer differencer;
+    if (!differencer.CompareWithFields(a, b, {type->field(i)},
+                                       {type->field(i)})) {
+      return type->field(i)->name();
+    }
+  }
+  return "";
+}
+
+absl::Status NotFound(const std::string& field, const std::string& reason,
+                      const std::string& value) {
+  return ErrorBuilder(absl::StatusCode::kNotFound, reason)
+      .With("field", field)
+      .With("value", value.substr(0, 160))
+      .Message("There is no " + field + " of this name.");
+}
+
+}  // namespace
+
+absl::StatusOr<JobPtr> JobTable::Create(const std::string& job_id,
+                                        const v1::JobSpec& spec) {
+  GW_RETURN_IF_ERROR(CheckJobId(job_id));
+  GW_RETURN_IF_ERROR(CheckSpec(spec));
+  JobPtr job;
+  {
+    absl::MutexLock lock(&mu_);
+    for (const JobPtr& existing : jobs_) {
+      if (existing->id() != job_id) continue;
+      const v1::JobState state = existing->Get().state();
+      if (state == v1::JOB_STATE_DELETING || state == v1::JOB_STATE_DELETED) {
+        return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                            "JOB_ID_TOMBSTONED")
+            .With("field", "job_id")
+            .With("value", job_id)
+            .Message(
+                "A job of this id was deleted; ids are not used again. "
+                "Choose another.");
+      }
+      const std::string field = Difference(spec, existing->spec());
+      if (field.empty()) return existing;
+      return ErrorBuilder(absl::StatusCode::kAlreadyExists, "JOB_SPEC_MISMATCH")
+          .With("field", field)
+          .With("job_id", job_id)
+          .Message("A job of this id exists with another " + field +
+                   ". Choose another id, or use its specification.");
+    }
+    if (environment_->draining) {
+      return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
+          .Server()
+          .With("retry_after_seconds", 5.0)
+          .Message("The server is stopping. Try again when it is back.");
+    }
+    job = std::make_shared<Job>(job_id, spec, environment_);
+    jobs_.push_back(job);
+  }
+  job->Start();
+  return job;
+}
+
+absl::StatusOr<JobPtr> JobTable::Get(const std::string& job_id) const {
+  absl::MutexLock lock(&mu_);
+  for (const JobPtr& job : jobs_) {
+    if (job->id() == job_id) return job;
+  }
+  return NotFound("job", "JOB_NOT_FOUND", job_id);
+}
+
+std::vector<JobPtr> JobTable::List() const {
+  absl::MutexLock lock(&mu_);
+  return jobs_;
+}
+
+absl::StatusOr<JobPtr> JobTable::OfModel(const std::string& model_id) const {
+  auto job = Get(model_id.substr(0, model_id.find('.')));
+  if (job.ok()) return job;
+  return NotFound("model", "MODEL_NOT_FOUND", model_id);
+}
+
+absl::StatusOr<std::pair<JobPtr, OperationPtr>> JobTable::OfOperation(
+    const std::string& op_id) const {
+  const size_t dot = op_id.rfind('.');
+  int64_t seq = 0;
+  if (dot != std::string::npos &&
+      absl::SimpleAtoi(op_id.substr(dot + 1), &seq)) {
+    const std::string model_id = op_id.substr(0, dot);
+    if (auto job = OfModel(model_id); job.ok()) {
+      if (OperationPtr op = (*job)->FindOperation(model_id, seq);
+          op != nullptr) {
+        return std::make_pair(*job, op);
+      }
+    }
+  }
+  return NotFound("operation", "OPERATION_NOT_FOUND", op_id);
+}
+
+void JobTable::Clear() {
+  std::vector<JobPtr> jobs;
+  {
+    absl::MutexLock lock(&mu_);
+    jobs.swap(jobs_);
+  }
+}
+
+}  // namespace gradwire

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rank's end of its stream to the supervisor: executes commands in order.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/cpu_device.h"
+#include "gradwire/v1/rank.pb.h"
+#include "kernels/kernels.h"
+#include "trainer/trainer.h"
+
+namespace gradwire {
+
+// Thread rule: one thread at a time. `send` is called from within Execute.
+class RankWorker {
+ public:
+  RankWorker(int threads, std::function<void(const v1::RankEvent&)> send);
+
+  // False: the rank is of no use and should exit (a load that failed).
+  bool Execute(const v1::RankCommand& command);
+
+ private:
+  bool Load(const v1::RankLoad& load);
+  absl::StatusOr<v1::Profile> WarmUp(const v1::RankLoad& load);
+  absl::Status Forward(int64_t command_id, const v1::RankForward& command,
+                       v1::RankDone& done);
+  absl::Status Backward(const v1::RankBackward& command, v1::RankDone& done);
+  absl::Status OptimStep(const v1::AdamParams& params, v1::RankDone& done);
+  absl::Status SaveSnapshot(const v1::RankSaveSnapshot& command,
+                            v1::RankDone& done);
+  absl::Status Run(const v1::RankCommand& command, v1::RankDone& done);
+
+  const std::function<void(const v1::RankEvent&)> send_;
+  CpuDevice device_;
+  std::unique_ptr<Kernels> kernels_;
+  std::unique_ptr<Trainer> trainer_;
+  // Of the command that follows.
+  std::vector<v1::DatumChunk> datums_;
+  std::vector<v1::GradientChunk> gradients_;
+};
+
+}  // namespace gradwire

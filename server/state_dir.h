@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The server's directory: one server at a time, everything it keeps.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace gradwire {
+
+class StateDir {
+ public:
+  // Makes the directory (0700) and locks it for the life of this object.
+  // Leftovers of unfinished snapshots are removed.
+  // Errors: FAILED_PRECONDITION STATE_DIR_LOCKED, STATE_DIR_UNUSABLE.
+  static absl::StatusOr<std::unique_ptr<StateDir>> Open(
+      const std::string& path);
+  ~StateDir();
+
+  const std::string& path() const { return path_; }
+  std::string jobs() const { return path_ + "/jobs"; }
+  // A path for the ranks' socket, short enough for one.
+  const std::string& socket() const { return socket_; }
+
+ private:
+  StateDir() = default;
+  std::string path_;
+  std::string socket_;
+  std::string socket_dir_;  // removed at the end; empty: none of its own
+  int lock_fd_ = -1;
+};
+
+// Writes {"grpc": ..., "metrics": ..., "pid": ...} atomically; the destructor
+// removes the file if it is still this process's.
+class PortFile {
+ public:
+  // Errors: FAILED_PRECONDITION PORT_FILE_UNUSABLE.
+  static absl::StatusOr<std::unique_ptr<PortFile>> Write(
+      const std::string& path, const std::string& grpc_address,
+      const std::string& metrics_address);
+  ~PortFile();
+
+ private:
+  PortFile() = default;
+  std::string path_;
+  std::string content_;
+};
+
+}  // namespace gradwire

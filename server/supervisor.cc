@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/supervisor.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/resource_quota.h>
+
+#include <cmath>
+#include <utility>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "base/status.h"
+
+namespace gradwire {
+namespace {
+
+constexpr int kMaxThreads = 4096;
+constexpr const char* kServices[] = {
+    "", "gradwire.v1.JobService", "gradwire.v1.SessionService",
+    "gradwire.v1.OperationService", "gradwire.v1.TrainingService"};
+
+absl::StatusOr<HostPort> ParseLoopback(const std::string& flag,
+                                       const std::string& address) {
+  GW_ASSIGN_OR_RETURN(HostPort where, ParseHostPort(address));
+  if (where.host == "localhost" || where.host == "[::1]" ||
+      where.host.rfind("127.", 0) == 0) {
+    return where;
+  }
+  return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                      "ADDRESS_NOT_LOOPBACK")
+      .With("field", flag)
+      .With("value", address)
+      .Message("--" + flag + "=" + address +
+               " can be reached from other machines, and this server has "
+               "neither TLS nor authentication. Listen on 127.0.0.1 and reach "
+               "it through an SSH tunnel.");
+}
+
+std::chrono::milliseconds Millis(double seconds) {
+  return std::chrono::milliseconds(std::llround(seconds * 1000));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
+    const SupervisorOptions& options) {
+  const std::pair<const char*, double> numbers[] = {
+      {"threads", options.threads},
+      {"gap_timeout_seconds", options.gap_timeout_seconds},
+      {"result_retention_seconds", options.result_retention_seconds},
+      {"max_queued_ops", static_cast<double>(options.max_queued_ops)}};
+  for (const auto& [flag, value] : numbers) {
+    if (value >= 0 && value <= 1e7) continue;
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                        "OPTION_OUT_OF_RANGE")
+        .With("field", flag)
+        .With("value", value)
+        .Message("--" + std::string(flag) + " is out of range.");
+  }
+  GW_RETURN_IF_ERROR(ParseLoopback("listen", options.listen).status());
+  GW_RETURN_IF_ERROR(
+      ParseLoopback("metrics_listen", options.metrics_listen).status());
+
+  std::unique_ptr<Supervisor> server(new Supervisor);
+  GW_ASSIGN_OR_RETURN(server->state_dir_, StateDir::Open(options.state_dir));
+  JobEnvironment& environment = server->environment_;
+  environment.sessions = &server->sessions_;
+  environment.metrics = &server->registry_;
+  environment.rank_binary = options.rank_binary;
+  environment.rank_address = "unix:" + server->state_dir_->socket();
+  environment.threads = options.threads;
+  environment.jobs_directory = server->state_dir_->jobs();
+  environment.queue.max_ops = options.max_queued_ops;
+  environment.queue.gap_timeout = Millis(options.gap_timeout_seconds);
+  environment.result_retention = Millis(options.result_retention_seconds);
+  environment.on_change = [health = &server->health_](const v1::Job& job) {
+    const std::string name = "gradwire.v1.TrainingService/job/" + job.job_id();
+    if (job.state() == v1::JOB_STATE_DELETED) {
+      health->Remove(name);
+    } else {
+      health->Set(name, job.ready());
+    }
+  };
+  server->context_.jobs = &server->jobs_;
+  server->context_.sessions = &server->sessions_;
+  server->context_.environment = &environment;
+
+  GW_ASSIGN_OR_RETURN(
+      server->metrics_,
+      OpsHttp::Start(options.metrics_listen,
+                     {[s = server.get()]() -> std::vector<std::string> {
+                        if (s->environment_.draining) return {"draining"};
+                        if (!s->serving_) return {"starting"};
+                        return {};
+                      },
+                      [s = server.get()] { return s->registry_.Scrape(); }}));
+  server->context_.metrics_address = server->metrics_->address();
+  GW_RETURN_IF_ERROR(server->StartRankListener());
+  GW_RETURN_IF_ERROR(server->StartPublicListener(options.listen));
+  for (const char* service : kServices) server->health_.Set(service, true);
+  server->serving_ = true;
+  if (!options.port_file.empty()) {
+    GW_ASSIGN_OR_RETURN(server->port_file_,
+                        PortFile::Write(options.port_file, server->address_,
+                                        server->metrics_->address()));
+  }
+  return server;
+}
+
+absl::Status Supervisor::StartRankListener() {
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(environment_.rank_address,
+                           grpc::InsecureServerCredentials());
+  builder.RegisterService(&rank_service_);
+  builder.SetMaxReceiveMessageSize(-1);
+  builder.SetMaxSendMessageSize(-1);
+  rank_server_ = builder.BuildAndStart();
+  if (rank_server_ != nullptr) return absl::OkStatus();
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                      "STATE_DIR_UNUSABLE")
+      .Server()
+      .Message(
+          "The ranks' socket cannot be made in the state directory. Give "
+          "another --state_dir.");
+}
+
+absl::Status Supervisor::StartPublicListener(const std::string& listen) {
+  GW_ASSIGN_OR_RETURN(HostPort where, ParseHostPort(listen));
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::EnableDefaultHealthCheckService(false);
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(listen, grpc::InsecureServerCredentials(), &port);
+  // Two servers on one port would share its clients at random.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.SetMaxReceiveMessageSize(
+      static_cast<int>(context_.limits.max_message_bytes));
+  builder.SetMaxSendMessageSize(-1);
+  grpc::ResourceQuota quota("gradwire");
+  quota.SetMaxThreads(kMaxThreads);
+  builder.SetResourceQuota(quota);
+  std::vector<
+      std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>>
+      interceptors;
+  interceptors.push_back(std::make_unique<RpcMetricsFactory>(&registry_));
+  builder.experimental().SetInterceptorCreators(std::move(interceptors));
+  builder.RegisterService(&job_service_);
+  builder.RegisterService(&session_service_);
+  builder.RegisterService(&operation_service_);
+  builder.RegisterService(&training_service_);
+  builder.RegisterService(&health_);
+  public_server_ = builder.BuildAndStart();
+  if (public_server_ == nullptr || port == 0) {
+    return ErrorBuilder(absl::StatusCode::kUnavailable, "PORT_TAKEN")
+        .With("value", listen)
+        .Message("Cannot listen on " + listen +
+                 ": the port is taken, or not this machine's.");
+  }
+  address_ = where.host + ":" + std::to_string(port);
+  return absl::OkStatus();
+}
+
+void Supervisor::Stop(absl::Duration drain) {
+  health_.Shutdown();
+  environment_.draining = true;
+  const absl::Time deadline = absl::Now() + drain;
+  const auto busy = [&] {
+    for (const JobPtr& job : jobs_.List()) {
+      if (job->busy()) return true;
+    }
+    return false;
+  };
+  while (busy() && absl::Now() < deadline)
+    absl::SleepFor(absl::Milliseconds(20));
+  // Waiting calls are answered with what has become of their operations.
+  for (const JobPtr& job : jobs_.List()) job->Stop();
+  const auto grace = std::chrono::system_clock::now() + std::chrono::seconds(2);
+  public_server_->Shutdown(grace);
+  rank_server_->Shutdown(grace);
+  port_file_.reset();
+  metrics_.reset();
+}
+
+}  // namespace gradwire

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// The whole server: tables, services, listeners.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/health.h"
+#include "server/job_table.h"
+#include "server/metrics.h"
+#include "server/ops_http.h"
+#include "server/rpc_metrics.h"
+#include "server/services.h"
+#include "server/session_table.h"
+#include "server/state_dir.h"
+
+namespace gradwire {
+
+struct SupervisorOptions {
+  std::string state_dir;
+  std::string listen = "127.0.0.1:7700";
+  std::string metrics_listen = "127.0.0.1:9700";
+  std::string port_file;
+  std::string rank_binary;
+  int threads = 0;
+  double gap_timeout_seconds = 600;
+  double result_retention_seconds = 3600;
+  int64_t max_queued_ops = 64;
+};
+
+class Supervisor {
+ public:
+  // Serves when it returns. Errors: those of StateDir, PortFile and OpsHttp;
+  // PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE.
+  static absl::StatusOr<std::unique_ptr<Supervisor>> Start(
+      const SupervisorOptions& options);
+  // No new work; what runs may end within `drain`; then everything stops.
+  void Stop(absl::Duration drain);
+
+  const std::string& address() const { return address_; }
+  const std::string& metrics_address() const { return metrics_->address(); }
+
+ private:
+  Supervisor() = default;
+  absl::Status StartRankListener();
+  absl::Status StartPublicListener(const std::string& listen);
+
+  std::unique_ptr<StateDir> state_dir_;
+  Metrics registry_;
+  SessionTable sessions_;
+  JobEnvironment environment_;
+  HealthService health_;
+  JobTable jobs_{&environment_};
+  ServiceContext context_;
+  JobServiceImpl job_service_{&context_};
+  SessionServiceImpl session_service_{&context_};
+  OperationServiceImpl operation_service_{&context_};
+  TrainingServiceImpl training_service_{&context_};
+  RankServiceImpl rank_service_{&context_};
+  std::unique_ptr<OpsHttp> metrics_;
+  std::unique_ptr<grpc::Server> rank_server_;
+  std::unique_ptr<grpc::Server> public_server_;
+  std::unique_ptr<PortFile> port_file_;
+  std::string address_;
+  std::atomic<bool> serving_{false};
+};
+
+}  // namespace gradwire

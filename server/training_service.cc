@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/error.h"
+#include "base/status.h"
+#include "server/batch_upload.h"
+#include "server/grpc_status.h"
+#include "server/services.h"
+#include "server/validate.h"
+
+namespace gradwire {
+namespace {
+
+void Fill(const JobPtr& job, const OperationPtr& op, v1::OperationRef* reply) {
+  reply->set_op_id(op->op_id);
+  reply->set_seq_id(op->seq);
+  reply->set_queue_position(job->Describe(op).queue_position());
+}
+
+absl::Status HeaderMissing() {
+  return ErrorBuilder(absl::StatusCode::kInvalidArgument, "HEADER_MISSING")
+      .With("field", "header")
+      .Message(
+          "The first message of the stream must be its header, and only "
+          "the first.");
+}
+
+// Reads chunks and the commit record of a streamed request into `upload`.
+template <typename Request, typename Upload>
+absl::Status Receive(grpc::ServerReader<Request>* reader, Upload& upload) {
+  Request message;
+  bool committed = false;
+  while (reader->Read(&message)) {
+    if (committed) {
+      return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                          "MESSAGE_UNEXPECTED")
+          .With("field", "commit")
+          .Message("The commit record must be the last message.");
+    }
+    if (message.has_chunk()) {
+      GW_RETURN_IF_ERROR(upload.Add(std::move(*message.mutable_chunk())));
+    } else if (message.has_commit()) {
+      GW_RETURN_IF_ERROR(upload.Commit(message.commit()));
+      committed = true;
+    } else {
+      return HeaderMissing();
+    }
+  }
+  return committed ? absl::OkStatus() : CommitMissing();
+}
+
+// The reply to a request whose outcome is `status`; a final refusal ends its
+// number.
+grpc::Status Answer(const ServiceContext& context, const std::string& model_id,
+                    int64_t seq, v1::OperationKind kind,
+                    const absl::Status& status) {
+  if (IsFinalRefusal(status)) {
+    if (auto job = context.jobs->OfModel(model_id); job.ok()) {
+      (*job)->EndSeq(model_id, seq, kind, status);
+    }
+  }
+  return ToGrpcStatus(status);
+}
+
+// Operations without a batch; `valid` is what the request's own fields are
+// worth.
+grpc::Status SubmitSimple(const ServiceContext& context,
+                          const std::string& model_id, int64_t seq,
+                          v1::OperationKind kind,
+                          const google::protobuf::Message& header,
+                          v1::RankCommand command,
+                          const std::string& activation_id,
+                          const absl::Status& valid, v1::OperationRef* reply) {
+  auto target = FindTarget(context, model_id, seq, kind);
+  if (!target.ok()) {
+    return Answer(context, model_id, seq, kind, target.status());
+  }
+  if (!valid.ok()) return Answer(context, model_id, seq, kind, valid);
+  OperationRequest request;
+  request.command = std::move(command);
+  request.digest = RequestDigest(kind, header, "");
+  auto op = target->job->Submit(model_id, seq, kind, std::move(request),
+                                activation_id);
+  if (!op.ok()) return ToGrpcStatus(op.status());
+  Fill(target->job, *op, reply);
+  return grpc::Status::OK;
+}
+
+absl::Status CheckSnapshot(const v1::SaveSnapshotRequest& request) {
+  GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
+  const auto unsupported = [](const char* field, const std::string& value,
+                              const char* limit) {
+    return ErrorBuilder(absl::StatusCode::kUnimplemented, "UNSUPPORTED_OPTION")
+        .With("field", field)
+        .With("value", value)
+        .With("limit", limit)
+        .Message(std::string(field) + " = " + value +
+                 " is not supported by this server; use " + limit + ".");
+  };
+  if (request.kind() != v1::SNAPSHOT_KIND_UNSPECIFIED &&
+      request.kind() != v1::SNAPSHOT_KIND_AUTO &&
+      request.kind() != v1::SNAPSHOT_KIND_BASE) {
+    return unsupported("kind", std::to_string(request.kind()), "base");
+  }
+  if (!request.parent().empty()) {
+    return unsupported("parent", request.parent().substr(0, 128), "none");
+  }
+  if (request.ttl_seconds() != 0) {
+    return unsupported("ttl_seconds", std::to_string(request.ttl_seconds()),
+                       "0 (kept)");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+grpc::Status TrainingServiceImpl::CreateModel(
+    grpc::ServerContext*, const v1::CreateModelRequest* request,
+    v1::CreateModelResponse* reply) {
+  auto job = context_.jobs->Get(request->job_id());
+  if (!job.ok()) return ToGrpcStatus(job.status());
+  auto created = (*job)->CreateModel(*request);
+  if (!created.ok()) return ToGrpcStatus(created.status());
+  *reply = *std::move(created);
+  return grpc::Status::OK;
+}
+
+grpc::Status TrainingServiceImpl::GetModelInfo(
+    grpc::ServerContext*, const v1::GetModelInfoRequest* request,
+    v1::ModelInfo* reply) {
+  auto job = context_.jobs->OfModel(request->model_id());
+  if (!job.ok()) return ToGrpcStatus(job.status());
+  auto info = (*job)->GetModelInfo(request->model_id());
+  if (!info.ok()) return ToGrpcStatus(info.status());
+  *reply = *std::move(info);
+  return grpc::Status::OK;
+}
+
+grpc::Status TrainingServiceImpl::UnloadModel(
+    grpc::ServerContext*, const v1::SequencedRequest* request,
+    v1::OperationRef* reply) {
+  v1::RankCommand command;
+  command.mutable_reset();
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_UNLOAD_MODEL, *request, command, "",
+                      absl::OkStatus(), reply);
+}
+
+grpc::Status TrainingServiceImpl::ZeroGrad(grpc::ServerContext*,
+                                           const v1::SequencedRequest* request,
+                                           v1::OperationRef* reply) {
+  v1::RankCommand command;
+  command.mutable_zero_grad();
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_ZERO_GRAD, *request, command, "",
+                      absl::OkStatus(), reply);
+}
+
+grpc::Status TrainingServiceImpl::ReleaseActivations(
+    grpc::ServerContext*, const v1::ReleaseActivationsRequest* request,
+    v1::OperationRef* reply) {
+  v1::RankCommand command;
+  command.set_release_activation_id(request->activation_id());
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_RELEASE_ACTIVATIONS, *request, command,
+                      request->activation_id(), absl::OkStatus(), reply);
+}
+
+grpc::Status TrainingServiceImpl::OptimStep(grpc::ServerContext*,
+                                            const v1::OptimStepRequest* request,
+                                            v1::OperationRef* reply) {
+  v1::RankCommand command;
+  *command.mutable_optim_step() = request->params();
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_OPTIM_STEP, *request, command, "",
+                      DecodeAdamParams(request->params()).status(), reply);
+}
+
+grpc::Status TrainingServiceImpl::SaveSnapshot(
+    grpc::ServerContext*, const v1::SaveSnapshotRequest* request,
+    v1::OperationRef* reply) {
+  const std::string job_id =
+      request->model_id().substr(0, request->model_id().find('.'));
+  v1::RankCommand command;
+  command.mutable_save_snapshot()->set_directory(
+      context_.environment->jobs_directory + "/" + job_id + "/snapshots/" +
+      request->name());
+  command.mutable_save_snapshot()->set_path("gradwire://jobs/" + job_id +
+                                            "/snapshots/" + request->name());
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_SAVE_SNAPSHOT, *request, command, "",
+                      CheckSnapshot(*request), reply);
+}
+
+grpc::Status TrainingServiceImpl::Forward(
+    grpc::ServerContext*, grpc::ServerReader<v1::ForwardRequest>* reader,
+    v1::OperationRef* reply) {
+  v1::ForwardRequest first;
+  if (!reader->Read(&first) || !first.has_header()) {
+    return ToGrpcStatus(HeaderMissing());
+  }
+  const v1::ForwardHeader& header = first.header();
+  const auto run = [&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(context_, header.model_id(), header.seq_id(),
+                                   v1::OPERATION_KIND_FORWARD));
+    int32_t top_k = header.top_k();
+    GW_ASSIGN_OR_RETURN(LossSpec loss, DecodeLoss(header.loss(), &top_k));
+    GW_RETURN_IF_ERROR(CheckTopK(top_k, target.limits));
+    if (!(header.retain_ttl_seconds() >= 0 &&
+          header.retain_ttl_seconds() <= 86400)) {
+      return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                          "OPTION_OUT_OF_RANGE")
+          .With("field", "retain_ttl_seconds")
+          .With("value", header.retain_ttl_seconds())
+          .With("limit", 86400)
+          .Message("retain_ttl_seconds must be from 0 to 86400.");
+    }
+    DatumUpload upload(*FindLoss(loss.name), target.limits, context_.limits);
+    GW_RETURN_IF_ERROR(Receive(reader, upload));
+    OperationRequest request = upload.TakeRequest();
+    v1::RankForward& command = *request.command.mutable_forward();
+    *command.mutable_loss() = header.loss();
+    command.set_top_k(top_k);
+    command.set_retain(header.retain());
+    const std::string activation_id =
+        header.retain()
+            ? "act." + header.model_id() + "." + std::to_string(header.seq_id())
+            : "";
+    command.set_activation_id(activation_id);
+    request.digest =
+        RequestDigest(v1::OPERATION_KIND_FORWARD, header, request.digest);
+    GW_ASSIGN_OR_RETURN(
+        OperationPtr op,
+        target.job->Submit(header.model_id(), header.seq_id(),
+                           v1::OPERATION_KIND_FORWARD, std::move(request),
+                           activation_id, header.retain_ttl_seconds(),
+                           upload.TakeShapes()));
+    Fill(target.job, op, reply);
+    return absl::OkStatus();
+  };
+  return Answer(context_, header.model_id(), header.seq_id(),
+                v1::OPERATION_KIND_FORWARD, run());
+}
+
+grpc::Status TrainingServiceImpl::ForwardBackward(
+    grpc::ServerContext*,
+    grpc::ServerReader<v1::ForwardBackwardRequest>* reader,
+    v1::OperationRef* reply) {
+  v1::ForwardBackwardRequest first;
+  if (!reader->Read(&first) || !first.has_header()) {
+    return ToGrpcStatus(HeaderMissing());
+  }
+  const v1::ForwardBackwardHeader& header = first.header();
+  const auto run = [&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(context_, header.model_id(), header.seq_id(),
+                                   v1::OPERATION_KIND_FORWARD_BACKWARD));
+    GW_ASSIGN_OR_RETURN(LossSpec loss, DecodeLoss(header.loss(), nullptr));
+    DatumUpload upload(*FindLoss(loss.name), target.limits, context_.limits);
+    GW_RETURN_IF_ERROR(Receive(reader, upload));
+    OperationRequest request = upload.TakeRequest();
+    *request.command.mutable_forward()->mutable_loss() = header.loss();
+    request.command.mutable_forward()->set_backward(true);
+    request.digest = RequestDigest(v1::OPERATION_KIND_FORWARD_BACKWARD, header,
+                                   request.digest);
+    GW_ASSIGN_OR_RETURN(OperationPtr op,
+                        target.job->Submit(header.model_id(), header.seq_id(),
+                                           v1::OPERATION_KIND_FORWARD_BACKWARD,
+                                           std::move(request), ""));
+    Fill(target.job, op, reply);
+    return absl::OkStatus();
+  };
+  return Answer(context_, header.model_id(), header.seq_id(),
+                v1::OPERATION_KIND_FORWARD_BACKWARD, run());
+}
+
+grpc::Status TrainingServiceImpl::Backward(
+    grpc::ServerContext*, grpc::ServerReader<v1::BackwardRequest>* reader,
+    v1::OperationRef* reply) {
+  v1::BackwardRequest first;
+  if (!reader->Read(&first) || !first.has_header()) {
+    return ToGrpcStatus(HeaderMissing());
+  }
+  const v1::BackwardHeader& header = first.header();
+  const auto run = [&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(context_, header.model_id(), header.seq_id(),
+                                   v1::OPERATION_KIND_BACKWARD));
+    std::vector<DatumShape> shapes;
+    OperationPtr earlier =
+        target.job->FindOperation(header.model_id(), header.seq_id());
+    if (earlier != nullptr &&
+        earlier->activation_id == header.activation_id()) {
+      shapes = earlier->shapes;  // a repetition: the id may be used up
+    } else {
+      GW_ASSIGN_OR_RETURN(shapes,
+                          target.job->ActivationShapes(header.model_id(),
+                                                       header.activation_id()));
+    }
+    GradientUpload upload(shapes, context_.limits);
+    GW_RETURN_IF_ERROR(Receive(reader, upload));
+    OperationRequest request = upload.TakeRequest();
+    v1::RankBackward& command = *request.command.mutable_backward();
+    command.set_activation_id(header.activation_id());
+    command.set_allow_stale(header.allow_stale());
+    command.set_datum_count(request.datum_count);
+    request.digest =
+        RequestDigest(v1::OPERATION_KIND_BACKWARD, header, request.digest);
+    GW_ASSIGN_OR_RETURN(
+        OperationPtr op,
+        target.job->Submit(header.model_id(), header.seq_id(),
+                           v1::OPERATION_KIND_BACKWARD, std::move(request),
+                           header.activation_id(), 0, std::move(shapes)));
+    Fill(target.job, op, reply);
+    return absl::OkStatus();
+  };
+  return Answer(context_, header.model_id(), header.seq_id(),
+                v1::OPERATION_KIND_BACKWARD, run());
+}
+
+}  // namespace gradwire
