@@ -225,7 +225,10 @@ const std::vector<std::string>& HarmlessKeys() {
                                    "transformers.js_config",
                                    "typical_p",
                                    "use_bfloat16",
-                                   "use_cache"};
+                                   "use_cache",
+                                   "model_max_length",
+                                   "unsloth_fixed",
+                                   "unsloth_version"};
   return *keys;
 }
 
@@ -334,6 +337,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text) {
   in.Only("quantization_config", nullptr);
   in.Only("use_sliding_window", false);
   in.Only("tie_encoder_decoder", false);
+  in.Only("use_mrope", false);
   if (llama || qwen3) in.Only("attention_bias", false);
   // A window that is configured but not used does nothing in Qwen models.
   if (!llama) in.Ignore({"sliding_window"});
@@ -350,6 +354,10 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view text) {
     }
   }
   in.Ignore(HarmlessKeys());
+  // Names of special tokens are for tokenisers.
+  for (const auto& [key, value] : json.items()) {
+    if (key.ends_with("_token_id")) in.Ignore({key});
+  }
   for (const char* key : {"rope_scaling", "rope_parameters"}) {
     if (const Json* rope = in.Find(key); rope != nullptr) {
       absl::Status status =

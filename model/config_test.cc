@@ -61,6 +61,16 @@ TEST(ConfigTest, AnUnusedSlidingWindowOfQwenIsHarmless) {
                   .ok());
 }
 
+TEST(ConfigTest, TokensOfTokenisersAreHarmlessAndPaddingIsKept) {
+  auto config = ParseModelConfig(
+      Json(R"("unk_token_id": 0, "image_token_id": 7, "pad_token_id": 2)"));
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->padding_token, 2);
+  EXPECT_EQ(ParseModelConfig(Json(R"("pad_token_id": -1)"))->padding_token, 31);
+  EXPECT_EQ(ParseModelConfig(Json(R"("pad_token_id": null)"))->padding_token,
+            -1);
+}
+
 TEST(ConfigTest, RefusesByNameWhatChangesTheMathematics) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {R"("quantization_config": {"bits": 4})", "quantization_config"},
