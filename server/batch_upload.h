@@ -34,10 +34,10 @@ bool IsFinalRefusal(const absl::Status& status);
 
 class DatumUpload {
  public:
-  // `loss` outlives the upload.
-  DatumUpload(const LossInfo& loss, const RequestLimits& request_limits,
+  // REQUIRES: CheckLossSpec(loss) is OK.
+  DatumUpload(LossSpec loss, const RequestLimits& request_limits,
               const ServiceLimits& service_limits)
-      : loss_(loss),
+      : loss_(std::move(loss)),
         request_limits_(request_limits),
         service_limits_(service_limits) {}
 
@@ -51,7 +51,7 @@ class DatumUpload {
   std::vector<DatumShape> TakeShapes() { return std::move(shapes_); }
 
  private:
-  const LossInfo& loss_;
+  const LossSpec loss_;
   const RequestLimits request_limits_;
   const ServiceLimits service_limits_;
   OperationRequest request_;

@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kMaxValue = 256;
 constexpr size_t kMaxMessage = 2048;
 constexpr char kRetryKey[] = "retry_after_seconds";
+constexpr double kDefaultRetrySeconds = 1, kMaxRetrySeconds = 3600;
 
 ErrorDetail DetailOf(const absl::Status& status) {
   if (auto detail = GetErrorDetail(status)) return *detail;
@@ -85,8 +86,14 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
   (*info.mutable_metadata())["category"] =
       detail.category == ErrorCategory::kUser ? "USER" : "SERVER";
   wire.add_details()->PackFrom(info);
-  if (auto it = detail.metadata.find(kRetryKey); it != detail.metadata.end()) {
-    const double seconds = std::strtod(it->second.c_str(), nullptr);
+  const auto retry_after = detail.metadata.find(kRetryKey);
+  const bool given = retry_after != detail.metadata.end();
+  if (given || detail.reason == "QUEUE_FULL" || absl::IsUnavailable(status)) {
+    double seconds =
+        given ? std::strtod(retry_after->second.c_str(), nullptr) : 0;
+    if (!(seconds > 0 && seconds <= kMaxRetrySeconds)) {
+      seconds = kDefaultRetrySeconds;
+    }
     google::rpc::RetryInfo retry;
     retry.mutable_retry_delay()->set_seconds(static_cast<int64_t>(seconds));
     retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(
@@ -113,7 +120,11 @@ v1::OperationError ToOperationError(const absl::Status& status) {
 }
 
 absl::Status FromOperationError(const v1::OperationError& error) {
-  ErrorBuilder builder(static_cast<absl::StatusCode>(error.code()),
+  const bool failure =
+      error.code() >= static_cast<int>(absl::StatusCode::kCancelled) &&
+      error.code() <= static_cast<int>(absl::StatusCode::kUnauthenticated);
+  ErrorBuilder builder(failure ? static_cast<absl::StatusCode>(error.code())
+                               : absl::StatusCode::kUnknown,
                        error.reason());
   if (error.category() != "USER") builder.Server();
   for (const auto& [key, value] : error.metadata()) builder.With(key, value);

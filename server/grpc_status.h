@@ -11,12 +11,13 @@
 namespace gradwire {
 
 // The details carry reason, all metadata and "category"; and a RetryInfo where
-// the metadata have retry_after_seconds. A status without detail takes its
-// code's name for a reason, and the server for its cause.
+// the metadata have retry_after_seconds (1 s where QUEUE_FULL or UNAVAILABLE
+// have none). A status without detail takes its code's name for a reason, and
+// the server for its cause.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
 v1::OperationError ToOperationError(const absl::Status& status);
-// REQUIRES: error.code() is not OK.
+// Never OK: a code that is no failure becomes UNKNOWN.
 absl::Status FromOperationError(const v1::OperationError& error);
 
 // `text` as valid UTF-8 of at most `limit` bytes: what is not becomes '?'.

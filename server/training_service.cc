@@ -214,7 +214,7 @@ grpc::Status TrainingServiceImpl::Forward(
           .With("limit", 86400)
           .Message("retain_ttl_seconds must be from 0 to 86400.");
     }
-    DatumUpload upload(*FindLoss(loss.name), target.limits, context_.limits);
+    DatumUpload upload(std::move(loss), target.limits, context_.limits);
     GW_RETURN_IF_ERROR(Receive(reader, upload));
     OperationRequest request = upload.TakeRequest();
     v1::RankForward& command = *request.command.mutable_forward();
@@ -255,7 +255,7 @@ grpc::Status TrainingServiceImpl::ForwardBackward(
                         FindTarget(context_, header.model_id(), header.seq_id(),
                                    v1::OPERATION_KIND_FORWARD_BACKWARD));
     GW_ASSIGN_OR_RETURN(LossSpec loss, DecodeLoss(header.loss(), nullptr));
-    DatumUpload upload(*FindLoss(loss.name), target.limits, context_.limits);
+    DatumUpload upload(std::move(loss), target.limits, context_.limits);
     GW_RETURN_IF_ERROR(Receive(reader, upload));
     OperationRequest request = upload.TakeRequest();
     *request.command.mutable_forward()->mutable_loss() = header.loss();

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/check.h"
 #include "base/error.h"
 #include "base/status.h"
 
@@ -38,6 +39,12 @@ int64_t ElementBytes(v1::DataType dtype) {
     default:
       return 0;
   }
+}
+
+// For errors; what this version does not know has a number only.
+std::string TypeName(v1::DataType dtype) {
+  return v1::DataType_IsValid(dtype) ? v1::DataType_Name(dtype)
+                                     : std::to_string(dtype);
 }
 
 template <typename T>
@@ -141,19 +148,25 @@ absl::Status ReadSparse(const v1::TensorData& tensor, const Shape& shape,
     return invalid("the first row offset must be 0",
                    ReadAt<int64_t>(tensor.csr_row_offsets(), 0), 0);
   }
+  const auto invalid_row = [&](int64_t row, const std::string& what,
+                               int64_t value, int64_t limit) {
+    return WithErrorMetadata(invalid(what, value, limit), "position",
+                             std::to_string(row));
+  };
   int64_t at = 0;
   for (int64_t row = 0; row < shape.n; ++row) {
     const int64_t end = ReadAt<int64_t>(tensor.csr_row_offsets(), row + 1);
     if (end < at || end > stored) {
-      return invalid("row offsets must ascend up to the number of values", end,
-                     stored);
+      return invalid_row(row,
+                         "row offsets must ascend up to the number of values",
+                         end, stored);
     }
     int64_t last = -1;
     for (; at < end; ++at) {
       const int64_t column = ReadAt<int32_t>(tensor.csr_columns(), at);
       if (column <= last || column >= shape.k) {
-        return invalid("columns must ascend within a row, below K", column,
-                       shape.k);
+        return invalid_row(row, "columns must ascend within a row, below K",
+                           column, shape.k);
       }
       last = column;
       put(row * shape.k + column, at);
@@ -230,7 +243,7 @@ absl::Status DecodeTargets(const v1::TensorData& tensor, const Where& where,
   if (tensor.dtype() != v1::DATA_TYPE_INT64 &&
       tensor.dtype() != v1::DATA_TYPE_INT32) {
     return where.Error("DTYPE_MISMATCH")
-        .With("value", v1::DataType_Name(tensor.dtype()))
+        .With("value", TypeName(tensor.dtype()))
         .With("limit", "DATA_TYPE_INT64")
         .Message(where.Name() + " must be int64.");
   }
@@ -276,7 +289,7 @@ absl::Status DecodeFloats(const v1::TensorData& tensor, const Where& where,
                           std::vector<float>& out) {
   if (tensor.dtype() != v1::DATA_TYPE_FLOAT32) {
     return where.Error("DTYPE_MISMATCH")
-        .With("value", v1::DataType_Name(tensor.dtype()))
+        .With("value", TypeName(tensor.dtype()))
         .With("limit", "DATA_TYPE_FLOAT32")
         .Message(where.Name() + " must be float32.");
   }
@@ -300,7 +313,10 @@ absl::Status DecodeFloats(const v1::TensorData& tensor, const Where& where,
       finite = where.Error("NONFINITE_INPUT")
                    .With("position", element / shape.k)
                    .With("value", value)
-                   .Message(where.Name() + " must be finite.");
+                   .With("limit", "finite")
+                   .Message(where.Name() +
+                            " must be finite; send 0 where a position is not "
+                            "to count.");
     }
     out[element] = value;
   };
@@ -321,21 +337,37 @@ absl::Status DecodeFloats(const v1::TensorData& tensor, const Where& where,
   return finite;
 }
 
-absl::Status CheckThresholds(const TrainDatum& datum, int64_t datum_index) {
+// The bounds that hold where a datum has none of its own.
+struct Bounds {
+  double low = 0;
+  double high = std::numeric_limits<double>::infinity();
+};
+
+absl::Status CheckThresholds(const TrainDatum& datum, int64_t datum_index,
+                             const Bounds& config) {
+  const bool has_low = !datum.clip_low.empty();
+  const bool has_high = !datum.clip_high.empty();
+  if (!has_low && !has_high) return absl::OkStatus();
   for (size_t i = 0; i < datum.tokens.size(); ++i) {
-    const bool has_low = !datum.clip_low.empty();
-    const bool has_high = !datum.clip_high.empty();
-    const float low = has_low ? datum.clip_low[i] : 0.0f;
-    const float high =
-        has_high ? datum.clip_high[i] : std::numeric_limits<float>::infinity();
-    if (low >= 0 && high >= 0 && low <= high) continue;
+    const double low = has_low ? datum.clip_low[i] : config.low;
+    const double high = has_high ? datum.clip_high[i] : config.high;
+    // In float32, as the loss computes: its 1.2 is not above the config's.
+    const bool ordered = static_cast<float>(low) <= static_cast<float>(high);
+    if (low >= 0 && high >= 0 && ordered) continue;
+    // Name what the datum brought, and of two the one that breaks a rule alone.
+    const bool blame_low = has_low && (low < 0 || !has_high || high >= 0);
+    const double limit = (blame_low ? low : high) < 0 ? 0
+                         : blame_low                  ? high
+                                                      : low;
     const Where where = {
-        datum_index, has_low ? "clip_low_threshold" : "clip_high_threshold"};
+        datum_index, blame_low ? "clip_low_threshold" : "clip_high_threshold"};
     return where.Error("LOSS_CONFIG_OUT_OF_RANGE")
         .With("position", static_cast<int64_t>(i))
-        .With("value", has_low ? low : high)
-        .With("limit", high)
-        .Message("Clip thresholds are ratios: 0 <= low <= high.");
+        .With("value", blame_low ? low : high)
+        .With("limit", limit)
+        .Message(where.Name() +
+                 ": clip thresholds are ratios with 0 <= low <= high, where "
+                 "the loss's config stands in for one that is not given.");
   }
   return absl::OkStatus();
 }
@@ -353,15 +385,22 @@ absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
   TrainDatum out;
   GW_ASSIGN_OR_RETURN(out.tokens, DecodeTokens(datum, datum_index, limits));
   const auto& inputs = datum.loss_fn_inputs();
+  // The first by name, since a protobuf map has no order.
+  const std::string* unknown = nullptr;
   for (const auto& [name, tensor] : inputs) {
-    if (name == "target_tokens" || Lists(loss.required, name) ||
-        Lists(loss.optional, name)) {
-      continue;
-    }
-    return Where{datum_index, name.substr(0, 64)}
+    const bool known = name == "target_tokens" || Lists(loss.required, name) ||
+                       Lists(loss.optional, name);
+    if (!known && (unknown == nullptr || name < *unknown)) unknown = &name;
+  }
+  if (unknown != nullptr) {
+    std::string listed = "target_tokens";
+    for (const std::string& name : loss.required) listed += ", " + name;
+    for (const std::string& name : loss.optional) listed += ", " + name;
+    return Where{datum_index, unknown->substr(0, 64)}
         .Error("UNKNOWN_LOSS_INPUT")
         .With("value", loss.name)
-        .Message(loss.name + " does not read " + name.substr(0, 64) +
+        .With("limit", listed)
+        .Message(loss.name + " does not read " + unknown->substr(0, 64) +
                  "; leave it out, or choose the loss that does.");
   }
   std::vector<std::string> required = loss.required;
@@ -370,7 +409,8 @@ absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
     if (inputs.count(name) != 0) continue;
     return Where{datum_index, name}
         .Error("MISSING_LOSS_INPUT")
-        .With("value", loss.name)
+        .With("value", "absent")
+        .With("limit", "required by " + loss.name)
         .Message(loss.name + " needs " + name + " in every datum.");
   }
   GW_RETURN_IF_ERROR(DecodeTargets(inputs.at("target_tokens"),
@@ -394,7 +434,30 @@ absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
     GW_RETURN_IF_ERROR(DecodeFloats(it->second, {datum_index, field.name}, out,
                                     field.per_target, *field.values));
   }
-  GW_RETURN_IF_ERROR(CheckThresholds(out, datum_index));
+  GW_RETURN_IF_ERROR(CheckThresholds(out, datum_index, Bounds()));
+  return out;
+}
+
+absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
+                                       int64_t datum_index,
+                                       const LossSpec& loss,
+                                       const RequestLimits& limits) {
+  const LossInfo* info = FindLoss(loss.name);
+  GW_CHECK(info != nullptr);
+  GW_ASSIGN_OR_RETURN(TrainDatum out,
+                      DecodeDatum(datum, datum_index, *info, limits));
+  const auto setting = [&](const char* name, double absent) {
+    const auto given = loss.config.find(name);
+    if (given != loss.config.end()) return given->second;
+    for (const LossKey& key : info->config) {
+      if (key.name == name) return key.default_value.value_or(absent);
+    }
+    return absent;
+  };
+  Bounds bounds;
+  bounds.low = setting("clip_low_threshold", bounds.low);
+  bounds.high = setting("clip_high_threshold", bounds.high);
+  GW_RETURN_IF_ERROR(CheckThresholds(out, datum_index, bounds));
   return out;
 }
 
@@ -404,8 +467,15 @@ absl::StatusOr<LossSpec> DecodeLoss(const v1::LossConfig& config,
   if (!config.loss_fn().empty()) spec.name = config.loss_fn();
   for (const auto& [key, value] : config.config()) {
     if (key == "top_k" && top_k != nullptr && spec.name == "cross_entropy") {
-      const bool whole = value == std::floor(value) && std::fabs(value) < 1e6;
-      if (*top_k == 0) *top_k = whole ? static_cast<int32_t>(value) : -1;
+      if (!(value >= 0 && value < 1e6) || value != std::floor(value)) {
+        return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                            "TOP_K_OUT_OF_RANGE")
+            .With("field", "top_k")
+            .With("value", value)
+            .With("limit", "a whole number >= 0")
+            .Message("top_k must be a whole number, 0 (off) or more.");
+      }
+      if (*top_k == 0) *top_k = static_cast<int32_t>(value);
     } else {
       spec.config[key] = value;
     }
@@ -432,7 +502,10 @@ absl::StatusOr<std::vector<float>> DecodeGradient(const v1::GradientItem& item,
   std::vector<float> out;
   const Where where = {item.datum_index(), "d_logprobs"};
   if (IsSparse(item.d_logprobs())) {
-    return where.Error("CSR_INVALID").Message("d_logprobs must be dense.");
+    return where.Error("CSR_INVALID")
+        .With("value", "sparse")
+        .With("limit", "dense")
+        .Message("d_logprobs must be dense.");
   }
   GW_RETURN_IF_ERROR(
       DecodeFloats(item.d_logprobs(), where, datum, PerTarget::kRequired, out));
@@ -442,10 +515,12 @@ absl::StatusOr<std::vector<float>> DecodeGradient(const v1::GradientItem& item,
 absl::StatusOr<OptimParams> DecodeAdamParams(const v1::AdamParams& params) {
   OptimParams out;
   absl::Status status;
+  // The step computes in float32: a value must be in range once rounded.
+  constexpr double kMax = std::numeric_limits<float>::max();
   const auto read = [&](const char* field, bool present, double value,
                         double limit, double& into) {
     if (!present || !status.ok()) return;
-    if (std::isfinite(value) && value >= 0 && value < limit) {
+    if (value >= 0 && value <= kMax && static_cast<float>(value) < limit) {
       into = value;
       return;
     }
@@ -454,7 +529,8 @@ absl::StatusOr<OptimParams> DecodeAdamParams(const v1::AdamParams& params) {
                  .With("field", field)
                  .With("value", value)
                  .With("limit", limit == 1 ? "[0, 1)" : "[0, inf)")
-                 .Message(std::string(field) + " must be finite, at least 0" +
+                 .Message(std::string(field) +
+                          " must be finite in float32, at least 0" +
                           (limit == 1 ? " and below 1." : "."));
   };
   constexpr double kAny = std::numeric_limits<double>::infinity();
@@ -468,12 +544,14 @@ absl::StatusOr<OptimParams> DecodeAdamParams(const v1::AdamParams& params) {
   read("grad_clip_norm", params.has_grad_clip_norm(), params.grad_clip_norm(),
        kAny, out.grad_clip_norm);
   GW_RETURN_IF_ERROR(status);
-  const auto invalid = [](const char* field, int64_t value) {
+  const auto invalid = [](const char* field, int64_t value, int64_t limit) {
     return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                         "OPTIM_PARAM_OUT_OF_RANGE")
         .With("field", field)
         .With("value", value)
-        .Message(std::string(field) + " has no such value.");
+        .With("limit", limit)
+        .Message(std::string(field) + " has no value " + std::to_string(value) +
+                 ".");
   };
   switch (params.normalization()) {
     case v1::GRADIENT_NORMALIZATION_UNSPECIFIED:
@@ -486,7 +564,8 @@ absl::StatusOr<OptimParams> DecodeAdamParams(const v1::AdamParams& params) {
       out.normalization = GradientNormalization::kNumSequences;
       break;
     default:
-      return invalid("normalization", params.normalization());
+      return invalid("normalization", params.normalization(),
+                     v1::GradientNormalization_MAX);
   }
   switch (params.grad_norm_metrics()) {
     case v1::GRADIENT_NORM_METRICS_UNSPECIFIED:
@@ -499,11 +578,12 @@ absl::StatusOr<OptimParams> DecodeAdamParams(const v1::AdamParams& params) {
       out.norm_metrics = GradientNormMetrics::kDetailed;
       break;
     default:
-      return invalid("grad_norm_metrics", params.grad_norm_metrics());
+      return invalid("grad_norm_metrics", params.grad_norm_metrics(),
+                     v1::GradientNormMetrics_MAX);
   }
   if (params.has_expected_ops()) {
     if (params.expected_ops() < 0) {
-      return invalid("expected_ops", params.expected_ops());
+      return invalid("expected_ops", params.expected_ops(), 0);
     }
     out.expected_ops = params.expected_ops();
   }

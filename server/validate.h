@@ -30,9 +30,17 @@ absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
                                        int64_t datum_index,
                                        const LossInfo& loss,
                                        const RequestLimits& limits);
+// Also checks a threshold that a datum gives against the other one of the
+// loss's config, where the datum does not give both. REQUIRES:
+// CheckLossSpec(loss) is OK.
+absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
+                                       int64_t datum_index,
+                                       const LossSpec& loss,
+                                       const RequestLimits& limits);
 
 // An empty loss_fn is cross_entropy. With `top_k`, cross_entropy's key of that
-// name is taken where *top_k is 0. Errors: those of CheckLossSpec.
+// name is taken where *top_k is 0. Errors: those of CheckLossSpec;
+// TOP_K_OUT_OF_RANGE.
 absl::StatusOr<LossSpec> DecodeLoss(const v1::LossConfig& config,
                                     int32_t* top_k);
 

@@ -283,6 +283,11 @@ TEST(DecodeLossTest, TopKOfCrossEntropyIsTheForwards) {
   EXPECT_EQ(top_k, 5);
   EXPECT_EQ(Refused(DecodeLoss(config, nullptr).status()).reason,
             "UNKNOWN_LOSS_CONFIG");
+  for (const double bad : {-1.0, 2.5, 1e10, std::nan("")}) {
+    (*config.mutable_config())["top_k"] = bad;
+    EXPECT_EQ(Refused(DecodeLoss(config, &top_k).status()).reason,
+              "TOP_K_OUT_OF_RANGE");
+  }
   EXPECT_TRUE(CheckTopK(10, kLimits).ok());
   EXPECT_EQ(Refused(CheckTopK(11, kLimits)).reason, "TOP_K_OUT_OF_RANGE");
   EXPECT_EQ(Refused(CheckTopK(-1, kLimits)).reason, "TOP_K_OUT_OF_RANGE");
@@ -304,6 +309,9 @@ TEST(AdamParamsTest, EveryFieldHasItsRange) {
       {"learning_rate", [](auto& p) { p.set_learning_rate(-1); }},
       {"beta1", [](auto& p) { p.set_beta1(1); }},
       {"beta2", [](auto& p) { p.set_beta2(std::nan("")); }},
+      // Infinity, and 1, once rounded to float32.
+      {"learning_rate", [](auto& p) { p.set_learning_rate(1e39); }},
+      {"beta2", [](auto& p) { p.set_beta2(1 - 1e-12); }},
       {"eps", [](auto& p) { p.set_eps(-1e-9); }},
       {"weight_decay", [](auto& p) { p.set_weight_decay(INFINITY); }},
       {"grad_clip_norm", [](auto& p) { p.set_grad_clip_norm(-1); }},
@@ -324,6 +332,8 @@ TEST(AdamParamsTest, EveryFieldHasItsRange) {
     EXPECT_EQ(refusal.reason, "OPTIM_PARAM_OUT_OF_RANGE") << field;
     if (refusal.reason.empty()) continue;
     EXPECT_EQ(refusal.metadata.at("field"), field);
+    EXPECT_EQ(refusal.metadata.count("value"), 1u) << field;
+    EXPECT_EQ(refusal.metadata.count("limit"), 1u) << field;
   }
 }
 
@@ -388,6 +398,28 @@ TEST(GrpcStatusTest, CarriesOneErrorInfo) {
   ASSERT_TRUE(details.details(1).UnpackTo(&retry));
   EXPECT_EQ(retry.retry_delay().nanos(), 250000000);
   EXPECT_TRUE(ToGrpcStatus(absl::OkStatus()).ok());
+}
+
+TEST(GrpcStatusTest, UnavailableSaysWhenToComeBack) {
+  for (const char* seconds : {"", "nan", "-3", "1e300"}) {
+    ErrorBuilder error(absl::StatusCode::kUnavailable, "JOB_RECOVERING");
+    if (*seconds != 0) error.With("retry_after_seconds", seconds);
+    google::rpc::Status details;
+    ASSERT_TRUE(details.ParseFromString(
+        ToGrpcStatus(error.Message("later")).error_details()));
+    ASSERT_EQ(details.details_size(), 2);
+    google::rpc::RetryInfo retry;
+    ASSERT_TRUE(details.details(1).UnpackTo(&retry));
+    EXPECT_EQ(retry.retry_delay().seconds(), 1);
+  }
+}
+
+TEST(GrpcStatusTest, AnOperationErrorIsNeverOk) {
+  for (const int code : {0, -1, 17, 1 << 30}) {
+    v1::OperationError error;
+    error.set_code(code);
+    EXPECT_EQ(FromOperationError(error).code(), absl::StatusCode::kUnknown);
+  }
 }
 
 TEST(GrpcStatusTest, OperationErrorsKeepEverything) {
