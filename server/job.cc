@@ -242,6 +242,7 @@ absl::StatusOr<Job::Handle*> Job::FindHandle(
 absl::Status Job::CheckHandle(const Handle& handle,
                               v1::OperationKind kind) const {
   if (environment_->draining) {
+    environment_->metrics->CountRejected("draining");
     return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
         .Server()
         .With("retry_after_seconds", 5.0)
@@ -377,10 +378,10 @@ absl::Status Job::CheckSubmit(const std::string& model_id, int64_t seq,
                               v1::OperationKind kind) const {
   absl::MutexLock lock(&mu_);
   GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
-  GW_RETURN_IF_ERROR(handle->queue.CheckSeq(seq));
   // A repetition is answered whatever has become of the handle.
   if (handle->queue.Find(seq) != nullptr) return absl::OkStatus();
-  return CheckHandle(*handle, kind);
+  GW_RETURN_IF_ERROR(CheckHandle(*handle, kind));
+  return handle->queue.CheckSeq(seq);
 }
 
 absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,

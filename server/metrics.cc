@@ -180,6 +180,21 @@ Metrics::Metrics() : state_(std::make_unique<State>()) {
       .Add({{"version", kVersion}, {"commit", ""}, {"cuda", ""}, {"nccl", ""}})
       .Set(1);
   state_->start_time.Add({}).Set(UnixNow());
+  // Counters begin at 0, so that rates see their first event.
+  for (const char* reason : {"queue_full", "too_large", "draining"}) {
+    state_->rejected.Add({{"reason", reason}});
+  }
+  for (const char* op :
+       {"forward", "forward_backward", "backward", "optim_step", "zero_grad",
+        "save_snapshot", "unload_model", "release_activations"}) {
+    for (const char* outcome : {"replayed", "joined", "conflict"}) {
+      state_->dedup.Add({{"op", op}, {"outcome", outcome}});
+    }
+    for (const char* outcome :
+         {"ok", "user_error", "server_error", "cancelled"}) {
+      state_->ops.Add({{"op", op}, {"outcome", outcome}});
+    }
+  }
 }
 Metrics::~Metrics() = default;
 
@@ -201,6 +216,9 @@ void Metrics::SetJobState(const std::string& job_id, const std::string& state,
   for (const char* name : kPhases) {
     state_->OfJob(state_->job_phase, job_id, {{"phase", name}})
         .Set(phase == name ? 1 : 0);
+  }
+  for (const char* where : {"client_grad", "logprob", "grad"}) {
+    state_->OfJob(state_->nonfinite, job_id, {{"where", where}});
   }
   state_->OfJob(state_->job_progress, job_id).Set(UnixNow());
 }
@@ -263,7 +281,9 @@ void Metrics::CountOperation(const OperationMeasure& measure) {
         .Increment();
   }
   const std::map<std::string, std::string> places = {
-      {"NONFINITE_OUTPUT", "logprob"}, {"NONFINITE_GRADIENT", "grad"}};
+      {"NONFINITE_INPUT", "client_grad"},
+      {"NONFINITE_OUTPUT", "logprob"},
+      {"NONFINITE_GRADIENT", "grad"}};
   if (auto it = places.find(measure.reason); it != places.end()) {
     state_->OfJob(state_->nonfinite, measure.job_id, {{"where", it->second}})
         .Increment();

@@ -3,7 +3,10 @@
 
 #include <civetweb.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -79,7 +82,23 @@ absl::StatusOr<std::unique_ptr<OpsHttp>> OpsHttp::Start(
 }
 
 OpsHttp::~OpsHttp() {
-  if (context_ != nullptr) mg_stop(context_);
+  if (context_ == nullptr) return;
+  // civetweb looks whether it shall stop between connections, and every other
+  // second: a connection spares the wait.
+  std::atomic<bool> stopped{false};
+  std::thread stopper([&] {
+    mg_stop(context_);
+    stopped = true;
+  });
+  while (!stopped) {
+    char error[1];
+    const auto where = ParseHostPort(address_);
+    mg_connection* knock =
+        mg_connect_client(where->host.c_str(), where->port, 0, error, 1);
+    if (knock != nullptr) mg_close_connection(knock);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  stopper.join();
 }
 
 int OpsHttp::Handle(mg_connection* connection, void* self) {

@@ -32,25 +32,26 @@ v1::MemoryPlan ToProto(const MemoryPlan& plan) {
   return out;
 }
 
-v1::TensorData FloatTensor(const std::vector<float>& values, int64_t n,
-                           int64_t k) {
+// With the first dimension; others are the caller's.
+v1::TensorData FloatTensor(const std::vector<float>& values, int64_t n) {
   v1::TensorData tensor;
   tensor.set_dtype(v1::DATA_TYPE_FLOAT32);
   tensor.add_shape(n);
-  if (k > 1) tensor.add_shape(k);
   tensor.set_data(values.data(), values.size() * sizeof(float));
   return tensor;
 }
 
+// `matrix`: whether the datum's targets were [n, k], rather than [n].
 v1::LogprobItem ToItem(const DatumLogprobs& datum, const TrainDatum& source,
-                       int64_t top_k) {
+                       bool matrix, int64_t top_k) {
   const auto n = static_cast<int64_t>(source.tokens.size());
   v1::LogprobItem item;
   item.set_datum_index(datum.index);
-  *item.mutable_logprobs() = FloatTensor(datum.logprobs, n, source.k);
+  *item.mutable_logprobs() = FloatTensor(datum.logprobs, n);
+  if (matrix) item.mutable_logprobs()->add_shape(source.k);
   if (top_k > 0) {
     v1::TensorData& logprobs = *item.mutable_top_k_logprobs();
-    logprobs = FloatTensor(datum.top_k_logprobs, n, 1);
+    logprobs = FloatTensor(datum.top_k_logprobs, n);
     logprobs.add_shape(top_k);
     v1::TensorData& indices = *item.mutable_top_k_indices();
     indices.set_dtype(v1::DATA_TYPE_INT64);
@@ -251,12 +252,15 @@ absl::Status RankWorker::Forward(int64_t command_id,
   limits.vocab = trainer_->config().vocab;
   limits.max_context = trainer_->plan().max_context;
   std::vector<TrainDatum> data;
+  std::vector<bool> matrix;
   for (v1::DatumChunk& chunk : datums_) {
     for (const v1::Datum& datum : chunk.datums()) {
       GW_ASSIGN_OR_RETURN(
           TrainDatum decoded,
           DecodeDatum(datum, static_cast<int64_t>(data.size()), info, limits));
       data.push_back(std::move(decoded));
+      matrix.push_back(
+          datum.loss_fn_inputs().at("target_tokens").shape_size() == 2);
     }
     chunk.Clear();
   }
@@ -266,8 +270,8 @@ absl::Status RankWorker::Forward(int64_t command_id,
       ForwardOutcome outcome,
       trainer_->Forward(data, options, [&](DatumLogprobs datum) {
         const bool flush = datum.last_of_micro_batch;
-        *event.mutable_logprobs()->mutable_chunk()->add_items() =
-            ToItem(datum, data[datum.index], options.top_k);
+        *event.mutable_logprobs()->mutable_chunk()->add_items() = ToItem(
+            datum, data[datum.index], matrix[datum.index], options.top_k);
         if (!flush) return;
         send_(event);
         event.mutable_logprobs()->clear_chunk();

@@ -52,6 +52,10 @@ absl::Status Receive(grpc::ServerReader<Request>* reader, Upload& upload) {
 grpc::Status Answer(const ServiceContext& context, const std::string& model_id,
                     int64_t seq, v1::OperationKind kind,
                     const absl::Status& status) {
+  const auto detail = GetErrorDetail(status);
+  if (detail && detail->reason == "BATCH_TOO_LARGE") {
+    context.environment->metrics->CountRejected("too_large");
+  }
   if (IsFinalRefusal(status)) {
     if (auto job = context.jobs->OfModel(model_id); job.ok()) {
       (*job)->EndSeq(model_id, seq, kind, status);

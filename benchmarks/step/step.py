@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step through the Python client, beside torch in the same run.
+"""A training step through the client beside PyTorch, in one run.
 
-    .venv/bin/python benchmarks/step/step.py
+    .venv/bin/python benchmarks/step/step.py --precision f32
 
-SmolLM2-135M, 4 sequences of 512 tokens, 2 threads on each side, f32 and bf16.
-The losses are compared first; then the two sides take turns. Prints one JSON
-line for each result:
-
-    start             from the creation of a job to the end of its first step
-    forward_backward  tokens/s against torch, and the peaks of resident memory
-    custom_step       one stream against a forward and a forward_backward
-    optim_step        seconds of AdamW
-
-Everything is a median; *_min and *_max are of the slowest and fastest round.
+Both sides have the same random weights and batch. Parity is checked first (the
+sum of logprobs), then timed rounds alternate. Prints one JSON line for each
+mode and a table for people. Modes of gradwire: `forward_backward` (cross
+entropy inside the server), `custom` (one forward, loss in the client) and
+`double` (forward, then forward_backward with the gradients as weights). Each
+includes the network and everything else a user waits for, but no optimizer
+step on either side. PyTorch runs in processes of its own, so that the peak of
+resident memory (VmHWM) is of one model on each side: of the rank and the
+supervisor here, of the worker there.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,321 +26,291 @@ import tempfile
 import time
 
 import gradwire
+import numpy as np
 import torch
 import transformers
+from gradwire.local_server import LocalServer
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_PRETRAINED = _ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
-# Of the losses of the two sides, before anything is timed.
-_PARITY = {"f32": 1e-5, "bf16": 1e-2}
-GEOMETRY = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    "tie_word_embeddings": True,
+# name: (config, sequences, length). Geometries of docs/performance.md.
+MODELS = {
+    "smollm2-135m": (
+        transformers.LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        ),
+        4,
+        512,
+    ),
+    "qwen-width": (
+        transformers.Qwen2Config(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=4,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        ),
+        2,
+        512,
+    ),
+    "tiny": (
+        transformers.LlamaConfig(
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=4096,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        ),
+        8,
+        256,
+    ),
 }
-SMOKE = {
-    **GEOMETRY,
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a Hugging Face directory")
-    parser.add_argument("--precisions", default="f32,bf16")
-    parser.add_argument("--steps", type=int, default=5, help="rounds")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before")
+# PyTorch's ways to a precision; the fastest is the baseline.
+PEERS = {"f32": ["f32"], "bf16": ["bf16-autocast", "bf16-weights"]}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument(
-        "--torch", choices=["compile", "eager", "none"], default="compile"
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_ids(name: str) -> np.ndarray:
+    config, sequences, length = MODELS[name]
+    return np.random.default_rng(0).integers(
+        0, config.vocab_size, (sequences, length + 1)
     )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="a tiny model, a short batch, two rounds, eager torch",
+
+
+def peak_bytes(pid: int | str) -> int:
+    """The largest resident set of a process so far."""
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no VmHWM for process {pid}")
+
+
+def torch_worker(args: argparse.Namespace) -> None:
+    """One line in, one step, one line out."""
+    way, directory = args.worker
+    torch.set_num_threads(args.threads)
+    ids = torch.from_numpy(make_ids(args.model))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.bfloat16 if way == "bf16-weights" else torch.float32,
     )
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.sequences, arguments.length = 2, 32
-        arguments.steps, arguments.warmup = 2, 1
-        if arguments.torch == "compile":
-            arguments.torch = "eager"
-    return arguments
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(
+            "cpu", dtype=torch.bfloat16, enabled=way == "bf16-autocast"
+        ):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        logprobs = torch.log_softmax(logits.float(), -1)
+        return logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+
+    if not args.no_compile:
+        forward = torch.compile(forward)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        logprobs = forward(ids)
+        (-logprobs.sum()).backward()
+        seconds = time.perf_counter() - start
+        total = float(logprobs.detach().sum())
+        print(json.dumps([seconds, total, peak_bytes("self")]), flush=True)
 
 
-def find_model(arguments, folder):
-    """(directory, what it is); random weights where none are at hand."""
-    if arguments.model:
-        return pathlib.Path(arguments.model), "given"
-    if not arguments.smoke and (_PRETRAINED / "config.json").exists():
-        return _PRETRAINED, "pretrained"
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(**SMOKE if arguments.smoke else GEOMETRY)
-    path = pathlib.Path(folder) / "model"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path, "random"
+class Torch:
+    """PyTorch in a process of its own."""
 
-
-def make_batch(vocab, sequences, length):
-    generator = torch.Generator().manual_seed(2)
-    whole = torch.randint(vocab, (sequences, length + 1), generator=generator)
-    weights = torch.rand(sequences, length, generator=generator) + 0.5
-    return {
-        "tokens": whole[:, :-1].tolist(),
-        "targets": whole[:, 1:].tolist(),
-        "weights": weights.tolist(),
-    }
-
-
-def to_data(batch):
-    return [
-        gradwire.Datum(tokens, {"target_tokens": targets, "weights": weights})
-        for tokens, targets, weights in zip(
-            batch["tokens"], batch["targets"], batch["weights"], strict=True
-        )
-    ]
-
-
-class TorchPeer:
-    """torch_peer.py, started and fed."""
-
-    def __init__(self, path, precision, arguments, batch):
-        script = pathlib.Path(__file__).with_name("torch_peer.py")
+    def __init__(self, way: str, directory: str, args: argparse.Namespace):
+        command = [sys.executable, __file__, "--worker", way, directory]
+        command += ["--model", args.model, "--threads", str(args.threads)]
+        if args.no_compile:
+            command.append("--no-compile")
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                script,
-                path,
-                precision,
-                str(arguments.threads),
-                arguments.torch,
-            ],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
-        self._send(batch)
+        self.peak = 0
 
-    def _send(self, message):
-        print(json.dumps(message), file=self._process.stdin, flush=True)
+    def step(self) -> tuple[float, float]:
+        """Seconds, and the sum of logprobs."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        seconds, total, self.peak = json.loads(self._process.stdout.readline())
+        return seconds, total
 
-    def step(self):
-        self._send({})
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("step.py: the torch side has ended; see above")
-        return json.loads(line)
-
-    def close(self):
+    def close(self) -> None:
+        assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
 
 
-class NoPeer:
-    def step(self):
-        return {"loss": None, "seconds": None, "peak_rss_bytes": None}
+class Gradwire:
+    """The modes of one training client; each returns the sum of logprobs."""
 
-    def close(self):
-        pass
+    def __init__(self, policy: gradwire.TrainingClient, ids: np.ndarray):
+        self.policy = policy
+        self.data = [gradwire.Datum.from_tokens(row.tolist()) for row in ids]
+
+    def forward_backward(self) -> float:
+        done = self.policy.forward_backward(self.data, "cross_entropy").result()
+        return total_of(done)
+
+    def custom(self) -> float:
+        def loss(data, logprobs):
+            del data
+            return -sum(lp.sum() for lp in logprobs), {}
+
+        done = self.policy.forward_backward_custom(self.data, loss).result()
+        return total_of(done)
+
+    def double(self) -> float:
+        total = total_of(self.policy.forward(self.data).result())
+        self.forward_backward()
+        return total
 
 
-def peak_rss_bytes(pid):
-    """Of the process and its children: the server and its ranks."""
-    total = 0
-    for folder in pathlib.Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            status = dict(
-                line.split(":", 1)
-                for line in (folder / "status").read_text().splitlines()
+def total_of(result) -> float:
+    return float(sum(float(lp.sum()) for lp in result.logprobs))
+
+
+def timed(step) -> tuple[float, float]:
+    start = time.perf_counter()
+    total = step()
+    return time.perf_counter() - start, total
+
+
+def children(pid: int) -> list[int]:
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(c) for task in tasks for c in task.read_text().split()]
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker:
+        torch_worker(args)
+        return
+    config, sequences, length = MODELS[args.model]
+    torch.manual_seed(0)
+    ids = make_ids(args.model)
+    tokens = sequences * length
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = str(pathlib.Path(scratch) / "model")
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(
+            directory
+        )
+        with LocalServer(
+            state_dir=pathlib.Path(scratch) / "state", threads=args.threads
+        ) as server:
+            service = gradwire.ServiceClient(server.address)
+            start = time.perf_counter()
+            policy = service.create_training_client(
+                base_model=directory, precision=args.precision
             )
-        except OSError:  # it has ended meanwhile
-            continue
-        if pid in (int(folder.name), int(status["PPid"])):
-            total += int(status["VmHWM"].split()[0]) * 1024
-    return total
-
-
-def timed(work):
-    begin = time.perf_counter()
-    result = work()
-    return time.perf_counter() - begin, result
-
-
-def rates(tokens, seconds, prefix=""):
-    return {
-        f"{prefix}tokens_per_second": round(
-            tokens / statistics.median(seconds), 1
-        ),
-        f"{prefix}tokens_per_second_min": round(tokens / max(seconds), 1),
-        f"{prefix}tokens_per_second_max": round(tokens / min(seconds), 1),
-    }
-
-
-def report(what, precision, **fields):
-    line = {"what": what, "precision": precision, **fields}
-    print(json.dumps(line), flush=True)
-
-
-def weighted_sum(data, logprobs):
-    loss = -sum(
-        (torch.tensor(d.loss_fn_inputs["weights"]) * lp).sum()
-        for d, lp in zip(data, logprobs, strict=True)
-    )
-    return loss, {}
-
-
-def double_forward(client, data):
-    """A custom step as two calls: the forward runs twice."""
-    served = client.forward(data).result().logprobs
-    leaves = [torch.tensor(lp, requires_grad=True) for lp in served]
-    weighted_sum(data, leaves)[0].backward()
-    opposite = [
-        gradwire.Datum(
-            d.model_input, {**d.loss_fn_inputs, "weights": -leaf.grad}
-        )
-        for d, leaf in zip(data, leaves, strict=True)
-    ]
-    return client.forward_backward(opposite, "cross_entropy").result()
-
-
-def measure(service, server, path, precision, arguments):
-    config = transformers.AutoConfig.from_pretrained(path)
-    batch = make_batch(config.vocab_size, arguments.sequences, arguments.length)
-    data = to_data(batch)
-    tokens = arguments.sequences * arguments.length
-    still = gradwire.AdamParams(learning_rate=0.0)
-
-    def create():
-        client = service.create_training_client(path, precision=precision)
-        client.forward_backward_custom(data, weighted_sum)
-        client.optim_step(still).result()
-        return client
-
-    seconds, client = timed(create)
-    job = service.get_job(client.job_id)
-    report(
-        "start",
-        precision,
-        seconds_to_first_step=round(seconds, 3),
-        seconds_to_ready=round(job.seconds_to_ready, 3),
-        device=job.device,
-        planned_bytes=job.memory.total,
-    )
-
-    if arguments.torch == "none":
-        peer = NoPeer()
-    else:
-        peer = TorchPeer(path, precision, arguments, batch)
-    own = client.forward_backward(data, "cross_entropy").result().loss
-    other = peer.step()["loss"]
-    difference = None
-    if other is not None:
-        difference = abs(own - other) / abs(other)
-        if not difference <= _PARITY[precision]:
-            raise SystemExit(
-                f"step.py: the losses differ: {own} and {other} of torch "
-                f"({precision}); nothing was timed"
+            ready = time.perf_counter() - start
+            ours = Gradwire(policy, ids)
+            ours.forward_backward()
+            first = {"gradwire": time.perf_counter() - start}
+            (rank,) = children(server.pid)
+            ours.forward_backward()
+            peaks["forward_backward"] = peak_bytes(rank) + peak_bytes(
+                server.pid
             )
-
-    mine, theirs, custom, double = [], [], [], []
-    for round_number in range(arguments.warmup + arguments.steps):
-        a, _ = timed(
-            lambda: client.forward_backward(data, "cross_entropy").result()
-        )
-        b = peer.step()
-        c, step = timed(
-            lambda: client.forward_backward_custom(data, weighted_sum).result()
-        )
-        d, _ = timed(lambda: double_forward(client, data))
-        assert not step.recomputed, "the activations were not kept"
-        if round_number >= arguments.warmup:
-            mine.append(a)
-            theirs.append(b["seconds"])
-            custom.append(c)
-            double.append(d)
-    steps = []
-    for _ in range(arguments.steps):
-        client.forward_backward(data, "cross_entropy").result()
-        steps.append(timed(lambda: client.optim_step(still).result())[0])
-    peak = peak_rss_bytes(server.pid)
-    peer_peak = b["peak_rss_bytes"]
-    peer.close()
-    service.delete_job(client.job_id)
-
-    compared = {}
-    if difference is not None:
-        compared = {
-            **rates(tokens, theirs, "torch_"),
-            "torch": arguments.torch,
-            "ratio": round(
-                statistics.median(theirs) / statistics.median(mine), 3
-            ),
-            "loss_difference": difference,
-            "torch_peak_rss_bytes": peer_peak,
-            "peak_rss_ratio": round(peak / peer_peak, 3),
-        }
-    report(
-        "forward_backward",
-        precision,
-        **rates(tokens, mine),
-        peak_rss_bytes=peak,
-        **compared,
-    )
-    report(
-        "custom_step",
-        precision,
-        **rates(tokens, custom),
-        **rates(tokens, double, "double_forward_"),
-        ratio=round(statistics.median(double) / statistics.median(custom), 3),
-    )
-    report("optim_step", precision, seconds=round(statistics.median(steps), 4))
-
-
-def main():
-    arguments = parse_arguments()
-    torch.set_num_threads(1)  # of the client's loss alone
-    with tempfile.TemporaryDirectory(prefix="gradwire-step-") as folder:
-        path, kind = find_model(arguments, folder)
-        for precision in arguments.precisions.split(","):
-            # Each with a server of its own, so that peaks are its own.
-            with (
-                gradwire.LocalServer(threads=arguments.threads) as server,
-                gradwire.ServiceClient(address=server.address) as service,
-            ):
-                info = service.get_server_info()
-                report(
-                    "run",
-                    precision,
-                    model=kind,
-                    sequences=arguments.sequences,
-                    length=arguments.length,
-                    threads=arguments.threads,
-                    rounds=arguments.steps,
-                    device=info.device,
-                    cores=os.cpu_count(),
-                    server=info.version,
-                    torch=torch.__version__,
-                    transformers=transformers.__version__,
-                    python=platform.python_version(),
+            peers = {
+                way: Torch(way, directory, args)
+                for way in PEERS[args.precision]
+            }
+            theirs = 0.0
+            for way, peer in peers.items():
+                first[way], theirs = peer.step()
+            mine = ours.custom()
+            difference = abs(mine - theirs) / abs(theirs)
+            # Sums of some thousand logprobs in the unit roundoff.
+            limit = 2.0**-16 if args.precision == "f32" else 2.0**-7
+            if difference > limit:
+                raise SystemExit(
+                    f"no parity: relative difference {difference} > {limit}"
                 )
-                measure(service, server, path, precision, arguments)
+            modes = {
+                "forward_backward": lambda: timed(ours.forward_backward),
+                "custom": lambda: timed(ours.custom),
+                "double": lambda: timed(ours.double),
+            } | {way: peer.step for way, peer in peers.items()}
+            for _ in range(args.rounds):
+                for name, step in modes.items():
+                    seconds.setdefault(name, []).append(step()[0])
+            for name in ("custom", "double"):
+                peaks[name] = peak_bytes(rank) + peak_bytes(server.pid)
+            for way, peer in peers.items():
+                peaks[way] = peer.peak
+                peer.close()
+    median = {
+        name: statistics.median(values) for name, values in seconds.items()
+    }
+    best = min(PEERS[args.precision], key=lambda way: median[way])
+    for name, values in seconds.items():
+        row = {
+            "bench": "step",
+            "model": args.model,
+            "mode": name,
+            "dtype": args.precision,
+            "T": length,
+            "tokens": tokens,
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "ms": [1e3 * median[name], 1e3 * min(values), 1e3 * max(values)],
+            "tok_s": tokens / median[name],
+            "ratio": median[best] / median[name],
+            "baseline": f"torch {torch.__version__} {best} "
+            + ("eager" if args.no_compile else "compile"),
+            "dloss": difference,
+            "peak_bytes": peaks[name],
+            "peak_ratio": peaks[name] / peaks[best],
+            "first_step_s": first.get(name, first["gradwire"]),
+        }
+        print(json.dumps(row), flush=True)
+    print(
+        f"\n{args.model} {args.precision}, {tokens} tokens, "
+        f"{args.threads} threads, median of {args.rounds}"
+    )
+    for name in seconds:
+        print(
+            f"  {name:18} {tokens / median[name]:8.1f} tok/s "
+            f"{median[best] / median[name]:5.2f}x torch   "
+            f"peak {peaks[name] / 2**30:5.2f} GiB "
+            f"{peaks[name] / peaks[best]:5.2f}x torch"
+        )
+    print(
+        f"  double / custom {median['double'] / median['custom']:5.2f}x, "
+        f"job ready after {ready:.1f} s, "
+        f"first step done after {first['gradwire']:.1f} s "
+        f"(torch {first[best]:.1f} s)"
+    )
 
 
 if __name__ == "__main__":
