@@ -88,6 +88,10 @@ class Stubs:
         assert job.ready, job
         return job_id
 
+    def delete_job(self, job_id):
+        request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
+        return self.jobs.DeleteJob(request)
+
     def new_session(self):
         request = sessions_pb2.CreateSessionRequest()
         return self.sessions.CreateSession(request).session_id

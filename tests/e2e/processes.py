@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a server, and their ends, awaited without polling."""
 
+import json
 import os
 import pathlib
 import select
+import subprocess
+import threading
+
+from gradwire.local_server import find_server
 
 
 def ranks_of(pid):
@@ -37,3 +42,38 @@ class Watched:
 
     def close(self):
         os.close(self._fd)
+
+
+class Server:
+    """gradwired with any flags; ready once it says where it serves."""
+
+    def __init__(self, state_dir, *flags):
+        port_file = pathlib.Path(state_dir) / "ports.json"
+        self.process = subprocess.Popen(
+            [
+                find_server(),
+                f"--state_dir={state_dir}",
+                f"--port_file={port_file}",
+                "--listen=127.0.0.1:0",
+                "--metrics_listen=127.0.0.1:0",
+                "--threads=1",
+                *flags,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while "serves on" not in (line := self.process.stdout.readline()):
+            assert line, f"gradwired ended with {self.process.wait()}"
+        # Its later lines must not fill the pipe.
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+        ports = json.loads(port_file.read_text())
+        self.address = ports["grpc"]
+        self.metrics_address = ports["metrics"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()

@@ -681,7 +681,6 @@ def test_a_number_is_not_used_for_two_things(model):
     assert error.code == USER
 
 
-@pytest.mark.xfail(reason="the number is looked at before the handle")
 def test_a_newer_handle_fences_the_older(stubs, shared_job):
     old = calls.Model(stubs, stubs.attach(shared_job))
     old.result(old.forward_backward(calls.batch([datum()])))

@@ -249,7 +249,6 @@ def test_several_targets_are_as_many_single_ones(shared_client, judge, batch):
     check_same_gradient(shared_client, [data], columns, allowed)
 
 
-@pytest.mark.xfail(reason="shape of [N, 1] is lost")
 def test_one_target_in_two_dimensions_is_one(shared_client, batch):
     data = many_targets(batch, 1)
     wide = shared_client.forward(data).result().logprobs
