@@ -44,14 +44,11 @@ class CustomCall {
   }
 
   absl::Status Run() {
-    GW_RETURN_IF_ERROR(ReadHeader());
+    if (absl::Status status = ReadHeader(); !status.ok()) {
+      return EndBoth(status);
+    }
     if (absl::Status status = ReceiveDatums(); !status.ok()) {
-      if (IsFinalRefusal(status)) {
-        target_.job->EndSeq(header_.model_id(), header_.forward_seq_id(),
-                            v1::OPERATION_KIND_FORWARD, status);
-        EndBackward(WithoutForward());
-      }
-      return status;
+      return EndBoth(status);
     }
     GW_RETURN_IF_ERROR(SendLogprobs());
     bool aborted = false;
@@ -239,6 +236,20 @@ class CustomCall {
     target_.job->DropActivations(activation_id_);
     target_.job->EndSeq(header_.model_id(), header_.backward_seq_id(),
                         v1::OPERATION_KIND_BACKWARD, status);
+  }
+
+  // A final refusal before the forward ends both numbers.
+  absl::Status EndBoth(const absl::Status& status) {
+    if (!IsFinalRefusal(status)) return status;
+    if (target_.job == nullptr) {
+      auto job = context_.jobs->OfModel(header_.model_id());
+      if (!job.ok()) return status;
+      target_.job = *job;
+    }
+    target_.job->EndSeq(header_.model_id(), header_.forward_seq_id(),
+                        v1::OPERATION_KIND_FORWARD, status);
+    EndBackward(WithoutForward());
+    return status;
   }
 
   absl::Status SendBackward() {

@@ -110,6 +110,8 @@ void Job::Start() {
   {
     absl::MutexLock lock(&mu_);
     process_ = *std::move(process);
+    // Deleted or stopped before there was a process to end.
+    if (stopping_ || job_.state() == v1::JOB_STATE_DELETING) process_->Kill();
   }
   executor_ = std::thread([this] { Run(); });
   Apply({JobEvent::kStarted, {}, 0, absl::OkStatus()});
@@ -122,6 +124,7 @@ void Job::Delete() {
     while (!process_ended_) state_changed_.WaitWithTimeout(&mu_, kTick);
   }
   Apply({JobEvent::kStopped, {}, 0, absl::OkStatus()});
+  Stop();
 }
 
 void Job::Changed() {
@@ -186,7 +189,7 @@ bool Job::busy() const {
 v1::Job Job::WaitForChange(int64_t& version, absl::Duration timeout) const {
   const absl::Time deadline = absl::Now() + timeout;
   absl::MutexLock lock(&mu_);
-  while (version_ == version && !stopping_) {
+  while (version_ == version) {
     if (state_changed_.WaitWithDeadline(&mu_, deadline)) break;
   }
   version = version_;
@@ -299,6 +302,8 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
   v1::CreateModelResponse response;
   {
     absl::MutexLock lock(&mu_);
+    // The same call again, while the first one waits for the rank.
+    while (creating_.count(key) != 0) state_changed_.Wait(&mu_);
     if (auto it = created_models_.find(key); it != created_models_.end()) {
       return it->second;
     }
@@ -325,6 +330,12 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
               "A live session holds this model. Set take_over to fence "
               "it.");
     }
+    if (spec_.forward_only() && request.mode() != v1::MODEL_MODE_FORWARD_ONLY) {
+      return Mismatch("mode", "train", "forward_only")
+          .Message(
+              "The job was created forward-only; create the model with "
+              "that mode.");
+    }
     response.set_attached(current_ != nullptr);
     if (current_ != nullptr) {
       current_->fenced = true;
@@ -344,7 +355,10 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
     reset->request.command.mutable_reset();
     control_.push_back(reset);
     work_.SignalAll();
+    creating_.insert(key);
     while (!reset->Final()) reset->changed.Wait(&mu_);
+    creating_.erase(key);
+    state_changed_.SignalAll();
     if (reset->record.state() != v1::OPERATION_STATE_DONE) return Unready();
     response.set_weight_version(job_.weight_version());
     response.set_optimizer_step(job_.optimizer_step());
@@ -393,7 +407,11 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   absl::MutexLock lock(&mu_);
   GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
   if (handle->queue.Find(seq) == nullptr) {
-    GW_RETURN_IF_ERROR(CheckHandle(*handle, kind));
+    // What is retained is for a backward, so it is judged as one.
+    const bool retains =
+        kind == v1::OPERATION_KIND_FORWARD && !activation_id.empty();
+    GW_RETURN_IF_ERROR(
+        CheckHandle(*handle, retains ? v1::OPERATION_KIND_BACKWARD : kind));
   }
   auto op = std::make_shared<Operation>();
   op->op_id = model_id + "." + std::to_string(seq);
@@ -701,12 +719,25 @@ void Job::Housekeep(Clock::time_point now) {
   }
   for (const std::string& id : expired) Release(id);
   while (!results_.empty() &&
-         (results_.front()->acknowledged ||
-          now - results_.front()->ended > environment_->result_retention)) {
-    results_.front()->expired = true;
-    std::vector<v1::LogprobItem>().swap(results_.front()->logprobs);
+         now - results_.front()->ended > environment_->result_retention) {
+    Expire(*results_.front());
     results_.pop_front();
   }
+}
+
+void Job::Expire(Operation& op) {
+  op.expired = true;
+  std::vector<v1::LogprobItem>().swap(op.logprobs);
+  std::vector<DatumShape>().swap(op.shapes);
+  if (op.record.state() != v1::OPERATION_STATE_DONE) return;
+  // What stays tells a repetition that it was executed.
+  op.record.clear_result();
+  op.record.set_state(v1::OPERATION_STATE_FAILED);
+  *op.record.mutable_error() = ToOperationError(
+      ErrorBuilder(absl::StatusCode::kFailedPrecondition, "RESULT_EXPIRED")
+          .With("seq_id", op.seq)
+          .Message("The operation was executed and its result has been kept "
+                   "for its time. It is not run again."));
 }
 
 void Job::Release(const std::string& activation_id) {
@@ -889,7 +920,7 @@ void Job::Finish(const OperationPtr& op, v1::OperationState state,
   *op->record.mutable_end_time() = WallNow();
   op->changed.SignalAll();
   if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) return;
-  if (!op->logprobs.empty()) results_.push_back(op);
+  results_.push_back(op);
   environment_->sessions->Publish(op->session_id, op->record);
   Measure(op);
 }

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -179,6 +180,8 @@ class Job {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Fence(Handle& handle, const absl::Status& error)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Drops the result of an operation whose time is over.
+  void Expire(Operation& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Release(const std::string& activation_id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Describe(const OperationPtr& op, v1::Operation& out) const
@@ -209,13 +212,14 @@ class Job {
   int64_t num_handles_ = 0;
   std::map<std::pair<std::string, int64_t>, v1::CreateModelResponse>
       created_models_;
+  std::set<std::pair<std::string, int64_t>> creating_;
   // Sent to the rank before any other operation; no number of their own.
   std::deque<OperationPtr> control_;
   // Sent, in order.
   std::deque<std::pair<int64_t, OperationPtr>> in_flight_;
   int64_t next_command_ = 1;
   std::map<std::string, Activation> activations_;
-  // Ended operations with arrays, oldest first.
+  // Ended operations with results, oldest first.
   std::deque<OperationPtr> results_;
 
   // Held while writing; the stream is null when no rank is connected.

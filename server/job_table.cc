@@ -71,10 +71,6 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
     return Unsupported("lora.max_rank", std::to_string(spec.lora().max_rank()),
                        "0");
   }
-  if (spec.forward_only()) {
-    return Unsupported("forward_only", "true",
-                       "the mode FORWARD_ONLY of CreateModel");
-  }
   if (spec.preemptible()) return Unsupported("preemptible", "true", "false");
   if (spec.inactivity_timeout_seconds() != 0) {
     return Unsupported("inactivity_timeout_seconds",

@@ -159,6 +159,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   options.max_context = load.spec().max_context_length();
   options.activation_bytes = load.spec().activation_bytes();
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
+  options.forward_only = load.spec().forward_only();
   double reported = 0;
   auto trainer = Trainer::Create(
       options, device_, *kernels_,
@@ -211,8 +212,8 @@ absl::StatusOr<v1::Profile> RankWorker::WarmUp(const v1::RankLoad& load) {
   profile.set_architecture(config.architecture);
   profile.set_vocab_size(config.vocab);
   profile.set_num_parameters(trainer_->num_parameters());
-  profile.set_trainable(true);
-  profile.set_mode("full");
+  profile.set_trainable(!load.spec().forward_only());
+  profile.set_mode(load.spec().forward_only() ? "forward_only" : "full");
   profile.set_max_context_length(trainer_->plan().max_context);
   profile.set_world_size(1);
   profile.set_device(kernels_->description() + ", " +

@@ -95,8 +95,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
   plan.available = inputs.available_bytes;
   plan.weights =
       Bytes(n, 4) + (options.precision == Precision::kBF16 ? Bytes(n, 2) : 0);
-  plan.gradients = Bytes(n, 4);
-  plan.optimizer = 2 * Bytes(n, 4);
+  plan.gradients = options.forward_only ? 0 : Bytes(n, 4);
+  plan.optimizer = options.forward_only ? 0 : 2 * Bytes(n, 4);
   plan.workspace = ScratchBytes(config, options.precision, largest) +
                    Arena::AlignedBytes(inputs.kernel_workspace_bytes);
   const int64_t rest =
@@ -112,7 +112,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
       kRetainedMicroBatches * usual.Kept(config.layers, config.layers));
   const int64_t left =
       static_cast<int64_t>(kShare * static_cast<double>(plan.available)) - rest;
-  plan.activations = options.activation_bytes > 0
+  plan.activations = options.forward_only ? 0
+                     : options.activation_bytes > 0
                          ? std::max(least, options.activation_bytes)
                          : std::max(least, std::min(most, left));
   plan.total = rest + plan.activations;

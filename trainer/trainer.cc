@@ -194,15 +194,20 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
                                const std::function<void(double)>& on_progress) {
   const int64_t n = table_.num_elements();
   const bool bf16 = options_.precision == Precision::kBF16;
-  const int64_t bytes = 4 * Arena::AlignedBytes(DType::kF32, {n}) +
-                        (bf16 ? Arena::AlignedBytes(DType::kBF16, {n}) : 0);
+  const int64_t bytes =
+      (options_.forward_only ? 1 : 4) * Arena::AlignedBytes(DType::kF32, {n}) +
+      (bf16 ? Arena::AlignedBytes(DType::kBF16, {n}) : 0);
   GW_ASSIGN_OR_RETURN(parameters_, Arena::Create(device_, bytes));
   state_.master = parameters_.Alloc("master", DType::kF32, {n});
-  state_.gradient = parameters_.Alloc("gradient", DType::kF32, {n});
-  state_.m = parameters_.Alloc("m", DType::kF32, {n});
-  state_.v = parameters_.Alloc("v", DType::kF32, {n});
+  if (!options_.forward_only) {
+    state_.gradient = parameters_.Alloc("gradient", DType::kF32, {n});
+    state_.m = parameters_.Alloc("m", DType::kF32, {n});
+    state_.v = parameters_.Alloc("v", DType::kF32, {n});
+  }
   if (bf16) state_.weight = parameters_.Alloc("weight", DType::kBF16, {n});
-  GW_ASSIGN_OR_RETURN(activations_, device_.Allocate(plan_.activations));
+  if (plan_.activations > 0) {
+    GW_ASSIGN_OR_RETURN(activations_, device_.Allocate(plan_.activations));
+  }
   ranges_ = std::make_unique<RangeAllocator>(plan_.activations);
 
   TrainStep::Options step;
@@ -325,6 +330,7 @@ absl::StatusOr<ForwardOutcome> TrainerImpl::Forward(
     const LogprobSink& sink) {
   const bool retain = !options.activation_id.empty();
   GW_CHECK(!(retain && options.backward));
+  GW_CHECK(!(options_.forward_only && (retain || options.backward)));
   LossTotals totals;
   Retained retained;
   retained.weight_version = weight_version_;
@@ -508,6 +514,7 @@ void TrainerImpl::Release(const std::string& activation_id) {
 }
 
 absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
+  GW_CHECK(!options_.forward_only);
   GW_ASSIGN_OR_RETURN(OptimOutcome outcome, optimizer_->Step(params));
   if (!outcome.skipped) {
     ++weight_version_;

@@ -27,6 +27,9 @@ struct TrainerOptions {
   int64_t max_context = 0;
   int64_t activation_bytes = 0;
   int64_t micro_batch_tokens = 0;
+  // No gradients, optimizer or activations: Forward (without backward or
+  // retain), Weight, Reset and Export are all that may be called.
+  bool forward_only = false;
 };
 
 // Bytes by class; made before the first allocation.

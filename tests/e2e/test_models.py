@@ -364,3 +364,30 @@ def test_a_failed_job_says_why(service, stubs, copy):
             StatusCode.FAILED_PRECONDITION,
             "JOB_FAILED",
         )
+
+
+def test_a_forward_only_job_answers_forward_alone(service, models):
+    train = service.create_training_client(models["qwen2"], precision="f32")
+    frozen = service.create_training_client(
+        models["qwen2"], precision="f32", mode="forward_only"
+    )
+    data = [gradwire.Datum.from_tokens([3, 1, 4, 1, 5, 9])]
+    expected = train.forward(data).result().logprobs[0]
+    assert (frozen.forward(data).result().logprobs[0] == expected).all()
+    plans = [service.get_job(c.job_id).memory for c in (train, frozen)]
+    assert plans[0].optimizer > 0
+    assert plans[1].optimizer == plans[1].gradients == 0
+    for call in (
+        lambda: frozen.forward_backward(data, "cross_entropy"),
+        lambda: frozen.forward_backward_custom(
+            data, lambda d, lps: (lps[0].sum(), {})
+        ),
+        frozen.optim_step,
+        lambda: frozen.save_weights_for_sampler("frozen"),
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            call().result()
+        assert caught.value.reason == "MODEL_FORWARD_ONLY"
+    assert (frozen.forward(data).result().logprobs[0] == expected).all()
+    for client in (train, frozen):
+        service.delete_job(client.job_id)
