@@ -144,7 +144,7 @@ std::string RequestDigest(v1::OperationKind kind,
     coded.SetSerializationDeterministic(true);
     header.SerializeToCodedStream(&coded);
   }
-  return out + "/" + payload_digest;
+  return PayloadDigest::OfBytes(out + "/" + payload_digest);
 }
 
 }  // namespace gradwire

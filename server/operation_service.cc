@@ -32,8 +32,9 @@ grpc::Status OperationServiceImpl::WaitOperation(
     v1::Operation* reply) {
   auto found = context_.jobs->OfOperation(request->op_id());
   if (!found.ok()) return ToGrpcStatus(found.status());
-  const double seconds = std::clamp(request->timeout_seconds(), 0.0,
-                                    context_.limits.max_wait_seconds);
+  const double asked = request->timeout_seconds();
+  const double seconds =
+      asked > 0 ? std::min(asked, context_.limits.max_wait_seconds) : 0;
   const absl::Time deadline = absl::Now() + absl::Seconds(seconds);
   while (true) {
     const absl::Duration left = deadline - absl::Now();

@@ -79,6 +79,14 @@ void PayloadDigest::Add(const v1::LogprobItem& item) {
   Update(item.logprobs().data());
 }
 
+std::string PayloadDigest::OfBytes(const std::string& bytes) {
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical,
+                           XXH3_128bits(bytes.data(), bytes.size()));
+  return std::string(reinterpret_cast<const char*>(canonical.digest),
+                     sizeof(canonical.digest));
+}
+
 void PayloadDigest::Fill(v1::CommitRecord* commit) const {
   XXH128_canonical_t canonical;
   XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_->hash));

@@ -21,6 +21,9 @@ class PayloadDigest {
   void Add(const v1::GradientItem& item);
   void Add(const v1::LogprobItem& item);
 
+  // XXH3-128 of `bytes`, 16 bytes.
+  static std::string OfBytes(const std::string& bytes);
+
   void Fill(v1::CommitRecord* commit) const;
   // Errors: INVALID_ARGUMENT COMMIT_MISMATCH naming datum_count, byte_count or
   // xxh3_128.

@@ -136,6 +136,11 @@ absl::Status Supervisor::StartPublicListener(const std::string& listen) {
   builder.SetMaxReceiveMessageSize(
       static_cast<int>(context_.limits.max_message_bytes));
   builder.SetMaxSendMessageSize(-1);
+  // A client that has stopped answering is given up within 40 s, so that what
+  // its streams hold is released.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   grpc::ResourceQuota quota("gradwire");
   quota.SetMaxThreads(kMaxThreads);
   builder.SetResourceQuota(quota);
