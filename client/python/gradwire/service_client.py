@@ -175,7 +175,11 @@ class ServiceClient:
         take_over: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> TrainingClient:
-        """Creates the job, or attaches to it, and waits until it is ready."""
+        """Creates the job, or attaches to it, and waits until it is ready.
+
+        base_model: a Hugging Face directory on the server's machine. A path
+            that is a directory here is made absolute.
+        """
         if mode not in _MODES:
             raise invalid(
                 "UNSUPPORTED_OPTION",
@@ -184,8 +188,12 @@ class ServiceClient:
                 value=mode,
             )
         job_id = job_id or f"job-{uuid.uuid4().hex[:12]}"
+        base_model = os.fspath(base_model)
+        if os.path.isdir(base_model):
+            # The server has a working directory of its own.
+            base_model = os.path.abspath(base_model)
         spec = jobs_pb2.JobSpec(
-            base_model=os.fspath(base_model),
+            base_model=base_model,
             precision=precision or "",
             world_size=world_size,
             max_context_length=max_context_length or 0,
