@@ -93,6 +93,7 @@ mapfile -t suites < <(for suite in client/python/tests tests tools; do
 done)
 if [[ ${#suites[@]} -gt 0 ]]; then
   timeout --signal=INT "$limit" .venv/bin/python -m pytest -q \
+    -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true \
     -p no:cacheprovider --junitxml="$results/pytest.xml" "${suites[@]}"
   count $? --junit "$results/pytest.xml"
 fi
