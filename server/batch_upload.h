@@ -9,11 +9,11 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/decode_datum.h"
 #include "server/job.h"
 #include "server/operation.h"
 #include "server/payload_digest.h"
 #include "server/services.h"
-#include "server/validate.h"
 
 namespace gradwire {
 

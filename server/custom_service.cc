@@ -5,7 +5,6 @@
 #include "server/batch_upload.h"
 #include "server/grpc_status.h"
 #include "server/services.h"
-#include "server/validate.h"
 #include "trainer/losses.h"
 
 namespace gradwire {

@@ -5,7 +5,7 @@
 #include "base/error.h"
 #include "base/status.h"
 #include "google/protobuf/util/message_differencer.h"
-#include "server/validate.h"
+#include "server/names.h"
 
 namespace gradwire {
 namespace {

@@ -10,29 +10,6 @@
 
 namespace gradwire {
 
-std::string KindName(v1::OperationKind kind) {
-  switch (kind) {
-    case v1::OPERATION_KIND_FORWARD:
-      return "forward";
-    case v1::OPERATION_KIND_FORWARD_BACKWARD:
-      return "forward_backward";
-    case v1::OPERATION_KIND_BACKWARD:
-      return "backward";
-    case v1::OPERATION_KIND_OPTIM_STEP:
-      return "optim_step";
-    case v1::OPERATION_KIND_ZERO_GRAD:
-      return "zero_grad";
-    case v1::OPERATION_KIND_SAVE_SNAPSHOT:
-      return "save_snapshot";
-    case v1::OPERATION_KIND_UNLOAD_MODEL:
-      return "unload_model";
-    case v1::OPERATION_KIND_RELEASE_ACTIVATIONS:
-      return "release_activations";
-    default:
-      return "unspecified";
-  }
-}
-
 absl::Status OpQueue::CheckSeq(int64_t seq) const {
   if (seq < 1) {
     return ErrorBuilder(absl::StatusCode::kInvalidArgument, "SEQ_INVALID")

@@ -75,6 +75,9 @@ struct Operation {
 };
 using OperationPtr = std::shared_ptr<Operation>;
 
+// The wall clock, for records.
+google::protobuf::Timestamp WallNow();
+
 // "forward_backward", for metrics and logs.
 std::string KindName(v1::OperationKind kind);
 

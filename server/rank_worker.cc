@@ -9,8 +9,9 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "server/decode_datum.h"
+#include "server/decode_options.h"
 #include "server/grpc_status.h"
-#include "server/validate.h"
 #include "server/version.h"
 #include "trainer/losses.h"
 

@@ -2,9 +2,10 @@
 #include "base/error.h"
 #include "base/status.h"
 #include "server/batch_upload.h"
+#include "server/decode_options.h"
 #include "server/grpc_status.h"
+#include "server/names.h"
 #include "server/services.h"
-#include "server/validate.h"
 
 namespace gradwire {
 namespace {

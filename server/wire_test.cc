@@ -7,9 +7,11 @@
 
 #include "base/error.h"
 #include "google/rpc/error_details.pb.h"
+#include "server/decode_datum.h"
+#include "server/decode_options.h"
 #include "server/grpc_status.h"
+#include "server/names.h"
 #include "server/payload_digest.h"
-#include "server/validate.h"
 
 namespace gradwire {
 namespace {

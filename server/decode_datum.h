@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// From requests to what a trainer takes; everything is checked on the way, and
-// sizes before anything of that size is allocated. Errors name datum_index,
-// field, position, value and limit.
+// From the datums of a request to what a trainer takes; everything is checked
+// on the way, and sizes before anything of that size is allocated. Errors name
+// datum_index, field, position, value and limit.
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
-#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "gradwire/v1/training.pb.h"
 #include "trainer/losses.h"
@@ -38,29 +36,9 @@ absl::StatusOr<TrainDatum> DecodeDatum(const v1::Datum& datum,
                                        const LossSpec& loss,
                                        const RequestLimits& limits);
 
-// An empty loss_fn is cross_entropy. With `top_k`, cross_entropy's key of that
-// name is taken where *top_k is 0. Errors: those of CheckLossSpec;
-// TOP_K_OUT_OF_RANGE.
-absl::StatusOr<LossSpec> DecodeLoss(const v1::LossConfig& config,
-                                    int32_t* top_k);
-
-// Errors: INVALID_ARGUMENT TOP_K_OUT_OF_RANGE.
-absl::Status CheckTopK(int32_t top_k, const RequestLimits& limits);
-
 // [n, k]. Errors: INVALID_ARGUMENT SHAPE_MISMATCH, DTYPE_MISMATCH,
 // NONFINITE_INPUT.
 absl::StatusOr<std::vector<float>> DecodeGradient(const v1::GradientItem& item,
                                                   int64_t n, int64_t k);
-
-// Absent fields take their defaults. Errors: INVALID_ARGUMENT
-// OPTIM_PARAM_OUT_OF_RANGE.
-absl::StatusOr<OptimParams> DecodeAdamParams(const v1::AdamParams& params);
-v1::AdamParams EncodeAdamParams(const OptimParams& params);
-
-// One path segment: 1-128 of [A-Za-z0-9._-], not starting with a dot.
-// Errors: INVALID_ARGUMENT INVALID_NAME.
-absl::Status CheckName(const std::string& name, const std::string& field);
-// 1-63 of [a-z0-9-], starting with a letter or digit.
-absl::Status CheckJobId(const std::string& job_id);
 
 }  // namespace gradwire

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/job_errors.h"
+
+#include "base/error.h"
+
+namespace gradwire {
+
+absl::Status Fenced() {
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "HANDLE_FENCED")
+      .Message(
+          "A newer handle has taken over this model. Create a model with "
+          "take_over to get it back.");
+}
+
+absl::Status Unloaded() {
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "MODEL_UNLOADED")
+      .Message("The model was unloaded through this handle. Create another.");
+}
+
+}  // namespace gradwire

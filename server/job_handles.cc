@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// The handles of a job: who may train it, and who no longer may.
+#include "base/error.h"
+#include "base/status.h"
+#include "server/job.h"
+#include "server/job_errors.h"
+
+namespace gradwire {
+namespace {
+
+constexpr auto kInUse = std::chrono::seconds(30);
+
+absl::Status Unsupported(const std::string& field, const std::string& value) {
+  return ErrorBuilder(absl::StatusCode::kUnimplemented, "UNSUPPORTED_OPTION")
+      .With("field", field)
+      .With("value", value)
+      .Message(field + " is not supported by this server; leave it unset.");
+}
+
+ErrorBuilder Mismatch(const std::string& field, const std::string& value,
+                      const std::string& limit) {
+  ErrorBuilder error(absl::StatusCode::kFailedPrecondition,
+                     "MODEL_CONFIG_MISMATCH");
+  error.With("field", field).With("value", value).With("limit", limit);
+  return error;
+}
+
+}  // namespace
+
+absl::StatusOr<Job::Handle*> Job::FindHandle(
+    const std::string& model_id) const {
+  auto it = handles_.find(model_id);
+  if (it != handles_.end()) return it->second.get();
+  return ErrorBuilder(absl::StatusCode::kNotFound, "MODEL_NOT_FOUND")
+      .With("field", "model_id")
+      .With("value", model_id.substr(0, 128))
+      .Message("There is no such model. CreateModel gives its id.");
+}
+
+absl::Status Job::CheckHandle(const Handle& handle,
+                              v1::OperationKind kind) const {
+  if (environment_->draining) {
+    environment_->metrics->CountRejected("draining");
+    return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
+        .Server()
+        .With("retry_after_seconds", 5.0)
+        .Message("The server is stopping. Try again when it is back.");
+  }
+  GW_RETURN_IF_ERROR(Unready());
+  if (handle.fenced) return Fenced();
+  if (handle.unloaded && kind != v1::OPERATION_KIND_UNLOAD_MODEL) {
+    return Unloaded();
+  }
+  if (handle.request.mode() == v1::MODEL_MODE_FORWARD_ONLY &&
+      kind != v1::OPERATION_KIND_FORWARD &&
+      kind != v1::OPERATION_KIND_UNLOAD_MODEL) {
+    return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                        "MODEL_FORWARD_ONLY")
+        .With("field", "mode")
+        .With("value", KindName(kind))
+        .With("limit", "forward")
+        .Message(
+            "The model was created forward-only; it answers forward "
+            "alone.");
+  }
+  return absl::OkStatus();
+}
+
+void Job::Fence(Handle& handle, const absl::Status& error) {
+  for (const OperationPtr& op : handle.queue.Drain()) {
+    Finish(op, v1::OPERATION_STATE_FAILED, error);
+  }
+}
+
+absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
+    const v1::CreateModelRequest& request) {
+  if (request.lora().rank() != 0) {
+    return Unsupported("lora.rank", std::to_string(request.lora().rank()));
+  }
+  if (!request.init_from().ref().empty()) {
+    return Unsupported("init_from", request.init_from().ref().substr(0, 64));
+  }
+  if (request.mode() == v1::MODEL_MODE_BASE_ONLY ||
+      !v1::ModelMode_IsValid(request.mode())) {
+    return Unsupported("mode", std::to_string(request.mode()));
+  }
+  GW_RETURN_IF_ERROR(environment_->sessions->Check(request.session_id()));
+  if (request.model_seq_id() < 1) {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "SEQ_INVALID")
+        .With("field", "model_seq_id")
+        .With("value", request.model_seq_id())
+        .With("limit", 1)
+        .Message("model_seq_id starts at 1.");
+  }
+  const auto key = std::make_pair(request.session_id(), request.model_seq_id());
+  OperationPtr reset;
+  v1::CreateModelResponse response;
+  {
+    absl::MutexLock lock(&mu_);
+    // The same call again, while the first one waits for the rank.
+    while (creating_.count(key) != 0) state_changed_.Wait(&mu_);
+    if (auto it = created_models_.find(key); it != created_models_.end()) {
+      return it->second;
+    }
+    GW_RETURN_IF_ERROR(Unready());
+    if (environment_->draining) {
+      return CheckHandle(Handle(environment_->queue),
+                         v1::OPERATION_KIND_FORWARD);
+    }
+    if (!request.base_model().empty() &&
+        request.base_model() != spec_.base_model()) {
+      return Mismatch("base_model", request.base_model().substr(0, 256),
+                      spec_.base_model())
+          .Message("The job holds another base model.");
+    }
+    if (current_ != nullptr && !current_->unloaded && !request.take_over() &&
+        current_->session_id != request.session_id() &&
+        Clock::now() - environment_->sessions->LastSeen(current_->session_id) <
+            kInUse) {
+      return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "MODEL_IN_USE")
+          .With("field", "take_over")
+          .With("value", "false")
+          .With("job_id", id_)
+          .Message(
+              "A live session holds this model. Set take_over to fence "
+              "it.");
+    }
+    if (spec_.forward_only() && request.mode() != v1::MODEL_MODE_FORWARD_ONLY) {
+      return Mismatch("mode", "train", "forward_only")
+          .Message(
+              "The job was created forward-only; create the model with "
+              "that mode.");
+    }
+    response.set_attached(current_ != nullptr);
+    if (current_ != nullptr) {
+      current_->fenced = true;
+      Fence(*current_, Fenced());
+    }
+    auto handle = std::make_unique<Handle>(environment_->queue);
+    handle->model_id = id_ + "." + RandomHex(8);
+    handle->session_id = request.session_id();
+    handle->request = request;
+    response.set_model_id(handle->model_id);
+    current_ = handle.get();
+    ++num_handles_;
+    handles_[handle->model_id] = std::move(handle);
+    activations_.clear();
+    // Before anything of the new handle, after what the old one has running.
+    reset = std::make_shared<Operation>();
+    reset->request.command.mutable_reset();
+    control_.push_back(reset);
+    work_.SignalAll();
+    creating_.insert(key);
+    while (!reset->Final()) reset->changed.Wait(&mu_);
+    creating_.erase(key);
+    state_changed_.SignalAll();
+    if (reset->record.state() != v1::OPERATION_STATE_DONE) return Unready();
+    response.set_weight_version(job_.weight_version());
+    response.set_optimizer_step(job_.optimizer_step());
+    response.set_dropped_forward_backward_ops(reset->record.queue_position());
+    created_models_[key] = response;
+  }
+  return response;
+}
+
+absl::StatusOr<v1::ModelInfo> Job::GetModelInfo(
+    const std::string& model_id) const {
+  absl::MutexLock lock(&mu_);
+  GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
+  v1::ModelInfo info;
+  info.set_model_id(model_id);
+  info.set_job_id(id_);
+  info.set_base_model(spec_.base_model());
+  info.set_tokenizer_id(profile_.tokenizer_id());
+  info.set_mode(handle->request.mode() == v1::MODEL_MODE_UNSPECIFIED
+                    ? v1::MODEL_MODE_TRAIN
+                    : handle->request.mode());
+  info.set_weight_version(job_.weight_version());
+  info.set_optimizer_step(job_.optimizer_step());
+  info.set_next_seq_id(handle->queue.next_seq());
+  return info;
+}
+
+}  // namespace gradwire

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operations of a job: in by number, waited for, read, kept and forgotten.
+#include "base/error.h"
+#include "base/status.h"
+#include "server/grpc_status.h"
+#include "server/job.h"
+
+namespace gradwire {
+
+absl::Status Job::CheckSubmit(const std::string& model_id, int64_t seq,
+                              v1::OperationKind kind) const {
+  absl::MutexLock lock(&mu_);
+  GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
+  // A repetition is answered whatever has become of the handle.
+  if (handle->queue.Find(seq) != nullptr) return absl::OkStatus();
+  GW_RETURN_IF_ERROR(CheckHandle(*handle, kind));
+  return handle->queue.CheckSeq(seq);
+}
+
+absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
+                                         int64_t seq, v1::OperationKind kind,
+                                         OperationRequest request,
+                                         const std::string& activation_id,
+                                         double retain_ttl_seconds,
+                                         std::vector<DatumShape> shapes) {
+  absl::MutexLock lock(&mu_);
+  GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
+  if (handle->queue.Find(seq) == nullptr) {
+    // What is retained is for a backward, so it is judged as one.
+    const bool retains =
+        kind == v1::OPERATION_KIND_FORWARD && !activation_id.empty();
+    GW_RETURN_IF_ERROR(
+        CheckHandle(*handle, retains ? v1::OPERATION_KIND_BACKWARD : kind));
+  }
+  auto op = std::make_shared<Operation>();
+  op->op_id = model_id + "." + std::to_string(seq);
+  op->model_id = model_id;
+  op->session_id = handle->session_id;
+  op->seq = seq;
+  op->kind = kind;
+  op->digest = request.digest;
+  op->bytes = request.bytes;
+  op->tokens = request.tokens;
+  op->activation_id = activation_id;
+  op->shapes = std::move(shapes);
+  op->request = std::move(request);
+  op->submitted = Clock::now();
+  op->record.set_op_id(op->op_id);
+  op->record.set_model_id(model_id);
+  op->record.set_seq_id(seq);
+  op->record.set_kind(kind);
+  op->record.set_state(v1::OPERATION_STATE_QUEUED);
+  op->record.set_queue_state(v1::QUEUE_STATE_ACTIVE);
+  *op->record.mutable_create_time() = WallNow();
+  absl::StatusOr<OperationPtr> admitted =
+      handle->queue.Submit(op, Clock::now());
+  if (!admitted.ok()) {
+    const auto detail = GetErrorDetail(admitted.status());
+    if (detail->reason == "SEQ_REUSED") {
+      environment_->metrics->CountDedup(KindName(kind), "conflict");
+    } else if (detail->reason == "QUEUE_FULL") {
+      environment_->metrics->CountRejected("queue_full");
+    }
+    return admitted.status();
+  }
+  if (*admitted != op) {
+    environment_->metrics->CountDedup(
+        KindName(kind), (*admitted)->Final() ? "replayed" : "joined");
+    return admitted;
+  }
+  if (kind == v1::OPERATION_KIND_FORWARD && !activation_id.empty()) {
+    Activation& activation = activations_[activation_id];
+    activation.session_id = op->session_id;
+    activation.shapes = op->shapes;
+    activation.ttl = retain_ttl_seconds > 0
+                         ? std::chrono::milliseconds(
+                               static_cast<int64_t>(retain_ttl_seconds * 1000))
+                         : environment_->retain_ttl;
+    activation.pins = 1;  // until the forward has ended
+  } else if (auto it = activations_.find(activation_id);
+             it != activations_.end()) {
+    ++it->second.pins;
+  }
+  environment_->metrics->SetQueue(id_, handle->queue.queued(),
+                                  handle->queue.queued_bytes());
+  work_.SignalAll();
+  return op;
+}
+
+void Job::EndSeq(const std::string& model_id, int64_t seq,
+                 v1::OperationKind kind, const absl::Status& status) {
+  absl::MutexLock lock(&mu_);
+  auto handle = FindHandle(model_id);
+  if (!handle.ok() || (*handle)->fenced || (*handle)->unloaded ||
+      !(*handle)->queue.CheckSeq(seq).ok() ||
+      (*handle)->queue.Find(seq) != nullptr) {
+    return;
+  }
+  auto op = std::make_shared<Operation>();
+  op->op_id = model_id + "." + std::to_string(seq);
+  op->model_id = model_id;
+  op->session_id = (*handle)->session_id;
+  op->seq = seq;
+  op->kind = kind;
+  // No request has this digest: another one under this number is a reuse.
+  op->digest = "ended";
+  op->submitted = Clock::now();
+  op->record.set_op_id(op->op_id);
+  op->record.set_model_id(model_id);
+  op->record.set_seq_id(seq);
+  op->record.set_kind(kind);
+  *op->record.mutable_create_time() = WallNow();
+  (*handle)->queue.Close(op);
+  Finish(op,
+         absl::IsCancelled(status) ? v1::OPERATION_STATE_CANCELLED
+                                   : v1::OPERATION_STATE_FAILED,
+         status);
+  work_.SignalAll();
+}
+
+void Job::Hold(const std::string& model_id, int64_t seq,
+               const std::string& activation_id) {
+  absl::MutexLock lock(&mu_);
+  auto handle = FindHandle(model_id);
+  if (handle.ok()) (*handle)->queue.Hold(seq);
+  auto it = activations_.find(activation_id);
+  if (it != activations_.end()) ++it->second.pins;
+}
+
+void Job::Unhold(const std::string& model_id, int64_t seq,
+                 const std::string& activation_id) {
+  absl::MutexLock lock(&mu_);
+  auto handle = FindHandle(model_id);
+  if (handle.ok()) (*handle)->queue.Unhold(seq, Clock::now());
+  auto it = activations_.find(activation_id);
+  if (it != activations_.end()) {
+    --it->second.pins;
+    it->second.delivered = Clock::now();
+  }
+}
+
+absl::StatusOr<std::vector<DatumShape>> Job::ActivationShapes(
+    const std::string& model_id, const std::string& activation_id) const {
+  absl::MutexLock lock(&mu_);
+  GW_RETURN_IF_ERROR(FindHandle(model_id).status());
+  auto it = activations_.find(activation_id);
+  if (it != activations_.end()) return it->second.shapes;
+  return ErrorBuilder(absl::StatusCode::kNotFound, "ACTIVATIONS_EXPIRED")
+      .With("field", "activation_id")
+      .With("value", activation_id.substr(0, 64))
+      .Message(
+          "No activations are kept under this id: they were used, released or "
+          "have expired. Send the batch again as forward_backward with weights "
+          "-dC/dlogprob.");
+}
+
+void Job::DropActivations(const std::string& activation_id) {
+  absl::MutexLock lock(&mu_);
+  auto it = activations_.find(activation_id);
+  if (it == activations_.end() || it->second.pins > 0) return;
+  Release(activation_id);
+  work_.SignalAll();
+}
+
+OperationPtr Job::FindOperation(const std::string& model_id,
+                                int64_t seq) const {
+  absl::MutexLock lock(&mu_);
+  auto handle = FindHandle(model_id);
+  return handle.ok() ? (*handle)->queue.Find(seq) : nullptr;
+}
+
+void Job::Describe(const OperationPtr& op, v1::Operation& out) const {
+  out = op->record;
+  if (op->record.state() != v1::OPERATION_STATE_QUEUED) return;
+  auto handle = FindHandle(op->model_id);
+  if (!handle.ok()) return;
+  const OpQueue& queue = (*handle)->queue;
+  out.set_queue_position(static_cast<int32_t>(
+      queue.Position(op) + static_cast<int64_t>(in_flight_.size())));
+  if (queue.BlockedOnGap(op)) {
+    out.set_state(v1::OPERATION_STATE_BLOCKED_ON_GAP);
+  }
+}
+
+v1::Operation Job::Describe(const OperationPtr& op) const {
+  absl::MutexLock lock(&mu_);
+  v1::Operation out;
+  Describe(op, out);
+  return out;
+}
+
+v1::Operation Job::Wait(const OperationPtr& op, absl::Duration timeout) const {
+  const absl::Time deadline = absl::Now() + timeout;
+  absl::MutexLock lock(&mu_);
+  while (!op->Final() && !stopping_) {
+    if (op->changed.WaitWithDeadline(&mu_, deadline)) break;
+  }
+  v1::Operation out;
+  Describe(op, out);
+  return out;
+}
+
+Job::Items Job::ReadItems(const OperationPtr& op, size_t from,
+                          absl::Duration timeout) const {
+  const absl::Time deadline = absl::Now() + timeout;
+  absl::MutexLock lock(&mu_);
+  while (!op->Final() && op->logprobs.size() <= from && !stopping_) {
+    if (op->changed.WaitWithDeadline(&mu_, deadline)) break;
+  }
+  Items out;
+  out.final = op->Final();
+  out.expired = op->expired;
+  if (from < op->logprobs.size()) {
+    out.items.assign(op->logprobs.begin() + from, op->logprobs.end());
+  }
+  return out;
+}
+
+v1::CommitRecord Job::ItemsCommit(const OperationPtr& op) const {
+  absl::MutexLock lock(&mu_);
+  return op->logprobs_commit;
+}
+
+v1::Operation Job::Cancel(const OperationPtr& op) {
+  absl::MutexLock lock(&mu_);
+  auto handle = FindHandle(op->model_id);
+  if (handle.ok() && (*handle)->queue.Cancel(op)) {
+    Finish(op, v1::OPERATION_STATE_CANCELLED,
+           ErrorBuilder(absl::StatusCode::kCancelled, "OPERATION_CANCELLED")
+               .With("seq_id", op->seq)
+               .Message("The operation was cancelled before it ran."));
+    work_.SignalAll();
+  }
+  v1::Operation out;
+  Describe(op, out);
+  return out;
+}
+
+void Job::Acknowledge(const OperationPtr& op) {
+  absl::MutexLock lock(&mu_);
+  if (!op->Final()) return;
+  op->acknowledged = true;
+  op->expired = op->expired || !op->logprobs.empty();
+  std::vector<v1::LogprobItem>().swap(op->logprobs);
+}
+
+// ---- What is kept, and for how long -----------------------------------------
+
+void Job::Housekeep(Clock::time_point now) {
+  if (current_ != nullptr) {
+    const int64_t missing = current_->queue.next_seq();
+    for (const OperationPtr& op : current_->queue.ExpireGap(now)) {
+      Finish(op, v1::OPERATION_STATE_FAILED,
+             ErrorBuilder(absl::StatusCode::kAborted, "SEQUENCE_GAP")
+                 .With("field", "seq_id")
+                 .With("value", op->seq)
+                 .With("missing", missing)
+                 .Message("seq_id " + std::to_string(missing) +
+                          " never arrived, so what came after it was dropped. "
+                          "Send it again with the next free numbers."));
+    }
+  }
+  std::vector<std::string> expired;
+  for (const auto& [id, activation] : activations_) {
+    if (activation.pins > 0) continue;
+    const auto alive =
+        std::max(activation.delivered,
+                 environment_->sessions->LastSeen(activation.session_id));
+    if (now - alive > activation.ttl) expired.push_back(id);
+  }
+  for (const std::string& id : expired) Release(id);
+  while (!results_.empty() &&
+         now - results_.front()->ended > environment_->result_retention) {
+    Expire(*results_.front());
+    results_.pop_front();
+  }
+}
+
+void Job::Expire(Operation& op) {
+  op.expired = true;
+  std::vector<v1::LogprobItem>().swap(op.logprobs);
+  std::vector<DatumShape>().swap(op.shapes);
+  if (op.record.state() != v1::OPERATION_STATE_DONE) return;
+  // What stays tells a repetition that it was executed.
+  op.record.clear_result();
+  op.record.set_state(v1::OPERATION_STATE_FAILED);
+  *op.record.mutable_error() = ToOperationError(
+      ErrorBuilder(absl::StatusCode::kFailedPrecondition, "RESULT_EXPIRED")
+          .With("seq_id", op.seq)
+          .Message("The operation was executed and its result has been kept "
+                   "for its time. It is not run again."));
+}
+
+void Job::Release(const std::string& activation_id) {
+  activations_.erase(activation_id);
+  auto op = std::make_shared<Operation>();
+  op->request.command.set_release_activation_id(activation_id);
+  control_.push_back(op);
+}
+
+}  // namespace gradwire
