@@ -54,13 +54,19 @@ void Job::Start() {
                                         : environment_->threads)};
   auto process = RankProcess::Start(
       argv, {{"GRADWIRE_JOIN_TOKEN", token_}}, [this](absl::Status status) {
-        spdlog::info("job {}: {}", id_, std::string(status.message()));
         environment_->metrics->SetRankUp(id_, false);
+        bool told = false;
         {
           absl::MutexLock lock(&mu_);
           process_ended_ = true;
+          told = stopping_ || job_.state() == v1::JOB_STATE_DELETING;
+          state_changed_.SignalAll();
         }
-        Apply({JobEvent::kRankExited, {}, 0, status});
+        if (told) {
+          spdlog::info("job {}: its rank has stopped", id_);
+        } else {
+          Apply({JobEvent::kRankExited, {}, 0, status});
+        }
       });
   if (!process.ok()) {
     {

@@ -33,19 +33,27 @@ absl::Status Unusable(const std::string& what, int error) {
                strerror(error) + ". Give another --state_dir.");
 }
 
+// What can be read of a directory; none is as good as empty.
+std::vector<fs::path> Entries(const fs::path& directory) {
+  std::vector<fs::path> entries;
+  std::error_code failure;
+  fs::directory_iterator it(directory, failure);
+  for (; !failure && it != fs::end(it); it.increment(failure)) {
+    entries.push_back(it->path());
+  }
+  return entries;
+}
+
 // What a server that was killed in the middle of a snapshot has left.
 void RemovePending(const std::string& jobs) {
-  std::error_code ignored;
-  std::vector<fs::path> pending;
-  for (const auto& job : fs::directory_iterator(jobs, ignored)) {
-    for (const auto& entry :
-         fs::directory_iterator(job.path() / "snapshots", ignored)) {
-      if (entry.path().filename().string().front() == '.') {
-        pending.push_back(entry.path());
+  for (const fs::path& job : Entries(jobs)) {
+    for (const fs::path& entry : Entries(job / "snapshots")) {
+      std::error_code ignored;
+      if (entry.filename().string().front() == '.') {
+        fs::remove_all(entry, ignored);
       }
     }
   }
-  for (const fs::path& path : pending) fs::remove_all(path, ignored);
 }
 
 }  // namespace
@@ -53,12 +61,16 @@ void RemovePending(const std::string& jobs) {
 absl::StatusOr<std::unique_ptr<StateDir>> StateDir::Open(
     const std::string& path) {
   std::error_code failure;
-  fs::create_directories(path, failure);
+  // A slash at the end hides from create_directories what it has made.
+  const std::string given = path.substr(0, path.find_last_not_of('/') + 1);
+  const bool made =
+      fs::create_directories(given.empty() ? "/" : given, failure);
   if (failure) return Unusable("it cannot be made", failure.value());
   std::unique_ptr<StateDir> dir(new StateDir);
   dir->path_ = fs::canonical(path, failure).string();
   if (failure) return Unusable("it cannot be found", failure.value());
-  chmod(dir->path_.c_str(), 0700);
+  // One that was there has the permissions that its owner gave it.
+  if (made) chmod(dir->path_.c_str(), 0700);
   const std::string lock = dir->path_ + "/LOCK";
   dir->lock_fd_ = open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   if (dir->lock_fd_ < 0) return Unusable("its lock cannot be made", errno);
