@@ -42,7 +42,8 @@ def answer(path, tokenizer, prompts, max_new_tokens=40) -> list[str]:
 class Agreement:
     """How far the server's log-probabilities are from transformers'."""
 
-    largest: float  # of the differences
+    mean: float  # of the differences
+    largest: float
     allowed: float  # where the largest one is
     ok: bool
 
@@ -101,6 +102,7 @@ def agreement(path, datums, served, precision) -> Agreement:
     score = difference / sigma
     worst = int(difference.argmax())
     return Agreement(
+        mean=float(difference.mean()),
         largest=float(difference[worst]),
         allowed=float(4 * sigma[worst]),
         ok=bool(score.max() <= 4 and score.square().mean().sqrt() <= 1),

@@ -52,8 +52,10 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
+    import transformers
     from transformers import AutoTokenizer
 
+    transformers.logging.disable_progress_bar()
     base = model.prepare(data.all_texts(), log=say)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     held_out = [
@@ -110,6 +112,7 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
         "training_seconds": journal.seconds,
         "seconds": time.monotonic() - started,
         "exported_difference": agreement.largest,
+        "exported_difference_mean": agreement.mean,
         "exported_difference_allowed": agreement.allowed,
         "samples": [
             {"prompt": q, "before": b, "after": a}
@@ -238,8 +241,9 @@ def _report(out, summary):
         f"{summary['held_out_loss_after']:.3f}\n"
         f"speed          {summary['tokens_per_second']:.0f} tokens/s, "
         f"training took {summary['training_seconds']:.0f} s\n"
-        f"export         differs from the server by "
-        f"{summary['exported_difference']:.2g} at most "
+        f"export         its log-probabilities differ from the server's by "
+        f"{summary['exported_difference_mean']:.2g} on average,\n"
+        f"               {summary['exported_difference']:.2g} at most "
         f"({summary['exported_difference_allowed']:.2g} allowed there)\n"
         f"plot           {out / 'loss.png'}\n"
         f"model          {out / 'model'}\n"
