@@ -149,9 +149,9 @@ int Main() {
     spdlog::error("{}", std::string(server.status().message()));
     return ExitCode(server.status());
   }
-  spdlog::info("gradwired {} serves on {}, metrics on {}, state in {}",
+  spdlog::info("gradwired {} serves on {}, metrics on {}, state in {}, {}",
                kVersion, (*server)->address(), (*server)->metrics_address(),
-               options.state_dir);
+               options.state_dir, (*server)->device());
   int received = 0;
   do {
     sigwait(&signals, &received);

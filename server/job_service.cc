@@ -7,7 +7,6 @@
 #include "absl/strings/numbers.h"
 #include "base/error.h"
 #include "device/cpu_device.h"
-#include "kernels/cpu/cpu_kernels.h"
 #include "model/config.h"
 #include "server/grpc_status.h"
 #include "server/services.h"
@@ -23,7 +22,7 @@ constexpr absl::Duration kPoll = absl::Milliseconds(500);
 grpc::Status JobServiceImpl::GetServerInfo(grpc::ServerContext*,
                                            const v1::GetServerInfoRequest*,
                                            v1::ServerInfo* reply) {
-  static const std::string device = NewCpuKernels()->description();
+  const std::string& device = context_.device;
   reply->set_version(kVersion);
   reply->set_device(device);
   const CpuDevice cpu(1);

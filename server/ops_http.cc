@@ -91,10 +91,10 @@ OpsHttp::~OpsHttp() {
     stopped = true;
   });
   while (!stopped) {
-    char error[1];
+    char error[256];
     const auto where = ParseHostPort(address_);
-    mg_connection* knock =
-        mg_connect_client(where->host.c_str(), where->port, 0, error, 1);
+    mg_connection* knock = mg_connect_client(where->host.c_str(), where->port,
+                                             0, error, sizeof(error));
     if (knock != nullptr) mg_close_connection(knock);
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }

@@ -29,6 +29,8 @@ struct ServiceContext {
   ServiceLimits limits;
   Clock::time_point started = Clock::now();
   std::string metrics_address;
+  // What ranks compute on, with its instruction set.
+  std::string device;
   std::string launch = "local";
 };
 

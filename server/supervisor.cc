@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/supervisor.h"
 
+#include <arpa/inet.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/resource_quota.h>
 
@@ -10,6 +11,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "kernels/cpu/cpu_kernels.h"
 
 namespace gradwire {
 namespace {
@@ -22,8 +24,11 @@ constexpr const char* kServices[] = {
 absl::StatusOr<HostPort> ParseLoopback(const std::string& flag,
                                        const std::string& address) {
   GW_ASSIGN_OR_RETURN(HostPort where, ParseHostPort(address));
-  if (where.host == "localhost" || where.host == "[::1]" ||
-      where.host.rfind("127.", 0) == 0) {
+  // A name that merely begins with "127." may be anybody's.
+  in_addr ip;
+  const bool is_loopback = inet_pton(AF_INET, where.host.c_str(), &ip) == 1 &&
+                           ntohl(ip.s_addr) >> 24 == 127;
+  if (where.host == "localhost" || where.host == "[::1]" || is_loopback) {
     return where;
   }
   return ErrorBuilder(absl::StatusCode::kInvalidArgument,
@@ -81,6 +86,7 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
       health->Set(name, job.ready());
     }
   };
+  server->context_.device = NewCpuKernels()->description();
   server->context_.jobs = &server->jobs_;
   server->context_.sessions = &server->sessions_;
   server->context_.environment = &environment;

@@ -40,6 +40,7 @@ class Supervisor {
   void Stop(absl::Duration drain);
 
   const std::string& address() const { return address_; }
+  const std::string& device() const { return context_.device; }
   const std::string& metrics_address() const { return metrics_->address(); }
 
  private:
