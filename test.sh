@@ -65,6 +65,17 @@ bazel_test() {
   count "$status" --bazel "$events"
 }
 
+# python_test NAME SUITES...
+python_test() {
+  local report=$results/$1.xml
+  shift
+  if [[ $# -eq 0 ]]; then return; fi
+  timeout --signal=INT "$limit" .venv/bin/python -m pytest -q \
+    -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true \
+    -p no:cacheprovider --junitxml="$report" "$@"
+  count $? --junit "$report"
+}
+
 # The packages of a list that exist and have tests.
 unit() {
   local package
@@ -91,12 +102,7 @@ mapfile -t suites < <(for suite in client/python/tests tests tools; do
     echo "$suite"
   fi
 done)
-if [[ ${#suites[@]} -gt 0 ]]; then
-  timeout --signal=INT "$limit" .venv/bin/python -m pytest -q \
-    -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true \
-    -p no:cacheprovider --junitxml="$results/pytest.xml" "${suites[@]}"
-  count $? --junit "$results/pytest.xml"
-fi
+python_test pytest "${suites[@]}"
 
 for config in "${sanitizers[@]}"; do
   packages=(base device model checkpoint trainer server)
@@ -106,6 +112,15 @@ for config in "${sanitizers[@]}"; do
   if [[ ${#targets[@]} -eq 0 ]]; then continue; fi
   stage "$config"
   bazel_test "$config" --config="$config" --build_tests_only "${targets[@]}"
+  # A whole server, too; gRPC is not built for tsan.
+  if [[ $config == tsan ]]; then continue; fi
+  if bazel build --config="$config" --noshow_progress \
+    //server:gradwired //server:gradwire_rank; then
+    GRADWIRE_BIN_DIR=$(bazel info --config="$config" bazel-bin)/server \
+      python_test "$config-e2e" tests/e2e
+  else
+    add 0 1
+  fi
 done
 
 finish
