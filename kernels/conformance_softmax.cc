@@ -169,6 +169,38 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
         Tensor());
     ExpectSame("d_hidden without d_weight, " + name, Fetch(d_hidden.device),
                Fetch(alone.device));
+
+    // Keeping changes no bit.
+    const Operand kept = Unwritten(
+        DType::kF32,
+        {(kernels().LogprobHeadKeptBytes(act(), c.tokens, c.k, c.vocab) + 3) /
+         4});
+    const Operand logprobs_again = Unwritten(DType::kF32, {c.tokens, c.k});
+    const Operand lse_again = Unwritten(DType::kF32, {c.tokens});
+    const Operand d_weight_alone =
+        Normal(DType::kF32, {c.vocab, c.hidden}, 0.0f);
+    const Operand d_weight_kept =
+        Normal(DType::kF32, {c.vocab, c.hidden}, 0.0f);
+    out.logprobs = logprobs_again.device;
+    out.lse = lse_again.device;
+    out.kept = kept.device;
+    kernels().LogprobHeadForward(stream(), head(&Operand::device), out,
+                                 workspace.device);
+    ExpectSame("logprobs, kept, " + name, Fetch(logprobs.device),
+               Fetch(logprobs_again.device));
+    ExpectSame("lse, kept, " + name, host_lse, Fetch(lse_again.device));
+    kernels().LogprobHeadBackward(
+        stream(), head(&Operand::device),
+        {d_logprobs.device, lse.device, workspace.device}, alone.device,
+        d_weight_alone.device);
+    kernels().LogprobHeadBackward(
+        stream(), head(&Operand::device),
+        {d_logprobs.device, lse.device, workspace.device, kept.device},
+        alone.device, d_weight_kept.device);
+    ExpectSame("d_hidden, kept, " + name, Fetch(d_hidden.device),
+               Fetch(alone.device));
+    ExpectSame("d_weight, kept, " + name, Fetch(d_weight_alone.device),
+               Fetch(d_weight_kept.device));
   }
 }
 

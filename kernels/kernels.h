@@ -81,6 +81,9 @@ struct LogprobHeadOutput {
   // f32 and i32 [tokens, top_k], = , or null: the top_k largest logprobs,
   // descending, ties by lower id. REQUIRES: top_k <= vocab.
   Tensor top_k_logprobs, top_k_indices;
+  // Null, or at least LogprobHeadKeptBytes: what spares the backward the
+  // product that makes the logits.
+  Tensor kept = {};
 };
 
 struct AdamWParams {
@@ -267,16 +270,22 @@ class Kernels {
   virtual void LogprobHeadForward(Stream& stream, const LogprobHead& args,
                                   const LogprobHeadOutput& out,
                                   const Tensor& workspace) = 0;
+  // Bytes that grow with tokens * vocab; 0 if the implementation keeps nothing.
+  virtual int64_t LogprobHeadKeptBytes(DType act, int64_t tokens, int64_t k,
+                                       int64_t vocab) const = 0;
   // With p = exp(logit - lse) and G[t] = sum over j of d_logprobs[t, j]:
   //   d_logit[t, i] = sum over j with targets[t, j] = i of d_logprobs[t, j]
   //                   - G[t] p[t, i]
   //   d_hidden = d_logit weight;  d_weight += d_logit^T hidden.
+  // p of an id that is no target of its token may be rounded to act first.
+  // Same bits with and without `kept`.
   //   d_logprobs f32 [tokens, k]; lse f32 [tokens];
   //   d_hidden act [tokens, hidden] =; d_weight f32 [vocab, hidden] += or null
   struct LogprobHeadGrad {
     Tensor d_logprobs;
     Tensor lse;
     Tensor workspace;
+    Tensor kept = {};  // of the forward of the same arguments, or null
   };
   virtual void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                                    const LogprobHeadGrad& grad,

@@ -53,12 +53,14 @@ int64_t FullLayers(const ActivationBytes& bytes, int64_t layers,
   return std::min(layers, left / bytes.layer_rest);
 }
 
+int64_t UsualMicroBatch(const TrainerOptions& options) {
+  return options.micro_batch_tokens > 0 ? options.micro_batch_tokens
+                                        : kDefaultMicroBatch;
+}
+
 int64_t PlannedMicroBatch(const ModelConfig& config,
                           const TrainerOptions& options) {
-  const int64_t budget = options.micro_batch_tokens > 0
-                             ? options.micro_batch_tokens
-                             : kDefaultMicroBatch;
-  return std::max(budget, Context(config, options));
+  return std::max(UsualMicroBatch(options), Context(config, options));
 }
 
 int64_t ScratchBytes(const ModelConfig& config, Precision precision,
@@ -87,9 +89,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
   }
   MemoryPlan plan;
   plan.max_context = Context(config, options);
-  plan.micro_batch_tokens = options.micro_batch_tokens > 0
-                                ? options.micro_batch_tokens
-                                : kDefaultMicroBatch;
+  plan.micro_batch_tokens = UsualMicroBatch(options);
   const int64_t largest = PlannedMicroBatch(config, options);
   const int64_t n = inputs.flat_elements;
   plan.available = inputs.available_bytes;
@@ -109,7 +109,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
   const int64_t least = one.Kept(config.layers, 0);
   const int64_t most = std::max(
       one.Kept(config.layers, config.layers),
-      kRetainedMicroBatches * usual.Kept(config.layers, config.layers));
+      kRetainedMicroBatches * (usual.Kept(config.layers, config.layers) +
+                               Arena::AlignedBytes(inputs.head_kept_bytes)));
   const int64_t left =
       static_cast<int64_t>(kShare * static_cast<double>(plan.available)) - rest;
   plan.activations = options.forward_only ? 0

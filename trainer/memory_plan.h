@@ -35,8 +35,13 @@ struct MemoryInputs {
   int64_t flat_elements = 0;
   // Of the kernels, for the largest micro-batch, by number of tokens.
   int64_t kernel_workspace_bytes = 0;
+  // That the head keeps of a micro-batch of the usual size.
+  int64_t head_kept_bytes = 0;
   int64_t available_bytes = 0;
 };
+
+// Tokens that a micro-batch holds unless a datum is longer.
+int64_t UsualMicroBatch(const TrainerOptions& options);
 
 // The largest micro-batch: what MemoryInputs must be computed for.
 int64_t PlannedMicroBatch(const ModelConfig& config,

@@ -49,6 +49,12 @@ int64_t KernelWorkspaceBytes(const Kernels& kernels, const ModelConfig& config,
          64 * Arena::kAlignment;
 }
 
+int64_t HeadKeptBytes(const Kernels& kernels, const ModelConfig& config,
+                      Precision precision, int64_t tokens, int64_t k) {
+  return Arena::AlignedBytes(kernels.LogprobHeadKeptBytes(
+      ActType(precision), tokens, k, config.vocab));
+}
+
 TrainStep::TrainStep(const Options& options, Device& device, Kernels& kernels)
     : options_(options), device_(device), kernels_(kernels) {}
 
@@ -79,7 +85,8 @@ Tensor TrainStep::Global(const Tensor& flat, int64_t offset,
 }
 
 StoredActivations TrainStep::LayOut(char* memory, int64_t tokens,
-                                    int64_t full_layers) const {
+                                    int64_t full_layers,
+                                    int64_t head_bytes) const {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
   auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
@@ -98,6 +105,7 @@ StoredActivations TrainStep::LayOut(char* memory, int64_t tokens,
   }
   stored.residual = alloc(act, {tokens, config.hidden});
   stored.lse = alloc(DType::kF32, {tokens});
+  if (head_bytes > 0) stored.head = alloc(DType::kF32, {head_bytes / 4});
   return stored;
 }
 
@@ -194,6 +202,7 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
   LogprobHeadOutput out;
   out.logprobs = bound.logprobs;
   out.lse = stored == nullptr ? bound.lse : stored->lse;
+  if (stored != nullptr) out.kept = stored->head;
   out.top_k_logprobs = bound.top_k_logprobs;
   out.top_k_indices = bound.top_k_indices;
   kernels_.LogprobHeadForward(stream, head, out, bound.head_workspace);
@@ -230,7 +239,8 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   head.weight = Global(options_.weights, table.head(), config.vocab);
   head.targets = bound.targets;
   kernels_.LogprobHeadBackward(
-      stream, head, {bound.d_logprobs, stored.lse, bound.head_workspace},
+      stream, head,
+      {bound.d_logprobs, stored.lse, bound.head_workspace, stored.head},
       bound.scratch.hidden,
       Global(options_.gradients, table.head(), config.vocab));
   device_.Zero(stream, bound.d_residual);

@@ -35,6 +35,7 @@ struct StoredActivations {
   std::vector<BlockActivations> layers;
   Tensor residual;  // act [tokens, hidden], after the last layer
   Tensor lse;       // f32 [tokens]
+  Tensor head;      // LogprobHeadKeptBytes, or null
   int64_t full_layers = 0;
 };
 
@@ -61,9 +62,10 @@ class TrainStep {
   static absl::StatusOr<std::unique_ptr<TrainStep>> Create(
       const Options& options, Device& device, Kernels& kernels);
 
-  // Lays `stored` out in `memory` of ActivationBytesOf(...).Kept(...) bytes.
-  StoredActivations LayOut(char* memory, int64_t tokens,
-                           int64_t full_layers) const;
+  // Lays `stored` out in `memory` of ActivationBytesOf(...).Kept(...) bytes and
+  // `head_bytes` more: 0, or HeadKeptBytes.
+  StoredActivations LayOut(char* memory, int64_t tokens, int64_t full_layers,
+                           int64_t head_bytes) const;
 
   // Runs the forward; keeps activations in *stored unless it is null.
   absl::StatusOr<HeadResults> Forward(const PackedInputs& inputs, int64_t top_k,
@@ -100,6 +102,10 @@ class TrainStep {
   Tensor cos_, sin_;
   int64_t after_tables_ = 0;
 };
+
+// What the head can keep of a micro-batch, k targets a token; aligned.
+int64_t HeadKeptBytes(const Kernels& kernels, const ModelConfig& config,
+                      Precision precision, int64_t tokens, int64_t k);
 
 // What the kernels need beside ScratchBytes, for up to `tokens`.
 int64_t KernelWorkspaceBytes(const Kernels& kernels, const ModelConfig& config,

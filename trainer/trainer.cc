@@ -136,10 +136,13 @@ class TrainerImpl : public Trainer {
   }
 
  private:
-  // Takes activation memory for a micro-batch, in full if it can be had. With
-  // `must` it evicts what other operations have retained, the newest first
-  // (their backwards come last), until at least the layers' inputs fit.
-  Kept Take(int64_t tokens, bool must);
+  // Takes activation memory for a micro-batch, in full if it can be had, and of
+  // the head as well if `spare_bytes` are left then. With `must` it evicts what
+  // other operations have retained, the newest first (their backwards come
+  // last), until at least the layers' inputs fit.
+  Kept Take(int64_t tokens, int64_t k, int64_t spare_bytes, bool must);
+  // What a micro-batch takes in full, without the head.
+  int64_t FullBytes(int64_t tokens) const;
   void Give(Kept& kept);
   bool EvictOne();
 
@@ -147,7 +150,7 @@ class TrainerImpl : public Trainer {
                              const MicroBatch& batch,
                              const ForwardOptions& options,
                              const LogprobSink& sink, LossTotals& totals,
-                             RetainedMicroBatch* retained);
+                             RetainedMicroBatch* retained, int64_t spare_bytes);
   absl::Status CheckGradients(
       const Retained& retained,
       const std::vector<std::vector<float>>& d_logprobs) const;
@@ -186,6 +189,8 @@ absl::Status TrainerImpl::Plan() {
   const int64_t tokens = PlannedMicroBatch(config_, options_);
   inputs.kernel_workspace_bytes = KernelWorkspaceBytes(
       kernels_, config_, options_.precision, tokens, tokens);
+  inputs.head_kept_bytes = HeadKeptBytes(kernels_, config_, options_.precision,
+                                         UsualMicroBatch(options_), 1);
   GW_ASSIGN_OR_RETURN(plan_, PlanMemory(config_, options_, inputs));
   return absl::OkStatus();
 }
@@ -228,7 +233,13 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   return step_->stream().Finish();
 }
 
-Kept TrainerImpl::Take(int64_t tokens, bool must) {
+int64_t TrainerImpl::FullBytes(int64_t tokens) const {
+  return ActivationBytesOf(config_, options_.precision, tokens)
+      .Kept(config_.layers, config_.layers);
+}
+
+Kept TrainerImpl::Take(int64_t tokens, int64_t k, int64_t spare_bytes,
+                       bool must) {
   const ActivationBytes bytes =
       ActivationBytesOf(config_, options_.precision, tokens);
   int64_t full = FullLayers(bytes, config_.layers, ranges_->LargestFree());
@@ -240,9 +251,17 @@ Kept TrainerImpl::Take(int64_t tokens, bool must) {
     GW_CHECK(!must);  // the plan has room for the largest micro-batch
     return kept;
   }
-  kept.offset = ranges_->Take(bytes.Kept(config_.layers, full));
-  kept.stored = step_->LayOut(
-      static_cast<char*>(activations_->data()) + kept.offset, tokens, full);
+  const int64_t layers = bytes.Kept(config_.layers, full);
+  int64_t head =
+      HeadKeptBytes(kernels_, config_, options_.precision, tokens, k);
+  if (full < config_.layers ||
+      ranges_->LargestFree() < layers + head + spare_bytes) {
+    head = 0;
+  }
+  kept.offset = ranges_->Take(layers + head);
+  kept.stored =
+      step_->LayOut(static_cast<char*>(activations_->data()) + kept.offset,
+                    tokens, full, head);
   return kept;
 }
 
@@ -263,16 +282,14 @@ bool TrainerImpl::EvictOne() {
   return false;
 }
 
-absl::Status TrainerImpl::RunMicroBatch(const std::vector<TrainDatum>& data,
-                                        const MicroBatch& batch,
-                                        const ForwardOptions& options,
-                                        const LogprobSink& sink,
-                                        LossTotals& totals,
-                                        RetainedMicroBatch* retained) {
+absl::Status TrainerImpl::RunMicroBatch(
+    const std::vector<TrainDatum>& data, const MicroBatch& batch,
+    const ForwardOptions& options, const LogprobSink& sink, LossTotals& totals,
+    RetainedMicroBatch* retained, int64_t spare_bytes) {
   const PackedInputs inputs = Pack(data, batch);
   Kept kept;
   if (options.backward || retained != nullptr) {
-    kept = Take(batch.tokens, options.backward);
+    kept = Take(batch.tokens, batch.k, spare_bytes, options.backward);
   }
   struct Return {
     TrainerImpl* trainer;
@@ -335,10 +352,16 @@ absl::StatusOr<ForwardOutcome> TrainerImpl::Forward(
   Retained retained;
   retained.weight_version = weight_version_;
   absl::Status status;
-  for (const MicroBatch& batch : PlanBatch(data, plan_.micro_batch_tokens)) {
+  const auto batches = PlanBatch(data, plan_.micro_batch_tokens);
+  // Layers of later micro-batches are worth more than the head of this one.
+  int64_t later = 0;
+  for (const MicroBatch& batch : batches) later += FullBytes(batch.tokens);
+  for (const MicroBatch& batch : batches) {
+    later -= FullBytes(batch.tokens);
     if (retain) retained.batches.emplace_back();
     status = RunMicroBatch(data, batch, options, sink, totals,
-                           retain ? &retained.batches.back() : nullptr);
+                           retain ? &retained.batches.back() : nullptr,
+                           retain ? later : 0);
     if (!status.ok()) break;
   }
   if (!status.ok()) {
@@ -438,7 +461,7 @@ absl::Status TrainerImpl::BackwardMicroBatch(
   if (AllZero(packed)) return absl::OkStatus();
   if (batch.kept.offset < 0) {
     recomputed = true;
-    batch.kept = Take(batch.inputs.num_tokens(), true);
+    batch.kept = Take(batch.inputs.num_tokens(), batch.plan.k, 0, true);
     GW_ASSIGN_OR_RETURN(HeadResults head,
                         step_->Forward(batch.inputs, 0, &batch.kept.stored));
     GW_RETURN_IF_ERROR(

@@ -219,6 +219,10 @@ void StepOps::AddHead() {
       kernels_.LogprobHeadWorkspaceBytes(act_, tokens, hidden, shape_.vocab) /
       4;
   const Tensor workspace = New("workspace", DType::kF32, floats, 1, 0.0f)[0];
+  const Tensor kept =
+      New("kept", DType::kF32,
+          kernels_.LogprobHeadKeptBytes(act_, tokens, 1, shape_.vocab) / 4, 1,
+          0.0f)[0];
   for (int64_t t = 0; t < tokens; ++t) {
     ids.data<int32_t>()[t] = static_cast<int32_t>(t * 7919 % shape_.vocab);
   }
@@ -231,6 +235,7 @@ void StepOps::AddHead() {
     LogprobHeadOutput o;
     o.logprobs = logprobs;
     o.lse = lse[i].Reshape({tokens});
+    o.kept = kept.Reshape({kept.num_elements()});
     return o;
   };
   for (size_t i = 0; i < static_cast<size_t>(kCopies); ++i) {
@@ -243,15 +248,16 @@ void StepOps::AddHead() {
                     kernels_.LogprobHeadForward(*stream_, head(i), out(i),
                                                 workspace.Reshape({floats}));
                   }});
-  // Three products: the logits again, d_hidden, d_weight.
-  ops_.push_back({"logprob_head_backward", 1, 3 * flops,
-                  act * (2 * row + weights) + 8 * weights, [=, this](int call) {
-                    const size_t i = static_cast<size_t>(call % kCopies);
-                    kernels_.LogprobHeadBackward(
-                        *stream_, head(i),
-                        {d_logprobs, out(i).lse, workspace.Reshape({floats})},
-                        d_x[i], d_w);
-                  }});
+  // Two products: d_hidden, d_weight.
+  ops_.push_back(
+      {"logprob_head_backward", 1, 2 * flops,
+       act * (2 * row + weights) + 8 * weights, [=, this](int call) {
+         const size_t i = static_cast<size_t>(call % kCopies);
+         kernels_.LogprobHeadBackward(
+             *stream_, head(i),
+             {d_logprobs, out(i).lse, workspace.Reshape({floats}), out(i).kept},
+             d_x[i], d_w);
+       }});
   ops_.push_back(
       {"embedding_forward", 1, 0, 2 * act * row, [=, this](int call) {
          const size_t i = static_cast<size_t>(call % kCopies);

@@ -76,6 +76,8 @@ class CpuKernels : public Kernels {
   // logprob_head.cc
   int64_t LogprobHeadWorkspaceBytes(DType act, int64_t tokens, int64_t hidden,
                                     int64_t vocab) const override;
+  int64_t LogprobHeadKeptBytes(DType act, int64_t tokens, int64_t k,
+                               int64_t vocab) const override;
   void LogprobHeadForward(Stream& stream, const LogprobHead& args,
                           const LogprobHeadOutput& out,
                           const Tensor& workspace) override;

@@ -42,23 +42,42 @@ float RowMaxImpl(const float* x, int64_t n) {
   return hn::GetLane(hn::MaxOfLanes(d, max));
 }
 
-float RowSumExpImpl(const float* x, int64_t n, float max) {
+template <class T>
+float ExpRow(const float* x, int64_t n, float max, T* exps) {
   const D d;
   const V m = hn::Set(d, max);
   V sum = hn::Zero(d);
-  ForEachVector(x, n, -INFINITY, [&](int64_t, V v) HWY_ATTR {
-    sum = hn::Add(sum, SoftmaxExp(d, hn::Sub(v, m)));
+  ForEachVector(x, n, -INFINITY, [&](int64_t i, V v) HWY_ATTR {
+    const V e = SoftmaxExp(d, hn::Sub(v, m));
+    sum = hn::Add(sum, e);
+    if (exps != nullptr) StoreF32(d, e, exps + i);
   });
   return hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-void RowNegativeProbsImpl(float* x, int64_t n, float lse, float factor) {
+float RowExpImpl(const float* x, int64_t n, float max, DType act, void* exps) {
+  return act == DType::kBF16 ? ExpRow(x, n, max, static_cast<BFloat16*>(exps))
+                             : ExpRow(x, n, max, static_cast<float*>(exps));
+}
+
+template <class T>
+void ScaleExps(const T* exps, int64_t n, float factor, T* to) {
   const D d;
-  const V minus = hn::Set(d, -factor);
-  const V l = hn::Set(d, lse);
-  ForEachVector(x, n, 0.0f, [&](int64_t i, V v) HWY_ATTR {
-    hn::StoreU(hn::Mul(minus, SoftmaxExp(d, hn::Sub(v, l))), d, x + i);
-  });
+  const V f = hn::Set(d, factor);
+  for (int64_t i = 0; i < n; i += static_cast<int64_t>(hn::Lanes(d))) {
+    StoreF32(d, hn::Mul(f, LoadF32(d, exps + i)), to + i);
+  }
+}
+
+void RowScaleImpl(const void* exps, int64_t n, float factor, DType act,
+                  void* to) {
+  if (act == DType::kBF16) {
+    ScaleExps(static_cast<const BFloat16*>(exps), n, factor,
+              static_cast<BFloat16*>(to));
+  } else {
+    ScaleExps(static_cast<const float*>(exps), n, factor,
+              static_cast<float*>(to));
+  }
 }
 
 }  // namespace
@@ -70,19 +89,19 @@ HWY_AFTER_NAMESPACE();
 namespace gradwire {
 
 HWY_EXPORT(RowMaxImpl);
-HWY_EXPORT(RowSumExpImpl);
-HWY_EXPORT(RowNegativeProbsImpl);
+HWY_EXPORT(RowExpImpl);
+HWY_EXPORT(RowScaleImpl);
 
 float RowMax(const float* x, int64_t n) {
   return HWY_DYNAMIC_DISPATCH(RowMaxImpl)(x, n);
 }
 
-float RowSumExp(const float* x, int64_t n, float max) {
-  return HWY_DYNAMIC_DISPATCH(RowSumExpImpl)(x, n, max);
+float RowExp(const float* x, int64_t n, float max, DType act, void* exps) {
+  return HWY_DYNAMIC_DISPATCH(RowExpImpl)(x, n, max, act, exps);
 }
 
-void RowNegativeProbs(float* x, int64_t n, float lse, float factor) {
-  HWY_DYNAMIC_DISPATCH(RowNegativeProbsImpl)(x, n, lse, factor);
+void RowScale(const void* exps, int64_t n, float factor, DType act, void* to) {
+  HWY_DYNAMIC_DISPATCH(RowScaleImpl)(exps, n, factor, act, to);
 }
 
 }  // namespace gradwire

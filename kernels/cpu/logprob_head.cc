@@ -7,9 +7,14 @@
 // tokens of a batch part is shared, because d_weight sums over tokens: threads
 // first split the tokens (logits, d_logit, d_hidden), then the chunk's rows of
 // d_weight.
+//
+// A logit is looked at through e = exp(logit - the chunk's maximum), in act:
+// the forward may keep these for the backward, which otherwise makes them again
+// with the same bits. p = e exp(maximum - lse), and of a target p =
+// exp(logprob), in float32, so that 1 - p keeps its digits where p is near 1.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -67,12 +72,55 @@ void InsertTop(float logit, int32_t id, int64_t top_k, float* logits,
   ids[at] = id;
 }
 
+int64_t NumChunks(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+
+// What a forward keeps for the backward, one array after the other:
+// logprobs f32 [tokens, k]; maxima f32 [chunks, tokens]; of each chunk of ids e
+// in act [tokens, padded ids].
+class KeptLogits {
+ public:
+  // `memory` may be null: nothing is kept, or only bytes are asked for.
+  KeptLogits(void* memory, DType act, int64_t tokens, int64_t k, int64_t vocab)
+      : memory_(static_cast<char*>(memory)),
+        act_(act),
+        tokens_(tokens),
+        vocab_(vocab),
+        maxima_at_(tokens * k * 4),
+        exps_at_(RoundUp(maxima_at_ + NumChunks(vocab) * tokens * 4, 64)) {}
+
+  int64_t bytes() const { return At(vocab_, 0); }
+  bool empty() const { return memory_ == nullptr; }
+
+  float* logprobs() const { return reinterpret_cast<float*>(memory_); }
+  // The chunk that begins with `id`.
+  float* maxima(int64_t id) const {
+    return reinterpret_cast<float*>(memory_ + maxima_at_) +
+           id / kChunk * tokens_;
+  }
+  char* exps(int64_t id, int64_t token) const {
+    return memory_ + At(id, token);
+  }
+
+ private:
+  int64_t At(int64_t id, int64_t token) const {
+    const int64_t width = RoundUp(std::min(kChunk, vocab_ - id), kRowPadding);
+    return exps_at_ + (RoundUp(id, kRowPadding) * tokens_ + token * width) *
+                          DTypeBytes(act_);
+  }
+
+  char* const memory_;
+  const DType act_;
+  const int64_t tokens_, vocab_, maxima_at_, exps_at_;
+};
+
 // The forward of tokens [begin, end); `logits` holds one chunk.
 class ForwardBlock {
  public:
   ForwardBlock(const LogprobHead& head, const LogprobHeadOutput& out,
                int64_t begin, int64_t end)
       : head_(head),
+        kept_(out.kept.raw(), head.hidden.dtype(), head.hidden.dim(0),
+              head.targets.dim(1), head.weight.dim(0)),
         begin_(begin),
         end_(end),
         num_targets_(head.targets.dim(1)),
@@ -99,11 +147,14 @@ class ForwardBlock {
         const size_t i = static_cast<size_t>(r);
         const float* row = logits + r * shape.c_row;
         const float top = RowMax(row, cols);
+        const float part = RowExp(row, cols, top, head_.hidden.dtype(),
+                                  Keep(begin_ + r, id, top));
         if (top > max[i]) {
-          sum[i] *= std::exp(max[i] - top);
+          sum[i] = sum[i] * std::exp(max[i] - top) + part;
           max[i] = top;
+        } else {
+          sum[i] += part * std::exp(top - max[i]);
         }
-        sum[i] += RowSumExp(row, cols, max[i]);
         TakeTargets(begin_ + r, row, id, cols);
         TakeTop(begin_ + r, row, id, cols, top);
       }
@@ -115,11 +166,22 @@ class ForwardBlock {
       for (int64_t j = 0; j < num_targets_; ++j) {
         logprobs_[t * num_targets_ + j] -= lse_[t];
       }
+      if (!kept_.empty()) {
+        std::copy_n(logprobs_ + t * num_targets_, num_targets_,
+                    kept_.logprobs() + t * num_targets_);
+      }
       for (int64_t j = 0; j < top_k_; ++j) top_[t * top_k_ + j] -= lse_[t];
     }
   }
 
  private:
+  // Where a row's e of a chunk goes; null if they are not kept.
+  char* Keep(int64_t t, int64_t id, float max) {
+    if (kept_.empty()) return nullptr;
+    kept_.maxima(id)[t] = max;
+    return kept_.exps(id, t);
+  }
+
   void TakeTargets(int64_t t, const float* row, int64_t id, int64_t cols) {
     for (int64_t j = 0; j < num_targets_; ++j) {
       const int64_t target = targets_[t * num_targets_ + j] - id;
@@ -141,6 +203,7 @@ class ForwardBlock {
   }
 
   const LogprobHead& head_;
+  const KeptLogits kept_;
   const int64_t begin_, end_, num_targets_, top_k_;
   const int32_t* const targets_;
   float* const logprobs_;
@@ -149,25 +212,85 @@ class ForwardBlock {
   int32_t* const top_ids_;
 };
 
-// logits -> d_logit, in float32, of tokens [begin, begin + rows) and ids
-// [id, id + cols).
-void ToLogitGrad(const LogprobHead& head, const float* d_logprobs,
-                 const float* lse, int64_t begin, int64_t rows, int64_t id,
-                 int64_t cols, float* logits) {
-  const int64_t k = head.targets.dim(1);
-  const int32_t* targets = head.targets.data<int32_t>();
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = logits + r * RoundUp(cols, kRowPadding);
-    const int64_t at = (begin + r) * k;
-    float total = 0;
-    for (int64_t j = 0; j < k; ++j) total += d_logprobs[at + j];
-    RowNegativeProbs(row, cols, lse[begin + r], total);
-    for (int64_t j = 0; j < k; ++j) {
-      const int64_t target = targets[at + j] - id;
-      if (target >= 0 && target < cols) row[target] += d_logprobs[at + j];
+// d_logit of tokens [first, first + rows) and ids [id, id + cols), act
+// [rows, padded ids].
+class LogitGrad {
+ public:
+  LogitGrad(const LogprobHead& head, const Kernels::LogprobHeadGrad& grad)
+      : head_(head),
+        act_(head.hidden.dtype()),
+        k_(head.targets.dim(1)),
+        kept_(grad.kept.raw(), act_, head.hidden.dim(0), k_,
+              head.weight.dim(0)),
+        targets_(head.targets.data<int32_t>()),
+        d_logprobs_(grad.d_logprobs.data<float>()),
+        lse_(grad.lse.data<float>()) {}
+
+  // `logits`, f32 [rows, padded ids], is scratch, not used if they were kept;
+  // it may be d_logit if act is f32.
+  void Run(Gemm& gemm, int thread, int64_t first, int64_t rows, int64_t id,
+           int64_t cols, float* logits, char* d_logit) const {
+    const int64_t width = RoundUp(cols, kRowPadding);
+    if (kept_.empty()) {
+      gemm.RunOne(thread, LogitShape(head_, rows, cols),
+                  head_.hidden.Rows(first, first + rows).raw(),
+                  head_.weight.Rows(id, id + cols).raw(), logits);
+    }
+    std::vector<std::pair<int64_t, float>> of_targets;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t t = first + r;
+      char* to = d_logit + r * width * DTypeBytes(act_);
+      const void* exps = to;
+      float max;
+      const float* row = logits + r * width;
+      float total = 0;
+      for (int64_t j = 0; j < k_; ++j) total += d_logprobs_[t * k_ + j];
+      of_targets.clear();
+      for (int64_t j = 0; j < k_; ++j) {
+        const int64_t col = targets_[t * k_ + j] - id;
+        if (col < 0 || col >= cols) continue;
+        const float logprob =
+            kept_.empty() ? row[col] - lse_[t] : kept_.logprobs()[t * k_ + j];
+        of_targets.emplace_back(col,
+                                OfTarget(t, j) - total * std::exp(logprob));
+      }
+      if (kept_.empty()) {
+        max = RowMax(row, cols);
+        RowExp(row, cols, max, act_, to);
+      } else {
+        max = kept_.maxima(id)[t];
+        exps = kept_.exps(id, t);
+      }
+      RowScale(exps, cols, -total * std::exp(max - lse_[t]), act_, to);
+      for (const auto& [col, value] : of_targets) {
+        if (act_ == DType::kBF16) {
+          reinterpret_cast<BFloat16*>(to)[col] = BFloat16(value);
+        } else {
+          reinterpret_cast<float*>(to)[col] = value;
+        }
+      }
     }
   }
-}
+
+ private:
+  // The sum of d_logprobs over all targets of a token that are its j-th.
+  float OfTarget(int64_t t, int64_t j) const {
+    const int32_t* targets = targets_ + t * k_;
+    float sum = 0;
+    for (int64_t other = 0; other < k_; ++other) {
+      if (targets[other] == targets[j]) sum += d_logprobs_[t * k_ + other];
+    }
+    return sum;
+  }
+
+  const LogprobHead& head_;
+  const DType act_;
+  const int64_t k_;
+  const KeptLogits kept_;
+  const int32_t* const targets_;
+  const float* const d_logprobs_;
+  const float* const lse_;
+};
 
 }  // namespace
 
@@ -181,6 +304,11 @@ int64_t CpuKernels::LogprobHeadWorkspaceBytes(DType act, int64_t tokens,
   return d_hidden + rows * cols * DTypeBytes(act);
 }
 
+int64_t CpuKernels::LogprobHeadKeptBytes(DType act, int64_t tokens, int64_t k,
+                                         int64_t vocab) const {
+  return KeptLogits(nullptr, act, tokens, k, vocab).bytes();
+}
+
 void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
                                     const LogprobHeadOutput& out,
                                     const Tensor&) {
@@ -190,15 +318,24 @@ void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
   GW_CHECK(args.weight.dim(1) == args.hidden.dim(1));
   GW_CHECK(out.top_k_logprobs.is_null() ||
            out.top_k_logprobs.dim(1) <= args.weight.dim(0));
+  GW_CHECK(out.kept.is_null() ||
+           out.kept.bytes() >= LogprobHeadKeptBytes(args.hidden.dtype(), tokens,
+                                                    args.targets.dim(1),
+                                                    args.weight.dim(0)));
   ThreadPool& pool = Pool(stream);
   gemm_->Prepare(pool.num_threads());
   scratch_.Reserve(pool.num_threads(), kBlock * kChunk * 4);
-  const int64_t block = BlockTokens(tokens, pool.num_threads());
-  pool.ParallelItems((tokens + block - 1) / block, [&](int64_t item,
-                                                       int thread) {
-    ForwardBlock(args, out, item * block, std::min(tokens, (item + 1) * block))
-        .Run(*gemm_, thread, reinterpret_cast<float*>(scratch_.part(thread)));
-  });
+  // The backward's blocks: a product's bits may depend on how many rows it has.
+  for (int64_t first = 0; first < tokens; first += kTokens) {
+    const int64_t last = std::min(tokens, first + kTokens);
+    const int64_t block = BlockTokens(last - first, pool.num_threads());
+    pool.ParallelItems((last - first + block - 1) / block, [&](int64_t item,
+                                                               int thread) {
+      const int64_t begin = first + item * block;
+      ForwardBlock(args, out, begin, std::min(last, begin + block))
+          .Run(*gemm_, thread, reinterpret_cast<float*>(scratch_.part(thread)));
+    });
+  }
 }
 
 void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
@@ -212,9 +349,13 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
   const bool f32 = act == DType::kF32;
   GW_CHECK(grad.workspace.bytes() >=
            LogprobHeadWorkspaceBytes(act, tokens, hidden, vocab));
+  GW_CHECK(grad.kept.is_null() ||
+           grad.kept.bytes() >=
+               LogprobHeadKeptBytes(act, tokens, args.targets.dim(1), vocab));
   ThreadPool& pool = Pool(stream);
   gemm_->Prepare(pool.num_threads());
   scratch_.Reserve(pool.num_threads(), f32 ? 0 : kBlock * kChunk * 4);
+  const LogitGrad logit_grad(args, grad);
 
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const int64_t rows = std::min(kTokens, tokens - first);
@@ -229,31 +370,27 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
     for (int64_t id = 0; id < vocab; id += kChunk) {
       const int64_t cols = std::min(kChunk, vocab - id);
       const int64_t width = RoundUp(cols, kRowPadding);
-      pool.ParallelItems((rows + block - 1) / block, [&](int64_t item,
-                                                         int thread) {
-        const int64_t begin = item * block;
-        const int64_t n = std::min(block, rows - begin);
-        char* d_logit = workspace + begin * width * DTypeBytes(act);
-        float* logits =
-            reinterpret_cast<float*>(f32 ? d_logit : scratch_.part(thread));
-        const Tensor weight = args.weight.Rows(id, id + cols);
-        gemm_->RunOne(thread, LogitShape(args, n, cols),
-                      args.hidden.Rows(first + begin, first + begin + n).raw(),
-                      weight.raw(), logits);
-        ToLogitGrad(args, grad.d_logprobs.data<float>(), grad.lse.data<float>(),
-                    first + begin, n, id, cols, logits);
-        if (!f32) ScaleTo(act, logits, n * width, 1.0f, d_logit);
-        gemm_->RunOne(thread,
-                      {.m = n,
-                       .n = hidden,
-                       .k = cols,
-                       .a_row = width,
-                       .b_row = hidden,
-                       .c_row = hidden,
-                       .ab = act,
-                       .accumulate = id > 0},
-                      d_logit, weight.raw(), hidden_sums + begin * hidden);
-      });
+      pool.ParallelItems(
+          (rows + block - 1) / block, [&](int64_t item, int thread) {
+            const int64_t begin = item * block;
+            const int64_t n = std::min(block, rows - begin);
+            char* d_logit = workspace + begin * width * DTypeBytes(act);
+            float* logits =
+                reinterpret_cast<float*>(f32 ? d_logit : scratch_.part(thread));
+            const Tensor weight = args.weight.Rows(id, id + cols);
+            logit_grad.Run(*gemm_, thread, first + begin, n, id, cols, logits,
+                           d_logit);
+            gemm_->RunOne(thread,
+                          {.m = n,
+                           .n = hidden,
+                           .k = cols,
+                           .a_row = width,
+                           .b_row = hidden,
+                           .c_row = hidden,
+                           .ab = act,
+                           .accumulate = id > 0},
+                          d_logit, weight.raw(), hidden_sums + begin * hidden);
+          });
       if (d_weight.is_null()) continue;
       gemm_->Run(pool,
                  {.m = cols,

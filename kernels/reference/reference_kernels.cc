@@ -140,6 +140,10 @@ class ReferenceKernels : public Kernels {
                                     int64_t) const override {
     return 0;
   }
+  int64_t LogprobHeadKeptBytes(DType, int64_t, int64_t,
+                               int64_t) const override {
+    return 0;
+  }
   void LogprobHeadForward(Stream& stream, const LogprobHead& args,
                           const LogprobHeadOutput& out,
                           const Tensor&) override {

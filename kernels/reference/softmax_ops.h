@@ -203,12 +203,15 @@ HeadGradResult<Num> LogprobHeadBackward(const LogprobHead& head,
     std::vector<Sum<Num>> d_x(static_cast<size_t>(hidden));
     for (int64_t id = 0; id < vocab; ++id) {
       Sum<Num> d_logit;
-      d_logit.Add(-total.Total() * Exp(logits[static_cast<size_t>(id)] - lse));
+      bool is_target = false;
       for (int64_t j = 0; j < k; ++j) {
         if (head.targets.data<int32_t>()[t * k + j] == id) {
           d_logit.Add(At(grad.d_logprobs, t * k + j));
+          is_target = true;
         }
       }
+      const Num p = Exp(logits[static_cast<size_t>(id)] - lse);
+      d_logit.Add(-total.Total() * (is_target ? p : MayRound(act, p)));
       const Num d = MayRound(act, d_logit.Total());
       for (int64_t i = 0; i < hidden; ++i) {
         d_x[static_cast<size_t>(i)].Add(d *
