@@ -1,177 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step through the client beside PyTorch, in one run.
 
-    .venv/bin/python benchmarks/step/step.py --precision f32
+    .venv/bin/python benchmarks/step/step.py --model tiny --precision f32
 
-Both sides have the same random weights and batch. Parity is checked first (the
-sum of logprobs), then timed rounds alternate. Prints one JSON line for each
-mode and a table for people. Modes of gradwire: `forward_backward` (cross
-entropy inside the server), `custom` (one forward, loss in the client) and
-`double` (forward, then forward_backward with the gradients as weights). Each
-includes the network and everything else a user waits for, but no optimizer
-step on either side. PyTorch runs in processes of its own, so that the peak of
-resident memory (VmHWM) is of one model on each side: of the rank and the
-supervisor here, of the worker there.
+Both sides have the same random weights and batch. Parity comes first: the sum
+of logprobs, and the cosine of the gradients, read from what an AdamW step with
+a huge eps does to the weights. Then every way of PyTorch to the precision runs
+alone (eager and torch.compile; in bf16 autocast over f32 weights and bf16
+weights), and the fastest alternates with gradwire's modes: `forward_backward`
+(cross entropy inside the server), `custom` (one forward, loss in the client)
+and `double` (forward, then forward_backward with the gradients as weights).
+Each includes the network and everything else a user waits for, but no
+optimizer step on either side.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import common
 import gradwire
 import numpy as np
+import safetensors
 import torch
-import transformers
 from gradwire.local_server import LocalServer
 
-# name: (config, sequences, length). Geometries of docs/performance.md.
-MODELS = {
-    "smollm2-135m": (
-        transformers.LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-        ),
-        4,
-        512,
-    ),
-    "qwen-width": (
-        transformers.Qwen2Config(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=4,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151936,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-        ),
-        2,
-        512,
-    ),
-    "tiny": (
-        transformers.LlamaConfig(
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=4096,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-        ),
-        8,
-        256,
-    ),
-}
+from step.models import MODELS
+from step.torch_peer import WAYS, TorchPeer
 
-
-# PyTorch's ways to a precision; the fastest is the baseline.
-PEERS = {"f32": ["f32"], "bf16": ["bf16-autocast", "bf16-weights"]}
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
-    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def make_ids(name: str) -> np.ndarray:
-    config, sequences, length = MODELS[name]
-    return np.random.default_rng(0).integers(
-        0, config.vocab_size, (sequences, length + 1)
-    )
-
-
-def peak_bytes(pid: int | str) -> int:
-    """The largest resident set of a process so far."""
-    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no VmHWM for process {pid}")
-
-
-def torch_worker(args: argparse.Namespace) -> None:
-    """One line in, one step, one line out."""
-    way, directory = args.worker
-    torch.set_num_threads(args.threads)
-    ids = torch.from_numpy(make_ids(args.model))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.bfloat16 if way == "bf16-weights" else torch.float32,
-    )
-
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(
-            "cpu", dtype=torch.bfloat16, enabled=way == "bf16-autocast"
-        ):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        logprobs = torch.log_softmax(logits.float(), -1)
-        return logprobs.gather(-1, ids[:, 1:, None])[..., 0]
-
-    if not args.no_compile:
-        forward = torch.compile(forward)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        logprobs = forward(ids)
-        (-logprobs.sum()).backward()
-        seconds = time.perf_counter() - start
-        total = float(logprobs.detach().sum())
-        print(json.dumps([seconds, total, peak_bytes("self")]), flush=True)
-
-
-class Torch:
-    """PyTorch in a process of its own."""
-
-    def __init__(self, way: str, directory: str, args: argparse.Namespace):
-        command = [sys.executable, __file__, "--worker", way, directory]
-        command += ["--model", args.model, "--threads", str(args.threads)]
-        if args.no_compile:
-            command.append("--no-compile")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.peak = 0
-
-    def step(self) -> tuple[float, float]:
-        """Seconds, and the sum of logprobs."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        seconds, total, self.peak = json.loads(self._process.stdout.readline())
-        return seconds, total
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+# Of sums of some thousand logprobs, and of the whole gradient.
+MAX_LOSS_DIFFERENCE = {"f32": 1e-5, "bf16": 1e-2}
+MIN_COSINE = 0.999
 
 
 class Gradwire:
     """The modes of one training client; each returns the sum of logprobs."""
 
-    def __init__(self, policy: gradwire.TrainingClient, ids: np.ndarray):
+    def __init__(self, policy: gradwire.TrainingClient, ids: list[np.ndarray]):
         self.policy = policy
         self.data = [gradwire.Datum.from_tokens(row.tolist()) for row in ids]
 
@@ -197,119 +69,217 @@ def total_of(result) -> float:
     return float(sum(float(lp.sum()) for lp in result.logprobs))
 
 
-def timed(step) -> tuple[float, float]:
-    start = time.perf_counter()
-    total = step()
-    return time.perf_counter() - start, total
+def gradient_cosine(
+    service: gradwire.ServiceClient,
+    directory: str,
+    ids: list[np.ndarray],
+    precision: str,
+    peer: TorchPeer,
+    scratch: pathlib.Path,
+) -> float:
+    """Of gradwire's whole gradient and PyTorch's.
+
+    AdamW's first step moves the weights by -lr g / (|g| + eps): along the
+    gradient if eps is far above it, and far beyond the weights if lr / eps is
+    large.
+    """
+    policy = service.create_training_client(
+        base_model=directory, precision=precision
+    )
+    Gradwire(policy, ids).forward_backward()
+    policy.optim_step(
+        gradwire.AdamParams(learning_rate=1e15, beta1=0.0, beta2=0.0, eps=1e12)
+    ).result()
+    path = pathlib.Path(
+        policy.save_weights_for_sampler(name="parity").result().local_path
+    )
+    service.delete_job(policy.job_id)
+    peer.save_gradient(str(scratch / "gradient.safetensors"))
+    dot = ours = theirs = 0.0
+    with (
+        safetensors.safe_open(
+            scratch / "gradient.safetensors", framework="pt"
+        ) as gradients,
+        safetensors.safe_open(
+            pathlib.Path(directory) / "model.safetensors", framework="pt"
+        ) as before,
+        safetensors.safe_open(
+            path / "model.safetensors", framework="pt"
+        ) as after,
+    ):
+        for name in gradients.keys():  # noqa: SIM118
+            moved = (
+                before.get_tensor(name).double()
+                - after.get_tensor(name).double()
+            )
+            gradient = gradients.get_tensor(name).double()
+            dot += float((moved * gradient).sum())
+            ours += float((moved * moved).sum())
+            theirs += float((gradient * gradient).sum())
+    return dot / (ours * theirs) ** 0.5
 
 
-def children(pid: int) -> list[int]:
-    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(c) for task in tasks for c in task.read_text().split()]
+def fastest_peer(
+    args: argparse.Namespace, directory: str
+) -> tuple[TorchPeer, dict[str, TorchPeer]]:
+    """The fastest way, still running, and all ways, the others ended."""
+    ways = [
+        way
+        for way in WAYS[args.precision]
+        if not (args.no_compile and way.endswith("compile"))
+    ]
+    best: TorchPeer | None = None
+    best_seconds = float("inf")
+    all_peers = {}
+    for way in ways:
+        peer = TorchPeer(way, args.model, directory, args.threads)
+        all_peers[way] = peer
+        seconds = min(peer.step()[0] for _ in range(2))
+        print(f"  PyTorch, {way}: {seconds * 1e3:.0f} ms", file=sys.stderr)
+        if seconds < best_seconds:
+            if best is not None:
+                best.close()
+            best, best_seconds = peer, seconds
+        else:
+            peer.close()
+    assert best is not None
+    return best, all_peers
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true")
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    if args.worker:
-        torch_worker(args)
-        return
-    config, sequences, length = MODELS[args.model]
-    torch.manual_seed(0)
-    ids = make_ids(args.model)
-    tokens = sequences * length
-    seconds: dict[str, list[float]] = {}
-    peaks: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = str(pathlib.Path(scratch) / "model")
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(
-            directory
-        )
+    model = MODELS[args.model]
+    ids = model.ids()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = pathlib.Path(folder)
+        directory = model.save(scratch / "model")
+        peer, peers = fastest_peer(args, directory)
         with LocalServer(
-            state_dir=pathlib.Path(scratch) / "state", threads=args.threads
+            state_dir=scratch / "state", threads=args.threads
         ) as server:
-            service = gradwire.ServiceClient(server.address)
-            start = time.perf_counter()
-            policy = service.create_training_client(
-                base_model=directory, precision=args.precision
-            )
-            ready = time.perf_counter() - start
-            ours = Gradwire(policy, ids)
-            ours.forward_backward()
-            first = {"gradwire": time.perf_counter() - start}
-            (rank,) = children(server.pid)
-            ours.forward_backward()
-            peaks["forward_backward"] = peak_bytes(rank) + peak_bytes(
-                server.pid
-            )
-            peers = {
-                way: Torch(way, directory, args)
-                for way in PEERS[args.precision]
-            }
-            theirs = 0.0
-            for way, peer in peers.items():
-                first[way], theirs = peer.step()
-            mine = ours.custom()
-            difference = abs(mine - theirs) / abs(theirs)
-            # Sums of some thousand logprobs in the unit roundoff.
-            limit = 2.0**-16 if args.precision == "f32" else 2.0**-7
-            if difference > limit:
-                raise SystemExit(
-                    f"no parity: relative difference {difference} > {limit}"
-                )
-            modes = {
-                "forward_backward": lambda: timed(ours.forward_backward),
-                "custom": lambda: timed(ours.custom),
-                "double": lambda: timed(ours.double),
-            } | {way: peer.step for way, peer in peers.items()}
-            for _ in range(args.rounds):
-                for name, step in modes.items():
-                    seconds.setdefault(name, []).append(step()[0])
-            for name in ("custom", "double"):
-                peaks[name] = peak_bytes(rank) + peak_bytes(server.pid)
-            for way, peer in peers.items():
-                peaks[way] = peer.peak
-                peer.close()
-    median = {
-        name: statistics.median(values) for name, values in seconds.items()
+            run(args, scratch, directory, ids, server, peer, peers)
+        peer.close()
+
+
+def run(args, scratch, directory, ids, server, peer, peers) -> None:
+    """Parity, rounds, lines and table."""
+    model = MODELS[args.model]
+    service = gradwire.ServiceClient(server.address)
+    cosine = gradient_cosine(
+        service, directory, ids, args.precision, peer, scratch
+    )
+    start = time.perf_counter()
+    policy = service.create_training_client(
+        base_model=directory, precision=args.precision
+    )
+    ready = time.perf_counter() - start
+    ours = Gradwire(policy, ids)
+    mine = ours.forward_backward()
+    first = time.perf_counter() - start
+    difference = abs(mine - peer.logprob_sum) / abs(peer.logprob_sum)
+    limit = MAX_LOSS_DIFFERENCE[args.precision]
+    if difference > limit or cosine < MIN_COSINE:
+        raise SystemExit(
+            f"no parity: loss differs by {difference:.2e} (at most {limit}), "
+            f"cosine of gradients {cosine:.5f} (at least {MIN_COSINE})"
+        )
+
+    (rank,) = common.children(server.pid)
+    peak = {}
+
+    def measured(name, step):
+        def run_one() -> float:
+            seconds = common.timed(step)
+            peak[name] = common.peak_bytes(rank) + common.peak_bytes(server.pid)
+            return seconds
+
+        return run_one
+
+    shapes = model.matmul_shapes()
+    ceiling = common.gemm_ceiling(shapes, args.precision, args.threads)
+    clock = common.clock_mhz()
+    # Its peak is its own only before the modes that retain have run.
+    warm = {
+        "forward_backward": measured("forward_backward", ours.forward_backward)
     }
-    best = min(PEERS[args.precision], key=lambda way: median[way])
+    common.alternate(warm, 3)
+    own_peak = peak["forward_backward"]
+    modes = warm | {
+        "custom": measured("custom", ours.custom),
+        "double": measured("double", ours.double),
+        "torch": lambda: peer.step()[0],
+    }
+    common.alternate(modes, 1)
+    seconds = common.alternate(modes, args.rounds)
+    peak |= {"forward_backward": own_peak, "torch": peer.peak}
+    ceiling = max(
+        ceiling, common.gemm_ceiling(shapes, args.precision, args.threads)
+    )
+    median = {n: statistics.median(values) for n, values in seconds.items()}
+    tokens = model.sequences * model.length
+    flops = model.useful_flops(model.full_lengths())
     for name, values in seconds.items():
-        row = {
-            "bench": "step",
-            "model": args.model,
-            "mode": name,
-            "dtype": args.precision,
-            "T": length,
-            "tokens": tokens,
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "ms": [1e3 * median[name], 1e3 * min(values), 1e3 * max(values)],
-            "tok_s": tokens / median[name],
-            "ratio": median[best] / median[name],
-            "baseline": f"torch {torch.__version__} {best} "
-            + ("eager" if args.no_compile else "compile"),
-            "dloss": difference,
-            "peak_bytes": peaks[name],
-            "peak_ratio": peaks[name] / peaks[best],
-            "first_step_s": first.get(name, first["gradwire"]),
-        }
-        print(json.dumps(row), flush=True)
+        common.print_line(
+            "step",
+            model=args.model,
+            mode=name,
+            dtype=args.precision,
+            T=model.length,
+            tokens=tokens,
+            packing=name != "torch",
+            threads=args.threads,
+            rounds=args.rounds,
+            ms=common.milliseconds(values),
+            tok_s=tokens / median[name],
+            mcu=flops / median[name] / ceiling,
+            peak_mem=peak[name],
+            ceil_gemm=ceiling,
+            clock_before=clock,
+            clock_after=common.clock_mhz(),
+            baseline={
+                "name": "torch",
+                "version": torch.__version__,
+                "options": peer.way,
+            },
+            ratio=median["torch"] / median[name],
+            dloss=difference,
+            grad_cos=cosine,
+            peak_ratio=peak[name] / peak["torch"],
+            peak_ratio_of={w: peak[name] / p.peak for w, p in peers.items()},
+            ready_s=ready if name != "torch" else None,
+            first_step_s=first if name != "torch" else peer.first_seconds,
+        )
     print(
-        f"\n{args.model} {args.precision}, {tokens} tokens, "
-        f"{args.threads} threads, median of {args.rounds}"
+        f"\n{args.model} {args.precision}, {tokens} tokens, {args.threads} "
+        f"threads, median of {args.rounds}; torch: {peer.way}"
     )
     for name in seconds:
         print(
             f"  {name:18} {tokens / median[name]:8.1f} tok/s "
-            f"{median[best] / median[name]:5.2f}x torch   "
-            f"peak {peaks[name] / 2**30:5.2f} GiB "
-            f"{peaks[name] / peaks[best]:5.2f}x torch"
+            f"{median['torch'] / median[name]:5.2f}x torch   "
+            f"{flops / median[name] / ceiling:5.2f} of the best product   "
+            f"peak {peak[name] / 2**30:5.2f} GiB "
+            f"{peak[name] / peak['torch']:5.2f}x torch"
         )
+    others = ", ".join(
+        f"{way} {p.peak / 2**30:.2f} GiB" for way, p in peers.items()
+    )
     print(
-        f"  double / custom {median['double'] / median['custom']:5.2f}x, "
-        f"job ready after {ready:.1f} s, "
-        f"first step done after {first['gradwire']:.1f} s "
-        f"(torch {first[best]:.1f} s)"
+        f"  peaks of PyTorch's ways: {others}\n"
+        f"  double / custom {median['double'] / median['custom']:.2f}x; job "
+        f"ready after {ready:.1f} s, first step done after {first:.1f} s "
+        f"(torch: {peer.first_seconds:.1f} s)\n"
+        f"  loss differs by {difference:.1e}, cosine of gradients {cosine:.6f}"
     )
 
 
