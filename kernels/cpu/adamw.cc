@@ -60,7 +60,7 @@ void Update(const AdamWParams& params, const AdamWTensors& tensors,
     StoreFirst(d, new_v, n, v + i);
     StoreFirst(d, new_w, n, w + i);
     StoreFirst(d, hn::Zero(d), n, grad + i);
-    if (weight != nullptr) StoreFirst(d, new_w, n, weight + i);
+    if (weight != nullptr) StoreFirst<true>(d, new_w, n, weight + i);
   }
 }
 

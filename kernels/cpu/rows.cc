@@ -24,7 +24,7 @@ void Convert(const From* from, int64_t n, To* to) {
   const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t i = 0; i < n; i += lanes) {
-    StoreFirst(d, LoadFirst(d, from + i, n - i), n - i, to + i);
+    StoreFirst<true>(d, LoadFirst(d, from + i, n - i), n - i, to + i);
   }
 }
 

@@ -7,3 +7,14 @@
 #pragma once
 
 #define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4)
+
+namespace gradwire {
+
+// Whether the processor rounds float32 to bf16 in one instruction.
+#if defined(__x86_64__)
+inline const bool kHasBf16Convert = __builtin_cpu_supports("avx512bf16");
+#else
+inline constexpr bool kHasBf16Convert = false;
+#endif
+
+}  // namespace gradwire

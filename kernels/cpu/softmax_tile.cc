@@ -20,6 +20,8 @@ namespace {
 using D = hn::CappedTag<float, kTileLanes>;
 using V = hn::Vec<D>;
 
+constexpr float kLog2E = 1.44269504f;
+
 // Elements that fill no whole vector go one by one.
 template <class T>
 void ScaleRow(const float* from, int64_t n, float factor, T* to) {
@@ -64,19 +66,19 @@ void ForwardRow(const SoftmaxForwardTile& tile, int64_t row, int64_t visible,
       tile.max[row] = max = top;
     }
   }
-  const V scale = hn::Set(d, tile.shape.scale);
-  const V minus_max = hn::Set(d, -max);
+  const V scale = hn::Set(d, tile.shape.scale * kLog2E);
+  const V minus_max = hn::Set(d, -max * kLog2E);
   V sum = hn::Zero(d);
   int64_t c = 0;
   for (; c < whole; c += lanes) {
     const V x = hn::MulAdd(hn::Load(d, scores + c), scale, minus_max);
-    const V p = SoftmaxExp(d, x);
+    const V p = SoftmaxExp2(d, x);
     sum = hn::Add(sum, p);
     StoreF32(d, p, probs + c);
   }
   if (whole < visible) {
     const V x = hn::MulAdd(hn::Load(d, scores + c), scale, minus_max);
-    const V p = hn::IfThenElseZero(rest, SoftmaxExp(d, x));
+    const V p = hn::IfThenElseZero(rest, SoftmaxExp2(d, x));
     sum = hn::Add(sum, p);
     StoreF32(d, p, probs + c);
     c += lanes;
@@ -110,17 +112,18 @@ void BackwardRows(const SoftmaxBackwardTile& tile, T* probs, T* d_scores) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const TileShape& s = tile.shape;
   const V scale = hn::Set(d, s.scale);
+  const V scale2 = hn::Set(d, s.scale * kLog2E);
   for (int64_t row = 0; row < s.tokens * s.group; ++row) {
     const int64_t visible =
         std::clamp<int64_t>(s.visible + row / s.group, 0, s.cols);
     const int64_t at = row * s.cols;
-    const V minus_lse = hn::Set(d, -tile.lse[row]);
+    const V minus_lse = hn::Set(d, -tile.lse[row] * kLog2E);
     const V delta = hn::Set(d, tile.delta[row]);
     int64_t c = 0;
     for (; c < visible; c += lanes) {
       const V x =
-          hn::MulAdd(hn::Load(d, tile.scores + at + c), scale, minus_lse);
-      V p = SoftmaxExp(d, x);
+          hn::MulAdd(hn::Load(d, tile.scores + at + c), scale2, minus_lse);
+      V p = SoftmaxExp2(d, x);
       const V d_p = hn::Load(d, tile.d_probs + at + c);
       V d_s = hn::Mul(hn::Mul(p, scale), hn::Sub(d_p, delta));
       if (c + lanes > visible) {

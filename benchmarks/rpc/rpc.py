@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the way through the server costs a step.
+
+    .venv/bin/python benchmarks/rpc/rpc.py --model tiny --precision bf16
+
+The same forward and backward, in turns: in a process that has the trainer and
+no server, and through the Python client, whose batch goes up and whose
+logprobs come down over gRPC. The cost is the difference of the medians as a
+share of the step in the process alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import common
+import gradwire
+from gradwire.local_server import LocalServer
+from step.models import MODELS
+
+BINARY = (
+    pathlib.Path(__file__).parents[2]
+    / "bazel-bin"
+    / "benchmarks"
+    / "rpc"
+    / "in_process"
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="bf16")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if not BINARY.is_file():
+        raise SystemExit(
+            "build it first: bazel build //benchmarks/rpc:in_process"
+        )
+    model = MODELS[args.model]
+    ids = model.ids()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = pathlib.Path(folder)
+        directory = model.save(scratch / "model")
+        alone = subprocess.Popen(
+            [
+                str(BINARY),
+                f"--model={directory}",
+                f"--precision={args.precision}",
+                f"--threads={args.threads}",
+                f"--sequences={model.sequences}",
+                f"--length={model.length}",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def in_process() -> float:
+            assert alone.stdin and alone.stdout
+            alone.stdin.write("step\n")
+            alone.stdin.flush()
+            return float(alone.stdout.readline().split()[0])
+
+        with LocalServer(
+            state_dir=scratch / "state", threads=args.threads
+        ) as server:
+            service = gradwire.ServiceClient(server.address)
+            policy = service.create_training_client(
+                base_model=directory, precision=args.precision
+            )
+            data = [gradwire.Datum.from_tokens(row.tolist()) for row in ids]
+
+            def through_client() -> float:
+                return common.timed(
+                    lambda: policy.forward_backward(
+                        data, "cross_entropy"
+                    ).result()
+                )
+
+            ways = {"in_process": in_process, "client": through_client}
+            common.alternate(ways, 5)
+            seconds = common.alternate(ways, args.rounds)
+        alone.stdin.close()
+        alone.wait()
+    median = {n: statistics.median(values) for n, values in seconds.items()}
+    extra = median["client"] - median["in_process"]
+    tokens = model.sequences * model.length
+    for name, values in seconds.items():
+        common.print_line(
+            "rpc",
+            model=args.model,
+            mode=name,
+            dtype=args.precision,
+            T=model.length,
+            tokens=tokens,
+            packing=True,
+            threads=args.threads,
+            rounds=args.rounds,
+            ms=common.milliseconds(values),
+            tok_s=tokens / median[name],
+            baseline={
+                "name": "the trainer in a process of its own",
+                "version": common.commit(),
+                "options": None,
+            },
+            ratio=median["in_process"] / median[name],
+        )
+    print(
+        f"\n{args.model} {args.precision}, {tokens} tokens: "
+        f"{1e3 * median['in_process']:.1f} ms in the process, "
+        f"{1e3 * median['client']:.1f} ms through the client; the way costs "
+        f"{1e3 * extra:.1f} ms = {extra / median['in_process']:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
