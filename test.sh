@@ -116,7 +116,8 @@ for config in "${sanitizers[@]}"; do
   if [[ $config == tsan ]]; then continue; fi
   if bazel build --config="$config" --noshow_progress \
     //server:gradwired //server:gradwire_rank; then
-    GRADWIRE_BIN_DIR=$(bazel info --config="$config" bazel-bin)/server \
+    GRADWIRE_SANITIZED=$config \
+      GRADWIRE_BIN_DIR=$(bazel info --config="$config" bazel-bin)/server \
       python_test "$config-e2e" tests/e2e
   else
     add 0 1

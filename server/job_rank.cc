@@ -181,6 +181,8 @@ void Job::OnDone(const v1::RankDone& done) {
   const bool stepped = done.optimizer_step() != job_.optimizer_step();
   job_.set_weight_version(done.weight_version());
   job_.set_optimizer_step(done.optimizer_step());
+  *job_.mutable_memory_use() = done.memory_use();
+  environment_->metrics->SetMemoryUse(id_, done.memory_use());
   if (done.has_error()) {
     Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
   } else {

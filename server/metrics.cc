@@ -155,6 +155,9 @@ struct Metrics::State {
       MakeGauge("gradwire_rank_up", "Whether a rank is connected.");
   Family<Gauge>& device_memory =
       MakeGauge("gradwire_device_memory_bytes", "The memory plan, by kind.");
+  Family<Gauge>& memory_used =
+      MakeGauge("gradwire_device_memory_used_bytes",
+                "The most memory in use at once, by kind.");
   Family<Counter>& dedup =
       MakeCounter("gradwire_rpc_dedup_total", "Requests that came twice.");
   Family<Counter>& rejected =
@@ -247,6 +250,22 @@ void Metrics::SetMemory(const std::string& job_id, const v1::MemoryPlan& plan) {
   for (const auto& [kind, bytes] : kinds) {
     state_
         ->OfJob(state_->device_memory, job_id,
+                {{"device", "cpu"}, {"kind", kind}})
+        .Set(static_cast<double>(bytes));
+  }
+}
+
+void Metrics::SetMemoryUse(const std::string& job_id,
+                           const v1::MemoryUse& use) {
+  const std::pair<const char*, int64_t> kinds[] = {
+      {"weights", use.weights()},        {"grads", use.gradients()},
+      {"optimizer", use.optimizer()},    {"activations", use.activations()},
+      {"workspace", use.workspace()},    {"other", use.other()},
+      {"resident", use.resident_peak()},
+  };
+  for (const auto& [kind, bytes] : kinds) {
+    state_
+        ->OfJob(state_->memory_used, job_id,
                 {{"device", "cpu"}, {"kind", kind}})
         .Set(static_cast<double>(bytes));
   }

@@ -2,7 +2,10 @@
 #include "server/rank_worker.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <string>
 #include <utility>
 
 #include "base/error.h"
@@ -30,6 +33,31 @@ v1::MemoryPlan ToProto(const MemoryPlan& plan) {
   out.set_micro_batch_tokens(plan.micro_batch_tokens);
   out.set_max_context_length(plan.max_context);
   out.set_retained_tokens(plan.retained_tokens);
+  return out;
+}
+
+// A line of /proc/self/status, in bytes; 0 if there is none.
+int64_t ProcessBytes(const std::string& key) {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind(key + ":", 0) == 0) {
+      return std::atoll(line.c_str() + key.size() + 1) * 1024;
+    }
+  }
+  return 0;
+}
+
+v1::MemoryUse ToProto(const MemoryUse& use, int64_t other) {
+  v1::MemoryUse out;
+  out.set_weights(use.weights);
+  out.set_gradients(use.gradients);
+  out.set_optimizer(use.optimizer);
+  out.set_activations(use.activations);
+  out.set_workspace(use.workspace);
+  out.set_other(other);
+  out.set_total(use.weights + use.gradients + use.optimizer + use.activations +
+                use.workspace + other);
+  out.set_resident_peak(ProcessBytes("VmHWM"));
   return out;
 }
 
@@ -105,6 +133,7 @@ bool RankWorker::Execute(const v1::RankCommand& command) {
   }
   done.set_weight_version(trainer_->weight_version());
   done.set_optimizer_step(trainer_->optimizer_step());
+  *done.mutable_memory_use() = ToProto(trainer_->memory_use(), other_bytes_);
   send_(event);
   return true;
 }
@@ -161,6 +190,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   options.activation_bytes = load.spec().activation_bytes();
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
   options.forward_only = load.spec().forward_only();
+  other_bytes_ = ProcessBytes("VmRSS");
   double reported = 0;
   auto trainer = Trainer::Create(
       options, device_, *kernels_,

@@ -37,6 +37,8 @@ class RankWorker {
   CpuDevice device_;
   std::unique_ptr<Kernels> kernels_;
   std::unique_ptr<Trainer> trainer_;
+  // Resident before the trainer's first allocation.
+  int64_t other_bytes_ = 0;
   // Of the command that follows.
   std::vector<v1::DatumChunk> datums_;
   std::vector<v1::GradientChunk> gradients_;

@@ -3,6 +3,7 @@
 // in any order, so this is not a stack.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 
@@ -21,9 +22,13 @@ class RangeAllocator {
     }
     if (capacity_ - at < bytes) return -1;
     taken_[at] = bytes;
+    peak_ = std::max(peak_, at + bytes);
     return at;
   }
   void Give(int64_t offset) { taken_.erase(offset); }
+
+  // The end of the highest range so far.
+  int64_t Peak() const { return peak_; }
 
   // The largest range that Take would grant.
   int64_t LargestFree() const {
@@ -37,6 +42,7 @@ class RangeAllocator {
 
  private:
   const int64_t capacity_;
+  int64_t peak_ = 0;
   std::map<int64_t, int64_t> taken_;
 };
 

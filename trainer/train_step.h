@@ -77,6 +77,7 @@ class TrainStep {
                         const std::vector<float>& d_logprobs);
 
   Stream& stream() { return *stream_; }
+  int64_t PeakScratchBytes() const { return scratch_.peak_bytes(); }
 
  private:
   TrainStep(const Options& options, Device& device, Kernels& kernels);

@@ -110,6 +110,7 @@ class TrainerImpl : public Trainer {
   const ModelConfig& config() const override { return config_; }
   const ParamTable& table() const { return table_; }
   const MemoryPlan& plan() const override { return plan_; }
+  MemoryUse memory_use() const override;
   int64_t num_parameters() const override { return table_.num_parameters(); }
   int64_t weight_version() const override { return weight_version_; }
   int64_t optimizer_step() const override { return optimizer_->step(); }
@@ -177,6 +178,7 @@ class TrainerImpl : public Trainer {
   std::unique_ptr<Optimizer> optimizer_;
 
   int64_t weight_version_ = 0;
+  bool has_gradients_ = false;  // the accumulator has been written
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;
   std::vector<std::string> order_;
@@ -236,6 +238,16 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
 int64_t TrainerImpl::FullBytes(int64_t tokens) const {
   return ActivationBytesOf(config_, options_.precision, tokens)
       .Kept(config_.layers, config_.layers);
+}
+
+MemoryUse TrainerImpl::memory_use() const {
+  MemoryUse use;
+  use.weights = plan_.weights;
+  if (has_gradients_) use.gradients = plan_.gradients;
+  if (optimizer_->step() > 0) use.optimizer = plan_.optimizer;
+  use.activations = ranges_->Peak();
+  use.workspace = step_->PeakScratchBytes();
+  return use;
 }
 
 Kept TrainerImpl::Take(int64_t tokens, int64_t k, int64_t spare_bytes,
@@ -331,6 +343,7 @@ absl::Status TrainerImpl::RunMicroBatch(
     sink(std::move(out));
   }
   if (options.backward && !AllZero(d_logprobs)) {
+    has_gradients_ = true;
     GW_RETURN_IF_ERROR(step_->Backward(inputs, kept.stored, d_logprobs));
   }
   if (retained != nullptr) {
@@ -472,6 +485,7 @@ absl::Status TrainerImpl::BackwardMicroBatch(
   for (size_t i = 0; i < packed.size(); ++i) {
     surrogate += double{packed[i]} * batch.logprobs[i];
   }
+  has_gradients_ = true;
   return step_->Backward(batch.inputs, batch.kept.stored, packed);
 }
 

@@ -40,6 +40,12 @@ struct MemoryPlan {
   int64_t micro_batch_tokens = 0, max_context = 0, retained_tokens = 0;
 };
 
+// The most bytes of each class that have been in use at once.
+struct MemoryUse {
+  int64_t weights = 0, gradients = 0, optimizer = 0;
+  int64_t activations = 0, workspace = 0;
+};
+
 // One sequence of a batch. n positions, k targets a position.
 // Inputs that the loss does not use are empty.
 struct TrainDatum {
@@ -125,6 +131,7 @@ class Trainer {
 
   virtual const ModelConfig& config() const = 0;
   virtual const MemoryPlan& plan() const = 0;
+  virtual MemoryUse memory_use() const = 0;
   virtual int64_t num_parameters() const = 0;
   virtual int64_t weight_version() const = 0;
   virtual int64_t optimizer_step() const = 0;

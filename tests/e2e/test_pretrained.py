@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real model on real text: SmolLM2-135M-Instruct against transformers."""
 
+import os
+
 import gradwire
 import numpy as np
 import oracle
@@ -109,3 +111,41 @@ def test_custom_steps_lower_the_loss(client, data):
         losses.append(step.result().loss)
     client.check()
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_memory_in_use_is_what_the_process_holds(client, service, data):
+    """The classes add up to the rank's peak, and none exceeds its plan."""
+
+    def classes(of):
+        return {
+            name: getattr(of, name)
+            for name in (
+                "weights",
+                "gradients",
+                "optimizer",
+                "activations",
+                "workspace",
+            )
+        }
+
+    def use():
+        return service.get_job(client.job_id).memory_use
+
+    plan = classes(service.get_job(client.job_id).memory)
+    client.forward_backward(data, "cross_entropy").result()
+    backward = use()
+    assert backward.weights == plan["weights"]
+    assert backward.gradients == plan["gradients"]
+    assert backward.optimizer == 0
+    assert 0 < backward.activations <= plan["activations"]
+    assert 0 < backward.workspace <= plan["workspace"]
+    client.optim_step(gradwire.AdamParams(learning_rate=0.0)).result()
+    stepped = use()
+    assert stepped.optimizer == plan["optimizer"]
+    for found in (backward, stepped):
+        assert found.total == sum(classes(found).values()) + found.other
+        # A sanitizer keeps memory of its own.
+        if "GRADWIRE_SANITIZED" not in os.environ:
+            assert abs(found.total - found.resident_peak) < (
+                0.05 * found.resident_peak
+            )
