@@ -127,8 +127,7 @@ class Kernels {
                                  const Tensor& d_out,
                                  const Tensor& d_table) = 0;
 
-  // ---- RMSNorm
-  // ---------------------------------------------------------------
+  // ---- RMSNorm -------------------------------------------------------------
 
   // r = 1 / sqrt(mean(x^2) + eps); y = x * r * weight.
   //   x act [tokens, hidden]; weight act [hidden]; y act [tokens, hidden] =;
@@ -159,8 +158,7 @@ class Kernels {
   virtual void RmsNormBackward(Stream& stream, const RmsNormGrad& args,
                                const Tensor& d_x, const Tensor& d_weight) = 0;
 
-  // ---- Matmul
-  // ----------------------------------------------------------------
+  // ---- Matmul --------------------------------------------------------------
 
   // y = x w^T (+ y).
   //   x act [m, k]; w act [n, k]; y act [m, n], += if accumulate else =
@@ -179,8 +177,7 @@ class Kernels {
   // load), so that packed copies it may keep are stale. Null: all weights.
   virtual void InvalidateWeights(const Tensor& w) = 0;
 
-  // ---- Bias
-  // ------------------------------------------------------------------
+  // ---- Bias ----------------------------------------------------------------
 
   // y[t] += bias.   y act [tokens, n] +=; bias act [n]
   virtual void BiasForward(Stream& stream, const Tensor& bias,
@@ -189,8 +186,7 @@ class Kernels {
   virtual void BiasBackward(Stream& stream, const Tensor& d_y,
                             const Tensor& d_bias) = 0;
 
-  // ---- QK-norm and RoPE
-  // ------------------------------------------------------
+  // ---- QK-norm and RoPE ----------------------------------------------------
 
   // Per head of q and k: RMSNorm over head_dim if a weight is given, then the
   // rotation of the halves (a, b) = (x[i], x[i + head_dim / 2]):
@@ -212,8 +208,7 @@ class Kernels {
                                   const QkNormRopeGrad& grad,
                                   const Tensor& d_qkv) = 0;
 
-  // ---- Attention
-  // -------------------------------------------------------------
+  // ---- Attention -----------------------------------------------------------
 
   // Causal within each sequence, none across; query head h reads key-value head
   // h / (heads / kv_heads).
@@ -243,8 +238,7 @@ class Kernels {
                                  const AttentionGrad& grad,
                                  const Tensor& d_qkv) = 0;
 
-  // ---- SwiGLU
-  // ----------------------------------------------------------------
+  // ---- SwiGLU --------------------------------------------------------------
 
   // y = silu(gate) * up, where x = [gate | up].
   //   x act [tokens, 2 * ffn]; y act [tokens, ffn] =
@@ -258,8 +252,7 @@ class Kernels {
                               const Tensor& d_y, const Tensor& d_x,
                               const Tensor& y) = 0;
 
-  // ---- Logprob head
-  // ----------------------------------------------------------
+  // ---- Logprob head --------------------------------------------------------
 
   // logprobs[t, j] = logit[t, targets[t, j]] - lse[t], logit = hidden weight^T
   // in float32. Works by chunks of tokens and vocabulary: no [tokens, vocab]
@@ -292,8 +285,7 @@ class Kernels {
                                    const Tensor& d_hidden,
                                    const Tensor& d_weight) = 0;
 
-  // ---- Rows, casts, sums
-  // -----------------------------------------------------
+  // ---- Rows, casts, sums ---------------------------------------------------
 
   // out[i] = x[rows[i]].  x act [tokens, n]; rows i32 [r]; out act [r, n] =
   virtual void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
@@ -307,8 +299,7 @@ class Kernels {
   // y += x.  act, shapes equal.
   virtual void Add(Stream& stream, const Tensor& x, const Tensor& y) = 0;
 
-  // ---- Optimizer
-  // -------------------------------------------------------------
+  // ---- Optimizer -----------------------------------------------------------
 
   // The sum of squares of x, f32 [n], in float64 and in a fixed order that does
   // not depend on the number of threads. Synchronises; NaN or infinity if any

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "kernels/cpu/bf16_gemm.h"
 #include "kernels/cpu/gemm_product.h"
 #include "kernels/cpu/scratch.h"
 
@@ -77,6 +78,14 @@ class Gemm::Core {
                               scratchpad_.part(0)});
   }
 
+  // A part of a bf16 product by our own kernel.
+  void ExecuteOwn(const GemmShape& shape, const GemmPart& part, const void* a,
+                  const void* b, void* c) {
+    scratchpad_.Reserve(1, Bf16GemmScratchBytes(shape, part));
+    Bf16GemmRun(shape, part, static_cast<const BFloat16*>(a),
+                static_cast<const BFloat16*>(b), c, scratchpad_.part(0));
+  }
+
   // bf16 on a machine whose oneDNN knows only f32.
   void ExecuteWidened(const GemmShape& shape, const void* a, const void* b,
                       void* c) {
@@ -118,7 +127,11 @@ class Gemm::Core {
   std::unordered_map<GemmShape, std::unique_ptr<Product>, HashShape> products_;
 };
 
-Gemm::Gemm() : native_bf16_(HasBf16Product()) {}
+// The instruction set is asked of oneDNN, whose environment variable can cut it
+// down.
+Gemm::Gemm()
+    : native_bf16_(HasBf16Product()),
+      own_bf16_(HasBf16Dot() && Isa() == "avx512_bf16") {}
 Gemm::~Gemm() = default;
 
 std::string Gemm::Isa() {
@@ -157,7 +170,9 @@ void Gemm::RunOne(int thread, const GemmShape& shape, const void* a,
     return;
   }
   Core& core = *cores_[static_cast<size_t>(thread)];
-  if (shape.ab == DType::kBF16 && !native_bf16_) {
+  if (shape.ab == DType::kBF16 && own_bf16_) {
+    core.ExecuteOwn(shape, {0, shape.m, 0, shape.n}, a, b, c);
+  } else if (shape.ab == DType::kBF16 && !native_bf16_) {
     core.ExecuteWidened(shape, a, b, c);
   } else {
     core.Execute(shape, a, b, c);
@@ -168,6 +183,13 @@ void Gemm::Run(ThreadPool& pool, const GemmShape& shape, const void* a,
                const void* b, void* c) {
   const int threads = pool.num_threads();
   Prepare(threads);
+  if (shape.ab == DType::kBF16 && own_bf16_ && shape.k > 0) {
+    pool.Run([&](int thread) {
+      const GemmPart part = Bf16GemmPart(shape, threads, thread);
+      cores_[static_cast<size_t>(thread)]->ExecuteOwn(shape, part, a, b, c);
+    });
+    return;
+  }
   // The most row slices that are still tall; the rest of the threads share
   // each of them by columns.
   int row_cuts = threads;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products on oneDNN, one core at a time.
+// Matrix products, one core at a time.
 //
-// oneDNN brings OpenMP threads of its own; two pools would fight for the cores.
-// So each thread of our pool runs a single-threaded product on a slice of the
-// result. The inner dimension is never cut: every element of the result is one
-// sum in one order, whatever the number of threads.
+// bf16 products go to our own kernel (bf16_gemm.h) where the processor has
+// AVX512-BF16 and no AMX, all others to oneDNN. oneDNN brings OpenMP threads of
+// its own; two pools would fight for the cores. So each thread of our pool runs
+// a single-threaded product on a slice of the result. The inner dimension is
+// never cut: every element of the result is one sum in one order, whatever the
+// number of threads.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +57,8 @@ class Gemm {
   class Core;
   // bf16 operands can go to oneDNN as they are.
   const bool native_bf16_;
+  // They go to Bf16GemmRun instead.
+  const bool own_bf16_;
   std::vector<std::unique_ptr<Core>> cores_;
 };
 

@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bound by the multipliers: one vdpbf16ps a cycle, each 16 columns by two k.
+//
+// Six rows by four vectors of columns leave 24 sums in registers, four vectors
+// of b and one broadcast pair of a; a step of two k is 24 products for ten
+// loads. b lies in a packed panel, pair by pair: [k / 2][columns][2]. a is read
+// where it lies if its rows are contiguous; columns of a transposed a are
+// packed into rows first.
+#include "kernels/cpu/bf16_gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "base/check.h"
+#include "kernels/cpu/simd.h"
+
+#if defined(__x86_64__)
+// GCC 12's own header has values that are undefined on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#define GW_BF16_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define GW_BF16_INLINE GW_BF16_TARGET inline __attribute__((always_inline))
+
+namespace gradwire {
+namespace {
+
+constexpr int kRows = 6;       // of a at a time
+constexpr int kVectors = 4;    // of columns at a time
+constexpr int64_t kLane = 16;  // columns of a vector
+// A panel of more k than this has half the columns, to stay in the cache.
+constexpr int64_t kDeep = 5120;
+// Rows of a that are packed at a time.
+constexpr int64_t kPackedRows = 768;
+// Room between packed rows, so that they do not fall on the same cache sets.
+constexpr int64_t kRowGap = 32;
+
+int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+__mmask16 FirstLanes(int64_t n) {
+  return static_cast<__mmask16>(n >= kLane ? 0xffff : (1u << n) - 1);
+}
+
+// Transposes 16 x 16 dwords: vector i becomes the i-th dwords of all.
+GW_BF16_INLINE void Transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // r[4 g + j] holds, in its quarter q, column 4 q + j of rows 4 g .. 4 g + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+    r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+  }
+}
+
+// 16 pairs of k, from a run of up to 32 contiguous values; the rest is 0.
+GW_BF16_INLINE __m512i LoadPairs(const BFloat16* from, int64_t n) {
+  if (n >= 2 * kLane) return _mm512_loadu_si512(from);
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+
+// 16 pairs of k, one for each of the first n columns: rows `first` and `second`
+// interleaved. A null second is 0.
+GW_BF16_INLINE __m512i Interleave(const BFloat16* first, const BFloat16* second,
+                                  __mmask16 mask) {
+  const __m512i low =
+      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first));
+  if (second == nullptr) return low;
+  const __m512i high =
+      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// A panel of `cols` columns as [pairs][vectors * 16] pairs, zeros beyond.
+GW_BF16_TARGET void PackPanel(const GemmShape& shape, const BFloat16* b,
+                              int64_t cols, uint32_t* to) {
+  const int64_t pairs = (shape.k + 1) / 2;
+  const int64_t width = RoundUp(cols, kLane);
+  for (int64_t v = 0; v < width; v += kLane) {
+    const int64_t n = std::min(kLane, cols - v);
+    if (shape.b_row == 1) {
+      const BFloat16* from = b + v * shape.b_col;
+      for (int64_t p = 0; p < pairs; p += kLane) {
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          r[i] =
+              i < n ? LoadPairs(from + i * shape.b_col + 2 * p, shape.k - 2 * p)
+                    : _mm512_setzero_si512();
+        }
+        Transpose(r);
+        uint32_t* out = to + p * width + v;
+        if (p + kLane <= pairs) {
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) {
+            _mm512_store_si512(out + i * width, r[i]);
+          }
+        } else {
+          alignas(64) uint32_t room[16][16];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) _mm512_store_si512(room[i], r[i]);
+          for (int64_t i = 0; i < pairs - p; ++i) {
+            std::memcpy(out + i * width, room[i], sizeof(room[i]));
+          }
+        }
+      }
+    } else {
+      const __mmask16 mask = FirstLanes(n);
+      for (int64_t p = 0; p < pairs; ++p) {
+        const BFloat16* row = b + 2 * p * shape.b_row + v;
+        const bool two = 2 * p + 1 < shape.k;
+        _mm512_store_si512(
+            to + p * width + v,
+            Interleave(row, two ? row + shape.b_row : nullptr, mask));
+      }
+    }
+  }
+}
+
+// Rows [row, row + n) of a transposed a, each [k] with a zero behind an odd k,
+// `stride` values apart.
+GW_BF16_TARGET void PackRows(const GemmShape& shape, const BFloat16* a,
+                             int64_t n, int64_t stride, BFloat16* to) {
+  const int64_t pairs = (shape.k + 1) / 2;
+  for (int64_t row = 0; row < n; row += kLane) {
+    const int64_t rows = std::min(kLane, n - row);
+    const __mmask16 mask = FirstLanes(rows);
+    for (int64_t p = 0; p < pairs; p += kLane) {
+      const int64_t count = std::min(kLane, pairs - p);
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const int64_t k = 2 * (p + i);
+        const BFloat16* from = a + k * shape.a_col + row;
+        r[i] = i < count
+                   ? Interleave(from,
+                                k + 1 < shape.k ? from + shape.a_col : nullptr,
+                                mask)
+                   : _mm512_setzero_si512();
+      }
+      Transpose(r);
+      const __mmask16 stored = FirstLanes(count);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (i < rows) {
+          _mm512_mask_storeu_epi32(to + (row + i) * stride + 2 * p, stored,
+                                   r[i]);
+        }
+      }
+    }
+  }
+}
+
+// A row-major a of odd k: its rows with a zero behind.
+void CopyRows(const GemmShape& shape, const BFloat16* a, int64_t n,
+              int64_t stride, BFloat16* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(a + i * shape.a_row, shape.k, to + i * stride);
+    to[i * stride + shape.k] = BFloat16(0.0f);
+  }
+}
+
+// What becomes of a tile of sums.
+struct Output {
+  void* c;  // the tile's first element
+  int64_t row;
+  DType dtype;
+  bool accumulate;
+  __mmask16 last;  // columns of the tile's last vector
+};
+
+GW_BF16_INLINE void StoreVector(const Output& out, __m512 sum, int64_t at,
+                                __mmask16 mask) {
+  if (out.dtype == DType::kF32) {
+    float* c = static_cast<float*>(out.c) + at;
+    if (out.accumulate) {
+      sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sum);
+    }
+    _mm512_mask_storeu_ps(c, mask, sum);
+    return;
+  }
+  BFloat16* c = static_cast<BFloat16*>(out.c) + at;
+  if (out.accumulate) {
+    const __m512i old = _mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, c)), 16);
+    sum = _mm512_add_ps(_mm512_castsi512_ps(old), sum);
+  }
+  _mm256_mask_storeu_epi16(c, mask,
+                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+}
+
+// Rows x Vectors * 16 sums over all pairs.
+template <int Rows, int Vectors>
+GW_BF16_TARGET void Tile(const BFloat16* a, int64_t a_row, const uint32_t* b,
+                         int64_t pairs, const Output& out) {
+  __m512 sums[Rows][Vectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r) {
+    // c is there when the sums are.
+    const char* c =
+        static_cast<const char*>(out.c) + r * out.row * DTypeBytes(out.dtype);
+    for (int64_t at = 0; at < Vectors * kLane * DTypeBytes(out.dtype);
+         at += 64) {
+      __builtin_prefetch(c + at, 1);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = _mm512_setzero_ps();
+  }
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512i columns[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      columns[v] = _mm512_load_si512(b + (p * Vectors + v) * kLane);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+      int pair;
+      std::memcpy(&pair, a + r * a_row + 2 * p, sizeof(pair));
+      const __m512i row = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        sums[r][v] =
+            _mm512_dpbf16_ps(sums[r][v], reinterpret_cast<__m512bh>(row),
+                             reinterpret_cast<__m512bh>(columns[v]));
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      StoreVector(out, sums[r][v], r * out.row + v * kLane,
+                  v + 1 == Vectors ? out.last : static_cast<__mmask16>(0xffff));
+    }
+  }
+}
+
+using TileFunction = void (*)(const BFloat16*, int64_t, const uint32_t*,
+                              int64_t, const Output&);
+
+// By rows - 1 and vectors - 1.
+template <int... I>
+constexpr std::array<TileFunction, sizeof...(I)> TileTable(
+    std::integer_sequence<int, I...>) {
+  return {Tile<I / kVectors + 1, I % kVectors + 1>...};
+}
+constexpr auto kTiles =
+    TileTable(std::make_integer_sequence<int, kRows * kVectors>());
+
+bool PacksRows(const GemmShape& shape) {
+  return shape.a_col != 1 || shape.k % 2 != 0;
+}
+
+int64_t PackedStride(const GemmShape& shape) {
+  return RoundUp(shape.k, 2 * kLane) + kRowGap;
+}
+
+int64_t PanelColumns(const GemmShape& shape) {
+  return (shape.k > kDeep ? kVectors / 2 : kVectors) * kLane;
+}
+
+// Columns [i, i + 1) of `n` panels of about as many vectors each.
+int64_t PanelStart(int64_t cols, int64_t i, int64_t n) {
+  return std::min(cols, (cols + kLane - 1) / kLane * i / n * kLane);
+}
+
+// Cuts [0, size) at multiples of `grain`.
+int64_t Cut(int64_t size, int64_t grain, int64_t i, int64_t n) {
+  return std::min(size, (size + grain - 1) / grain * i / n * grain);
+}
+
+}  // namespace
+
+bool HasBf16Dot() { return kHasBf16Convert; }
+
+GemmPart Bf16GemmPart(const GemmShape& shape, int threads, int thread) {
+  // In cycles for each k: a vector of products a cycle; packing takes a quarter
+  // for each value.
+  const auto cost = [&](int64_t row_cuts) {
+    const int64_t col_cuts = threads / row_cuts;
+    const double rows = static_cast<double>(
+        RoundUp((shape.m + row_cuts - 1) / row_cuts, kRows));
+    const double cols = static_cast<double>(
+        RoundUp((shape.n + col_cuts - 1) / col_cuts, kLane));
+    const double passes =
+        PacksRows(shape) ? std::max(1.0, rows / kPackedRows) : 1.0;
+    return rows * cols / (2 * kLane) + 0.25 * cols * passes +
+           (PacksRows(shape) ? 0.25 * rows : 0.0);
+  };
+  int64_t best = 1;
+  for (int64_t row_cuts = 2; row_cuts <= threads; ++row_cuts) {
+    if (threads % row_cuts == 0 && cost(row_cuts) < cost(best)) best = row_cuts;
+  }
+  const int64_t col_cuts = threads / best;
+  const int64_t r = thread / col_cuts, q = thread % col_cuts;
+  return {Cut(shape.m, kRows, r, best), Cut(shape.m, kRows, r + 1, best),
+          Cut(shape.n, kLane, q, col_cuts),
+          Cut(shape.n, kLane, q + 1, col_cuts)};
+}
+
+int64_t Bf16GemmScratchBytes(const GemmShape& shape, const GemmPart& part) {
+  const int64_t panel = RoundUp(shape.k, 2) * PanelColumns(shape) * 2;
+  const int64_t rows =
+      PacksRows(shape)
+          ? std::min(kPackedRows, part.row_end - part.row) * PackedStride(shape)
+          : 0;
+  return panel + rows * 2;
+}
+
+void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
+                 const BFloat16* a, const BFloat16* b, void* c, char* scratch) {
+  GW_CHECK((shape.a_col == 1 || shape.a_row == 1) &&
+           (shape.b_row == 1 || shape.b_col == 1));
+  const int64_t cols = part.col_end - part.col;
+  if (cols <= 0 || part.row_end <= part.row) return;
+  const int64_t pairs = (shape.k + 1) / 2;
+  const int64_t panels = (cols + PanelColumns(shape) - 1) / PanelColumns(shape);
+  const bool packs = PacksRows(shape);
+  const int64_t row_step = packs ? kPackedRows : part.row_end - part.row;
+  uint32_t* panel = reinterpret_cast<uint32_t*>(scratch);
+  BFloat16* packed = reinterpret_cast<BFloat16*>(
+      scratch + RoundUp(shape.k, 2) * PanelColumns(shape) * 2);
+  for (int64_t first = part.row; first < part.row_end; first += row_step) {
+    const int64_t rows = std::min(row_step, part.row_end - first);
+    const BFloat16* from = a + first * shape.a_row;
+    int64_t a_row = shape.a_row;
+    if (packs) {
+      a_row = PackedStride(shape);
+      if (shape.a_col == 1) {
+        CopyRows(shape, from, rows, a_row, packed);
+      } else {
+        PackRows(shape, from, rows, a_row, packed);
+      }
+      from = packed;
+    }
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t col = part.col + PanelStart(cols, i, panels);
+      const int64_t end = part.col + PanelStart(cols, i + 1, panels);
+      PackPanel(shape, b + col * shape.b_col, end - col, panel);
+      const int64_t vectors = (end - col + kLane - 1) / kLane;
+      Output out = {nullptr, shape.c_row, shape.c, shape.accumulate,
+                    FirstLanes(end - col - (vectors - 1) * kLane)};
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t n = std::min<int64_t>(kRows, rows - r);
+        out.c = static_cast<char*>(c) +
+                ((first + r) * shape.c_row + col) * DTypeBytes(shape.c);
+        kTiles[static_cast<size_t>((n - 1) * kVectors + vectors - 1)](
+            from + r * a_row, a_row, panel, pairs, out);
+      }
+    }
+  }
+}
+
+}  // namespace gradwire
+
+#else  // not x86-64
+
+namespace gradwire {
+
+bool HasBf16Dot() { return false; }
+GemmPart Bf16GemmPart(const GemmShape&, int, int) { return {}; }
+int64_t Bf16GemmScratchBytes(const GemmShape&, const GemmPart&) { return 0; }
+void Bf16GemmRun(const GemmShape&, const GemmPart&, const BFloat16*,
+                 const BFloat16*, void*, char*) {
+  GW_CHECK(false);
+}
+
+}  // namespace gradwire
+
+#endif

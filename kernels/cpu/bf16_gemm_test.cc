@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// Our own bf16 products against plain float64 loops, in every form of operands
+// and at sizes that no tile divides; and their promise that an element's bits
+// depend on its row and column alone.
+#include "kernels/cpu/bf16_gemm.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels/cpu/scratch.h"
+
+namespace gradwire {
+namespace {
+
+constexpr double kFloatRoundoff = 1.0 / (1 << 24);
+constexpr double kBf16Roundoff = 1.0 / (1 << 8);
+// Around c, to see writes outside.
+constexpr float kGuard = 12288.0f;
+
+struct Case {
+  int64_t m, n, k;
+  bool a_transposed, b_transposed;
+  DType c;
+  bool accumulate;
+};
+
+class Product {
+ public:
+  explicit Product(const Case& x) : case_(x) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](int64_t n) {
+      std::vector<BFloat16> values(static_cast<size_t>(n));
+      for (BFloat16& value : values) value = BFloat16(normal(random));
+      return values;
+    };
+    a_ = fill(x.m * x.k);
+    b_ = fill(x.k * x.n);
+    c_row_ = x.n + 3;
+    old_.assign(static_cast<size_t>(x.m * c_row_), kGuard);
+    for (int64_t i = 0; i < x.m; ++i) {
+      for (int64_t j = 0; j < x.n; ++j) {
+        old_[At(i, j)] = static_cast<float>(BFloat16(normal(random)));
+      }
+    }
+  }
+
+  GemmShape Shape() const {
+    GemmShape s{.m = case_.m, .n = case_.n, .k = case_.k};
+    s.a_row = case_.a_transposed ? 1 : case_.k;
+    s.a_col = case_.a_transposed ? case_.m : 1;
+    s.b_row = case_.b_transposed ? 1 : case_.n;
+    s.b_col = case_.b_transposed ? case_.k : 1;
+    s.c_row = c_row_;
+    s.ab = DType::kBF16;
+    s.c = case_.c;
+    s.accumulate = case_.accumulate;
+    return s;
+  }
+
+  // c after the product by `threads` parts, as float32.
+  std::vector<float> Run(int threads) const {
+    std::vector<float> f32 = old_;
+    std::vector<BFloat16> bf16(old_.begin(), old_.end());
+    const bool narrow = case_.c == DType::kBF16;
+    void* c = narrow ? static_cast<void*>(bf16.data()) : f32.data();
+    const GemmShape shape = Shape();
+    for (int t = 0; t < threads; ++t) {
+      const GemmPart part = Bf16GemmPart(shape, threads, t);
+      Scratch scratch;
+      scratch.Reserve(1, Bf16GemmScratchBytes(shape, part));
+      Bf16GemmRun(shape, part, a_.data(), b_.data(), c, scratch.part(0));
+    }
+    if (narrow) {
+      std::transform(bf16.begin(), bf16.end(), f32.begin(),
+                     [](BFloat16 x) { return static_cast<float>(x); });
+    }
+    return f32;
+  }
+
+  void Check(const std::vector<float>& c) const {
+    const GemmShape s = Shape();
+    const double terms = static_cast<double>(s.k) + 1;
+    for (int64_t i = 0; i < s.m; ++i) {
+      for (int64_t j = 0; j < s.n; ++j) {
+        double sum = s.accumulate ? double{old_[At(i, j)]} : 0.0;
+        double magnitude = std::abs(sum);
+        for (int64_t k = 0; k < s.k; ++k) {
+          const double term =
+              static_cast<double>(static_cast<float>(
+                  a_[static_cast<size_t>(i * s.a_row + k * s.a_col)])) *
+              static_cast<double>(static_cast<float>(
+                  b_[static_cast<size_t>(k * s.b_row + j * s.b_col)]));
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        double bound = terms * kFloatRoundoff * magnitude;
+        if (s.c == DType::kBF16)
+          bound += kBf16Roundoff * (std::abs(sum) + bound);
+        ASSERT_LE(std::abs(double{c[At(i, j)]} - sum), bound)
+            << "row " << i << " column " << j;
+      }
+      for (int64_t j = s.n; j < s.c_row; ++j) {
+        ASSERT_EQ(c[At(i, j)], kGuard) << "written beyond row " << i;
+      }
+    }
+  }
+
+ private:
+  size_t At(int64_t i, int64_t j) const {
+    return static_cast<size_t>(i * c_row_ + j);
+  }
+
+  const Case case_;
+  int64_t c_row_ = 0;
+  std::vector<BFloat16> a_, b_;
+  std::vector<float> old_;
+};
+
+TEST(Bf16GemmTest, EqualsPlainLoopsInEveryForm) {
+  if (!HasBf16Dot()) GTEST_SKIP() << "this processor has no AVX512-BF16";
+  const int64_t sizes[][3] = {{1, 1, 1},    {1, 17, 2},     {7, 16, 31},
+                              {6, 64, 32},  {13, 65, 33},   {100, 150, 67},
+                              {5, 300, 64}, {800, 20, 50},  {3, 33, 5200},
+                              {50, 3, 128}, {769, 130, 35}, {24, 257, 1}};
+  for (const auto& [m, n, k] : sizes) {
+    for (int form = 0; form < 16; ++form) {
+      const Case x = {m,
+                      n,
+                      k,
+                      (form & 1) != 0,
+                      (form & 2) != 0,
+                      (form & 4) != 0 ? DType::kBF16 : DType::kF32,
+                      (form & 8) != 0};
+      SCOPED_TRACE(testing::Message()
+                   << m << " x " << n << " x " << k << ", form " << form);
+      const Product product(x);
+      const std::vector<float> one = product.Run(1);
+      product.Check(one);
+      if (testing::Test::HasFatalFailure()) return;
+      for (const int threads : {2, 3, 6}) {
+        const std::vector<float> many = product.Run(threads);
+        ASSERT_EQ(std::memcmp(one.data(), many.data(), one.size() * 4), 0)
+            << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST(Bf16GemmTest, ARowHasTheSameBitsInAnyBatch) {
+  if (!HasBf16Dot()) GTEST_SKIP() << "this processor has no AVX512-BF16";
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  constexpr int64_t kM = 29, kN = 70, kK = 96;
+  std::vector<BFloat16> a(kM * kK), b(kN * kK);
+  for (BFloat16& value : a) value = BFloat16(normal(random));
+  for (BFloat16& value : b) value = BFloat16(normal(random));
+  std::vector<float> whole(kM * kN), alone(kN);
+  const auto run = [&](int64_t row, int64_t rows, float* c) {
+    const GemmShape shape{.m = rows,
+                          .n = kN,
+                          .k = kK,
+                          .a_row = kK,
+                          .b_row = 1,
+                          .b_col = kK,
+                          .c_row = kN,
+                          .ab = DType::kBF16};
+    const GemmPart part = {0, rows, 0, kN};
+    Scratch scratch;
+    scratch.Reserve(1, Bf16GemmScratchBytes(shape, part));
+    Bf16GemmRun(shape, part, a.data() + row * kK, b.data(), c, scratch.part(0));
+  };
+  run(0, kM, whole.data());
+  for (int64_t row = 0; row < kM; ++row) {
+    run(row, 1, alone.data());
+    ASSERT_EQ(std::memcmp(whole.data() + row * kN, alone.data(), kN * 4), 0)
+        << "row " << row;
+  }
+}
+
+}  // namespace
+}  // namespace gradwire
