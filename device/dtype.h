@@ -9,7 +9,7 @@
 
 namespace gradwire {
 
-enum class DType : uint8_t { kF32, kBF16, kI32, kI64 };
+enum class DType : uint8_t { kF32, kBF16, kI16, kI32, kI64 };
 
 inline int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -17,6 +17,7 @@ inline int64_t DTypeBytes(DType dtype) {
     case DType::kI32:
       return 4;
     case DType::kBF16:
+    case DType::kI16:
       return 2;
     case DType::kI64:
       return 8;
@@ -30,6 +31,8 @@ inline const char* DTypeName(DType dtype) {
       return "f32";
     case DType::kBF16:
       return "bf16";
+    case DType::kI16:
+      return "i16";
     case DType::kI32:
       return "i32";
     case DType::kI64:
@@ -67,6 +70,10 @@ struct DTypeOf<float> {
 template <>
 struct DTypeOf<BFloat16> {
   static constexpr DType value = DType::kBF16;
+};
+template <>
+struct DTypeOf<int16_t> {
+  static constexpr DType value = DType::kI16;
 };
 template <>
 struct DTypeOf<int32_t> {

@@ -27,6 +27,9 @@ std::vector<int32_t> GuardContent() {
 void Set(const Tensor& t, int64_t i, float value) {
   if (t.dtype() == DType::kBF16) {
     t.data<BFloat16>()[i] = BFloat16(value);
+  } else if (t.dtype() == DType::kI16) {
+    t.data<int16_t>()[i] =
+        std::isnan(value) ? kGuardWord & 0x7fff : static_cast<int16_t>(value);
   } else {
     t.data<float>()[i] = value;
   }

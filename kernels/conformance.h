@@ -55,7 +55,8 @@ class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
   // Normally distributed, rounded to dtype.
   Operand Normal(DType dtype, std::initializer_list<int64_t> shape,
                  float deviation = 1.0f);
-  // NaN everywhere: an element that an op should write and does not, shows.
+  // NaN everywhere, or of an integer type some odd value: an element that an
+  // op should write and does not, shows.
   Operand Unwritten(DType dtype, std::initializer_list<int64_t> shape);
   Operand Ints(const std::vector<int32_t>& values,
                std::initializer_list<int64_t> shape);

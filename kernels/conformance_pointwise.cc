@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Norms, rotary embedding, SwiGLU, AdamW.
+// Norms, rotary embedding, SwiGLU, split masters, AdamW.
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "kernels/conformance.h"
+#include "kernels/optimizer_state.h"
 #include "kernels/reference/pointwise.h"
 
 namespace gradwire {
@@ -226,25 +229,66 @@ TEST_P(KernelsConformanceTest, AdamW) {
       if (i % 3 == 0) grad.host.data<float>()[i] = 0;
     }
     for (const Operand& changed : {m, v, grad}) Upload(changed);
-    const Operand weight = Unwritten(DType::kBF16, {n});
     const auto want = ref::AdamW<Tracked>(
-        params, {master.host, m.host, v.host, grad.host, Tensor()});
-    const bool copy = act() == DType::kBF16;
-    kernels().AdamW(stream(), params,
-                    {master.device, m.device, v.device, grad.device,
-                     copy ? weight.device : Tensor()});
+        params, {master.host, Tensor(), m.host, v.host, grad.host});
+    if (act() == DType::kF32) {
+      kernels().AdamW(
+          stream(), params,
+          {master.device, Tensor(), m.device, v.device, grad.device});
+    } else {
+      // The master is what the halves join to, and they are its halves.
+      const Operand high = Unwritten(DType::kBF16, {n});
+      const Operand low = Unwritten(DType::kI16, {n});
+      kernels().SplitMaster(stream(), master.device, high.device, low.device);
+      kernels().AdamW(
+          stream(), params,
+          {high.device, low.device, m.device, v.device, grad.device});
+      kernels().JoinMaster(stream(), high.device, low.device, master.device);
+      const Tensor stored = Fetch(master.device), top = Fetch(high.device);
+      for (int64_t i = 0; i < n; ++i) {
+        ASSERT_EQ(top.data<BFloat16>()[i].bits,
+                  SplitHalves(stored.data<float>()[i]).high.bits)
+            << i;
+      }
+    }
     ExpectWithin("master", master, want.master);
     ExpectWithin("m", m, want.m);
     ExpectWithin("v", v, want.v);
-    const Tensor cleared = Fetch(grad.device), stored = Fetch(master.device);
+    const Tensor cleared = Fetch(grad.device);
     for (int64_t i = 0; i < n; ++i) ASSERT_EQ(At(cleared, i), 0) << i;
-    if (!copy) continue;
-    const Tensor copied = Fetch(weight.device);
+  }
+}
+
+TEST_P(KernelsConformanceTest, SplitMasterAndBack) {
+  for (const int64_t n : {0, 1, 37, 70001}) {
+    // Of every exponent, with infinities, NaNs and ties among them.
+    const Operand master = Normal(DType::kF32, {n});
     for (int64_t i = 0; i < n; ++i) {
-      ASSERT_EQ(copied.data<BFloat16>()[i].bits,
-                BFloat16(stored.data<float>()[i]).bits)
-          << i;
+      uint32_t bits = static_cast<uint32_t>(random_());
+      if (i % 4 == 1) bits |= 0x7f800000u;
+      if (i % 4 == 2) bits = (bits & 0xffff0000u) | 0x8000u;
+      if (i % 8 == 1) bits |= 0x007f8000u;  // would carry into the sign
+      if (i % 16 == 5) bits &= 0xff800000u;
+      master.host.data<float>()[i] = std::bit_cast<float>(bits);
     }
+    Upload(master);
+    const Operand high = Unwritten(DType::kBF16, {n});
+    const Operand low = Unwritten(DType::kI16, {n});
+    const Operand alone = Unwritten(DType::kBF16, {n});
+    const Operand joined = Unwritten(DType::kF32, {n});
+    kernels().SplitMaster(stream(), master.device, high.device, low.device);
+    kernels().SplitMaster(stream(), master.device, alone.device, Tensor());
+    kernels().JoinMaster(stream(), high.device, low.device, joined.device);
+    for (int64_t i = 0; i < n; ++i) {
+      const Halves halves = SplitHalves(master.host.data<float>()[i]);
+      high.host.data<BFloat16>()[i] = halves.high;
+      low.host.data<int16_t>()[i] = halves.low;
+      joined.host.data<float>()[i] = JoinHalves(halves);
+    }
+    ExpectSame("high", Fetch(high.device), high.host);
+    ExpectSame("low", Fetch(low.device), low.host);
+    ExpectSame("high alone", Fetch(alone.device), high.host);
+    ExpectSame("joined", Fetch(joined.device), joined.host);
   }
 }
 

@@ -100,11 +100,13 @@ struct AdamWParams {
 
 // One flat parameter group: all tensors have the same number of elements n.
 struct AdamWTensors {
-  Tensor master;  // f32 [n], updated
-  Tensor m, v;    // f32 [n], updated
-  Tensor grad;    // f32 [n], read; zeroed by the pass
-  // bf16 [n] or null: the compute copy, written from the new master.
+  // What products compute with, updated: f32 [n], or bf16 [n] with `low`.
   Tensor weight;
+  // Null, or i16 [n], updated: the lower half of a split master
+  // (kernels/optimizer_state.h), whose upper half is `weight`.
+  Tensor low;
+  Tensor m, v;  // f32 [n], updated
+  Tensor grad;  // f32 [n], read; zeroed by the pass
 };
 
 class Kernels {
@@ -301,11 +303,19 @@ class Kernels {
 
   // ---- Optimizer -----------------------------------------------------------
 
+  // The halves of a float32 master (kernels/optimizer_state.h), and back.
+  //   master f32 [n]; high bf16 [n] =; low i16 [n] = or null
+  virtual void SplitMaster(Stream& stream, const Tensor& master,
+                           const Tensor& high, const Tensor& low) = 0;
+  //   high bf16 [n]; low i16 [n]; master f32 [n] =
+  virtual void JoinMaster(Stream& stream, const Tensor& high, const Tensor& low,
+                          const Tensor& master) = 0;
+
   // The sum of squares of x, f32 [n], in float64 and in a fixed order that does
   // not depend on the number of threads. Synchronises; NaN or infinity if any
   // element is not finite. 0 if the stream has failed.
   virtual double SumOfSquares(Stream& stream, const Tensor& x) = 0;
-  // One pass of AdamW (decoupled decay; bias-corrected):
+  // One pass of AdamW (decoupled decay; bias-corrected), w the float32 master:
   //   g = grad * grad_scale;  w -= lr * weight_decay * w;
   //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
   //   w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps);  grad = 0.

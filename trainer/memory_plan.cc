@@ -93,8 +93,11 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
   const int64_t largest = PlannedMicroBatch(config, options);
   const int64_t n = inputs.flat_elements;
   plan.available = inputs.available_bytes;
+  // In bf16 the lower half of the master is there to be trained.
+  const bool split =
+      options.precision == Precision::kBF16 && !options.forward_only;
   plan.weights =
-      Bytes(n, 4) + (options.precision == Precision::kBF16 ? Bytes(n, 2) : 0);
+      Bytes(n, ActBytes(options.precision)) + (split ? Bytes(n, 2) : 0);
   plan.gradients = options.forward_only ? 0 : Bytes(n, 4);
   plan.optimizer = options.forward_only ? 0 : 2 * Bytes(n, 4);
   plan.workspace = ScratchBytes(config, options.precision, largest) +

@@ -15,7 +15,7 @@
 namespace gradwire {
 namespace {
 
-constexpr int64_t kStagingElements = 4 << 20;
+constexpr int64_t kStagingElements = 1 << 20;
 constexpr int64_t kConfigLimit = 1 << 20;
 constexpr int64_t kCopiedFileLimit = 256 << 20;
 
@@ -92,8 +92,7 @@ absl::Status CheckTensors(const HfWeights& files, const ParamTable& table,
 }
 
 absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
-                            const Tensor& master, Device& device,
-                            Stream& stream,
+                            FlatWeights& weights,
                             const std::function<void(double)>& on_progress) {
   std::vector<float> staging(
       std::min<int64_t>(kStagingElements, table.num_elements()));
@@ -104,10 +103,8 @@ absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
           static_cast<int64_t>(staging.size()), row.num_elements - begin);
       GW_RETURN_IF_ERROR(
           files.ReadFloats(row.hf_name, begin, count, staging.data()));
-      device.CopyFromHost(
-          stream, staging.data(),
-          master.Rows(row.offset + begin, row.offset + begin + count));
-      GW_RETURN_IF_ERROR(stream.Finish());
+      GW_RETURN_IF_ERROR(
+          weights.Write(row.offset + begin, count, staging.data()));
       begin += count;
       done += count;
       on_progress(static_cast<double>(done) /

@@ -12,6 +12,7 @@
 #include "device/tensor.h"
 #include "model/config.h"
 #include "model/param_table.h"
+#include "trainer/flat_weights.h"
 #include "trainer/trainer.h"
 
 namespace gradwire {
@@ -23,10 +24,9 @@ namespace gradwire {
 absl::Status CheckTensors(const HfWeights& files, const ParamTable& table,
                           const ModelConfig& config);
 
-// Fills `master`, f32 [table.num_elements()]. REQUIRES: CheckTensors is OK.
+// Fills `weights` piece by piece. REQUIRES: CheckTensors is OK.
 absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
-                            const Tensor& master, Device& device,
-                            Stream& stream,
+                            FlatWeights& weights,
                             const std::function<void(double)>& on_progress);
 
 // Writes `weights` (f32 or bf16, flat) as a Hugging Face directory with the

@@ -115,7 +115,7 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
     adam.step = step_ + 1;
     kernels_.AdamW(
         stream_, adam,
-        {state_.master, state_.m, state_.v, state_.gradient, state_.weight});
+        {state_.weight, state_.low, state_.m, state_.v, state_.gradient});
     GW_RETURN_IF_ERROR(stream_.Finish());
     accumulated_ = Accumulated();
     ++step_;

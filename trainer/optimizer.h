@@ -13,10 +13,11 @@
 
 namespace gradwire {
 
-// Flat vectors of table.num_elements(); weight is null for f32 jobs.
+// Flat vectors of table.num_elements().
 struct FlatState {
-  Tensor master, gradient, m, v;  // f32
-  Tensor weight;                  // bf16, the compute copy
+  Tensor weight;  // act: the master in f32, its upper half in bf16
+  Tensor low;     // i16: the lower half; null in f32 or without training
+  Tensor gradient, m, v;  // f32, or null without training
 };
 
 // What lies in FlatState::gradient.

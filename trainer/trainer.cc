@@ -13,6 +13,7 @@
 #include "model/param_table.h"
 #include "trainer/activation_store.h"
 #include "trainer/batch_plan.h"
+#include "trainer/flat_weights.h"
 #include "trainer/losses.h"
 #include "trainer/memory_plan.h"
 #include "trainer/model_files.h"
@@ -128,13 +129,9 @@ class TrainerImpl : public Trainer {
   int64_t Reset() override;
   absl::StatusOr<ExportOutcome> Export(const std::string& directory) override;
   absl::StatusOr<std::vector<float>> Gradient(
-      const std::string& hf_name) override {
-    return Read(state_.gradient, hf_name);
-  }
+      const std::string& hf_name) override;
   absl::StatusOr<std::vector<float>> Weight(
-      const std::string& hf_name) override {
-    return Read(state_.master, hf_name);
-  }
+      const std::string& hf_name) override;
 
  private:
   // Takes activation memory for a micro-batch, in full if it can be had, and of
@@ -159,8 +156,10 @@ class TrainerImpl : public Trainer {
       RetainedMicroBatch& batch,
       const std::vector<std::vector<float>>& d_logprobs, bool stale,
       double& surrogate, bool& recomputed);
-  absl::StatusOr<std::vector<float>> Read(const Tensor& flat,
-                                          const std::string& hf_name);
+  absl::StatusOr<FlatWeights> Weights() {
+    return FlatWeights::Create(state_.weight, state_.low, device_, kernels_,
+                               step_->stream());
+  }
 
   const TrainerOptions options_;
   const std::string config_json_;
@@ -201,17 +200,17 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
                                const std::function<void(double)>& on_progress) {
   const int64_t n = table_.num_elements();
   const bool bf16 = options_.precision == Precision::kBF16;
-  const int64_t bytes =
-      (options_.forward_only ? 1 : 4) * Arena::AlignedBytes(DType::kF32, {n}) +
-      (bf16 ? Arena::AlignedBytes(DType::kBF16, {n}) : 0);
-  GW_ASSIGN_OR_RETURN(parameters_, Arena::Create(device_, bytes));
-  state_.master = parameters_.Alloc("master", DType::kF32, {n});
+  GW_ASSIGN_OR_RETURN(parameters_,
+                      Arena::Create(device_, plan_.weights + plan_.gradients +
+                                                 plan_.optimizer));
+  state_.weight =
+      parameters_.Alloc("weight", bf16 ? DType::kBF16 : DType::kF32, {n});
   if (!options_.forward_only) {
+    if (bf16) state_.low = parameters_.Alloc("low", DType::kI16, {n});
     state_.gradient = parameters_.Alloc("gradient", DType::kF32, {n});
     state_.m = parameters_.Alloc("m", DType::kF32, {n});
     state_.v = parameters_.Alloc("v", DType::kF32, {n});
   }
-  if (bf16) state_.weight = parameters_.Alloc("weight", DType::kBF16, {n});
   if (plan_.activations > 0) {
     GW_ASSIGN_OR_RETURN(activations_, device_.Allocate(plan_.activations));
   }
@@ -221,7 +220,7 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   step.config = &config_;
   step.table = &table_;
   step.precision = options_.precision;
-  step.weights = bf16 ? state_.weight : state_.master;
+  step.weights = state_.weight;
   step.gradients = state_.gradient;
   step.max_tokens = PlannedMicroBatch(config_, options_);
   step.max_positions = plan_.max_context;
@@ -229,10 +228,8 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   GW_ASSIGN_OR_RETURN(step_, TrainStep::Create(step, device_, kernels_));
   optimizer_ = std::make_unique<Optimizer>(table_, state_, device_, kernels_,
                                            step_->stream());
-  GW_RETURN_IF_ERROR(LoadParameters(files, table_, state_.master, device_,
-                                    step_->stream(), on_progress));
-  if (bf16) kernels_.Cast(step_->stream(), state_.master, state_.weight);
-  return step_->stream().Finish();
+  GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
+  return LoadParameters(files, table_, weights, on_progress);
 }
 
 int64_t TrainerImpl::FullBytes(int64_t tokens) const {
@@ -573,23 +570,35 @@ int64_t TrainerImpl::Reset() {
 
 absl::StatusOr<ExportOutcome> TrainerImpl::Export(
     const std::string& directory) {
-  return ExportParameters(
-      {options_.model_directory, config_json_}, table_,
-      options_.precision == Precision::kBF16 ? state_.weight : state_.master,
-      device_, step_->stream(), directory);
+  return ExportParameters({options_.model_directory, config_json_}, table_,
+                          state_.weight, device_, step_->stream(), directory);
 }
 
-absl::StatusOr<std::vector<float>> TrainerImpl::Read(
-    const Tensor& flat, const std::string& hf_name) {
+absl::StatusOr<std::vector<float>> TrainerImpl::Gradient(
+    const std::string& hf_name) {
   const ParamRow* row = table_.Find(hf_name);
   if (row == nullptr) {
     return absl::NotFoundError("no parameter " + hf_name);
   }
   std::vector<float> values(row->num_elements);
-  device_.CopyToHost(step_->stream(),
-                     flat.Rows(row->offset, row->offset + row->num_elements),
-                     values.data());
+  device_.CopyToHost(
+      step_->stream(),
+      state_.gradient.Rows(row->offset, row->offset + row->num_elements),
+      values.data());
   GW_RETURN_IF_ERROR(step_->stream().Finish());
+  return values;
+}
+
+absl::StatusOr<std::vector<float>> TrainerImpl::Weight(
+    const std::string& hf_name) {
+  const ParamRow* row = table_.Find(hf_name);
+  if (row == nullptr) {
+    return absl::NotFoundError("no parameter " + hf_name);
+  }
+  std::vector<float> values(row->num_elements);
+  GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
+  GW_RETURN_IF_ERROR(
+      weights.Read(row->offset, row->num_elements, values.data()));
   return values;
 }
 

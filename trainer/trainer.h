@@ -162,8 +162,9 @@ class Trainer {
   virtual absl::StatusOr<ExportOutcome> Export(
       const std::string& directory) = 0;
 
-  // For tests: the accumulator's gradient, or the master weights, of one
-  // parameter by Hugging Face name.
+  // For tests: the accumulator's gradient, or the float32 master (of a
+  // forward-only job what it computes with), of one parameter by Hugging Face
+  // name.
   virtual absl::StatusOr<std::vector<float>> Gradient(
       const std::string& hf_name) = 0;
   virtual absl::StatusOr<std::vector<float>> Weight(

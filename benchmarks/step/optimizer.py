@@ -3,11 +3,10 @@
 
     .venv/bin/python benchmarks/step/optimizer.py --precision f32
 
-Both step as many weights. gradwire's step includes the gradient norm, the cast
-to bf16, setting gradients to zero, and the network; PyTorch's is `step()`
-alone. GB/s counts
+Both step as many weights. gradwire's step includes the gradient norm, setting
+gradients to zero, and the network; PyTorch's is `step()` alone. GB/s counts
 what AdamW must move, each value once: read gradient, weight and both moments,
-write weight and moments, and in bf16 the cast weight.
+write weight and moments. In bf16 the weight is two halves, as many bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from gradwire.local_server import LocalServer
 
 from step.models import MODELS
 
-BYTES = {"f32": 28, "bf16": 30}
+BYTES = 28
 
 
 def arguments() -> argparse.Namespace:
@@ -88,8 +87,7 @@ def main() -> None:
         f"\n{args.model} {args.precision}, {parameters / 1e6:.1f} M parameters"
     )
     for name, values in seconds.items():
-        moved = BYTES[args.precision if name == "gradwire" else "f32"]
-        rate = moved * parameters / median[name]
+        rate = BYTES * parameters / median[name]
         common.print_line(
             "optimizer",
             model=args.model,

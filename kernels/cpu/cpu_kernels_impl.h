@@ -93,6 +93,12 @@ class CpuKernels : public Kernels {
   void Cast(Stream& stream, const Tensor& from, const Tensor& to) override;
   void Add(Stream& stream, const Tensor& x, const Tensor& y) override;
 
+  // split_master.cc
+  void SplitMaster(Stream& stream, const Tensor& master, const Tensor& high,
+                   const Tensor& low) override;
+  void JoinMaster(Stream& stream, const Tensor& high, const Tensor& low,
+                  const Tensor& master) override;
+
   // adamw.cc
   double SumOfSquares(Stream& stream, const Tensor& x) override;
   void AdamW(Stream& stream, const AdamWParams& params,

@@ -152,6 +152,30 @@ HWY_INLINE void StoreFirst(D d, hn::Vec<D> v, int64_t n, T* to) {
   std::copy_n(lanes, n, to);
 }
 
+// A float32 from the halves of kernels/optimizer_state.h, and back.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadHalves(D d, const BFloat16* high,
+                                 const int16_t* low) {
+  const hn::Rebind<int16_t, D> d16;
+  const hn::Rebind<int32_t, D> d32;
+  const auto top = hn::BitCast(d32, LoadF32(d, high));
+  return hn::BitCast(d, hn::Add(top, hn::PromoteTo(d32, hn::LoadU(d16, low))));
+}
+template <class D>
+HWY_INLINE void StoreHalves(D, hn::Vec<D> v, BFloat16* high, int16_t* low) {
+  const hn::Rebind<uint16_t, D> d16;
+  const hn::Rebind<uint32_t, D> d32;
+  const auto bits = hn::BitCast(d32, v);
+  const auto is_nan = hn::RebindMask(d32, hn::IsNaN(v));
+  const auto nan = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d32, 0x40u));
+  auto top = hn::ShiftRight<16>(hn::Add(bits, hn::Set(d32, 0x8000u)));
+  top = hn::IfThenElse(is_nan, nan, top);
+  hn::StoreU(hn::TruncateTo(d16, top), d16, reinterpret_cast<uint16_t*>(high));
+  if (low == nullptr) return;
+  hn::StoreU(hn::TruncateTo(d16, hn::IfThenZeroElse(is_nan, bits)), d16,
+             reinterpret_cast<uint16_t*>(low));
+}
+
 // 1 / (1 + e^-x), without overflow on either side.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V Sigmoid(D d, V x) {

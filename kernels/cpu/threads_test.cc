@@ -32,6 +32,7 @@ class Numbers {
       const float value = normal(random_);
       if (dtype == DType::kF32) t.data<float>()[i] = value;
       if (dtype == DType::kBF16) t.data<BFloat16>()[i] = BFloat16(value);
+      if (dtype == DType::kI16) t.data<int16_t>()[i] = static_cast<int16_t>(i);
       if (dtype == DType::kI32) t.data<int32_t>()[i] = static_cast<int>(i % 5);
     }
     return t;
@@ -87,14 +88,16 @@ void SumOfSquares(Kernels& k, Stream& s, DType, Numbers& n) {
   const double sum = k.SumOfSquares(s, x);
   std::memcpy(x.raw(), &sum, sizeof(sum));
 }
-void AdamW(Kernels& k, Stream& s, DType, Numbers& n) {
+void AdamW(Kernels& k, Stream& s, DType act, Numbers& n) {
   const auto one = [&] { return n.New(DType::kF32, {100003}); };
   const Tensor v = one();
   for (int64_t i = 0; i < v.num_elements(); ++i) {
     v.data<float>()[i] *= v.data<float>()[i];
   }
   const AdamWParams params{1e-3f, 0.9f, 0.95f, 1e-12f, 0.1f, 0.5f, 3};
-  k.AdamW(s, params, {one(), one(), v, one(), n.New(DType::kBF16, {100003})});
+  const Tensor low =
+      act == DType::kBF16 ? n.New(DType::kI16, {100003}) : Tensor();
+  k.AdamW(s, params, {n.New(act, {100003}), low, one(), v, one()});
 }
 
 void RmsNormBackward(Kernels& k, Stream& s, DType act, Numbers& n) {

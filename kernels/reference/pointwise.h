@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/optimizer_state.h"
 #include "kernels/reference/linear.h"
 #include "kernels/reference/number.h"
 
@@ -211,6 +212,12 @@ Result<Num> SwiGluBackward(const Tensor& x, const Tensor& d_y) {
   return result;
 }
 
+inline double Master(const AdamWTensors& tensors, int64_t i) {
+  if (tensors.low.is_null()) return At(tensors.weight, i);
+  return double{JoinHalves(
+      {tensors.weight.data<BFloat16>()[i], tensors.low.data<int16_t>()[i]})};
+}
+
 template <class Num>
 struct AdamWResult {
   Result<Num> master, m, v;
@@ -222,13 +229,13 @@ AdamWResult<Num> AdamW(const AdamWParams& p, const AdamWTensors& tensors) {
   const double correct1 = 1 / (1 - std::pow(double{p.beta1}, step));
   const double correct2 = 1 / (1 - std::pow(double{p.beta2}, step));
   AdamWResult<Num> result;
-  for (int64_t i = 0; i < tensors.master.num_elements(); ++i) {
+  for (int64_t i = 0; i < tensors.weight.num_elements(); ++i) {
     const Num g = Num(At(tensors.grad, i)) * Num(double{p.grad_scale});
     const Num m = Num(double{p.beta1}) * Num(At(tensors.m, i)) +
                   (Num(1) - Num(double{p.beta1})) * g;
     const Num v = Num(double{p.beta2}) * Num(At(tensors.v, i)) +
                   (Num(1) - Num(double{p.beta2})) * g * g;
-    const Num w = Num(At(tensors.master, i)) *
+    const Num w = Num(Master(tensors, i)) *
                   (Num(1) - Num(lr) * Num(double{p.weight_decay}));
     const Num root = Sqrt(v * Num(correct2)) + Num(double{p.eps});
     result.m.push_back(m);

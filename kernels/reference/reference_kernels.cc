@@ -201,17 +201,42 @@ class ReferenceKernels : public Kernels {
     }
     return sum;
   }
+  void SplitMaster(Stream& stream, const Tensor& master, const Tensor& high,
+                   const Tensor& low) override {
+    if (stream.ok()) Split(master.data<float>(), high, low);
+  }
+  void JoinMaster(Stream& stream, const Tensor& high, const Tensor& low,
+                  const Tensor& master) override {
+    for (int64_t i = 0; stream.ok() && i < master.num_elements(); ++i) {
+      master.data<float>()[i] =
+          JoinHalves({high.data<BFloat16>()[i], low.data<int16_t>()[i]});
+    }
+  }
   void AdamW(Stream& stream, const AdamWParams& params,
              const AdamWTensors& tensors) override {
     if (!stream.ok()) return;
     const auto result = ref::AdamW<double>(params, tensors);
-    Store(result.master, tensors.master);
+    if (tensors.low.is_null()) {
+      Store(result.master, tensors.weight);
+    } else {
+      const std::vector<float> master(result.master.begin(),
+                                      result.master.end());
+      Split(master.data(), tensors.weight, tensors.low);
+    }
     Store(result.m, tensors.m);
     Store(result.v, tensors.v);
-    // The compute copy is rounded from the float32 master.
-    if (!tensors.weight.is_null()) Cast(stream, tensors.master, tensors.weight);
     std::memset(tensors.grad.raw(), 0,
                 static_cast<size_t>(tensors.grad.bytes()));
+  }
+
+ private:
+  static void Split(const float* master, const Tensor& high,
+                    const Tensor& low) {
+    for (int64_t i = 0; i < high.num_elements(); ++i) {
+      const Halves halves = SplitHalves(master[i]);
+      high.data<BFloat16>()[i] = halves.high;
+      if (!low.is_null()) low.data<int16_t>()[i] = halves.low;
+    }
   }
 };
 

@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "base/error.h"
+#include "device/arena.h"
 #include "device/cpu_device.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/optimizer_state.h"
 #include "model/param_table.h"
 
 namespace gradwire {
@@ -365,6 +367,46 @@ TEST_P(TrainerTest, ExportedWeightsLoadAsTheyWere) {
       [](double) {});
   ASSERT_TRUE(loaded.ok()) << loaded.status();
   EXPECT_EQ(Logprobs(**loaded, data, {}), Logprobs(*rig.trainer, data, {}));
+}
+
+TEST_P(TrainerTest, TheMasterIsWhatTheFilesHold) {
+  Rig rig = Make(Small());
+  TrainerOptions options = Small();
+  options.precision = Precision::kF32;
+  Rig whole = Make(options);
+  const ParamTable table(rig.trainer->config());
+  for (const ParamRow& row : table.rows()) {
+    EXPECT_EQ(*rig.trainer->Weight(row.hf_name),
+              *whole.trainer->Weight(row.hf_name))
+        << row.hf_name;
+  }
+  // 16 bytes a parameter in either precision, up to the halves' alignment.
+  const auto bytes = [](const Trainer& trainer) {
+    const MemoryPlan& plan = trainer.plan();
+    return plan.weights + plan.gradients + plan.optimizer;
+  };
+  EXPECT_NEAR(bytes(*rig.trainer), bytes(*whole.trainer),
+              2 * Arena::kAlignment);
+}
+
+TEST_P(TrainerTest, ForwardOnlyComputesTheSameFromLess) {
+  TrainerOptions options = Small();
+  Rig rig = Make(options);
+  options.forward_only = true;
+  Rig frozen = Make(options);
+  const auto data = Batch(rig.trainer->config().vocab);
+  EXPECT_EQ(Logprobs(*frozen.trainer, data, {}),
+            Logprobs(*rig.trainer, data, {}));
+  const bool bf16 = options.precision == Precision::kBF16;
+  EXPECT_EQ(frozen.trainer->plan().weights * (bf16 ? 2 : 1),
+            rig.trainer->plan().weights);
+  const std::string name = "model.norm.weight";
+  const auto master = *rig.trainer->Weight(name);
+  const auto weights = *frozen.trainer->Weight(name);
+  for (size_t i = 0; i < master.size(); ++i) {
+    EXPECT_EQ(weights[i], bf16 ? static_cast<float>(SplitHalves(master[i]).high)
+                               : master[i]);
+  }
 }
 
 TEST_P(TrainerTest, ResetDropsWhatAnotherHandleLeft) {
