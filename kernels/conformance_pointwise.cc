@@ -206,56 +206,109 @@ const AdamWCase kAdamWCases[] = {{0, 1e-8f, 0.1f, 3},
                                  {70001, 1e-8f, 0.1f, 3},
                                  {70001, 1e-12f, 0.01f, 100000}};
 
+// One more rounding, for a stochastic one is up to a whole unit off.
+std::vector<Tracked> Rounded(DType dtype, std::vector<Tracked> values) {
+  if (dtype == DType::kF32) return values;
+  for (Tracked& value : values) value = MayRound(dtype, value);
+  return values;
+}
+
 TEST_P(KernelsConformanceTest, AdamW) {
   for (const AdamWCase& c : kAdamWCases) {
-    const int64_t n = c.n;
+    for (const DType moment : {DType::kF32, DType::kBF16}) {
+      const int64_t n = c.n;
+      AdamWParams params;
+      params.learning_rate = 1e-2f;
+      params.beta1 = 0.9f;
+      params.beta2 = 0.95f;
+      params.eps = c.eps;
+      params.weight_decay = c.weight_decay;
+      params.grad_scale = 0.25f;
+      params.step = c.step;
+      const Operand master = Normal(DType::kF32, {n});
+      const Operand m = Normal(moment, {n});
+      const Operand v = Normal(moment, {n});
+      const Operand grad = Normal(DType::kF32, {n});
+      std::vector<double> ms, vs;
+      for (int64_t i = 0; i < n; ++i) {
+        ms.push_back(c.step > 1 ? At(m.host, i) : 0);
+        vs.push_back(c.step > 1 ? std::abs(At(v.host, i)) : 0);
+        if (c.step == 1 && i % 3 == 0) grad.host.data<float>()[i] = 0;
+      }
+      Store(ms, m.host);
+      Store(vs, v.host);
+      for (const Operand& changed : {m, v, grad}) Upload(changed);
+      const auto want = ref::AdamW<Tracked>(
+          params, {master.host, Tensor(), m.host, v.host, grad.host});
+      if (act() == DType::kF32) {
+        kernels().AdamW(
+            stream(), params,
+            {master.device, Tensor(), m.device, v.device, grad.device});
+      } else {
+        // The master is what the halves join to, and they are its halves.
+        const Operand high = Unwritten(DType::kBF16, {n});
+        const Operand low = Unwritten(DType::kI16, {n});
+        kernels().SplitMaster(stream(), master.device, high.device, low.device);
+        kernels().AdamW(
+            stream(), params,
+            {high.device, low.device, m.device, v.device, grad.device});
+        kernels().JoinMaster(stream(), high.device, low.device, master.device);
+        const Tensor stored = Fetch(master.device), top = Fetch(high.device);
+        for (int64_t i = 0; i < n; ++i) {
+          ASSERT_EQ(top.data<BFloat16>()[i].bits,
+                    SplitHalves(stored.data<float>()[i]).high.bits)
+              << i;
+        }
+      }
+      ExpectWithin("master", master, want.master);
+      ExpectWithin("m", m, Rounded(moment, want.m));
+      ExpectWithin("v", v, Rounded(moment, want.v));
+      const Tensor cleared = Fetch(grad.device);
+      for (int64_t i = 0; i < n; ++i) ASSERT_EQ(At(cleared, i), 0) << i;
+    }
+  }
+}
+
+// Moments before rounding that no order of operations can change: factors that
+// are powers of two, and gradients whose squares float32 holds or is far from
+// holding. Then every backend must give the same bits.
+TEST_P(KernelsConformanceTest, AdamWRoundsMomentsStochastically) {
+  for (const int64_t n : {1, 37, 70001}) {
     AdamWParams params;
     params.learning_rate = 1e-2f;
-    params.beta1 = 0.9f;
-    params.beta2 = 0.95f;
-    params.eps = c.eps;
-    params.weight_decay = c.weight_decay;
-    params.grad_scale = 0.25f;
-    params.step = c.step;
+    params.beta1 = 0.0f;
+    params.beta2 = 0.75f;
+    params.eps = 1e-8f;
+    params.step = 7;
+    params.seed = 0x123456789abcdef0;
     const Operand master = Normal(DType::kF32, {n});
-    const Operand m = Normal(DType::kF32, {n});
-    const Operand v = Normal(DType::kF32, {n});
+    const Operand m = Normal(DType::kBF16, {n}, 0);
+    const Operand v = Normal(DType::kBF16, {n}, 0);
     const Operand grad = Normal(DType::kF32, {n});
+    const RoundingKey key = RoundingKeyOf(params.seed, params.step);
     for (int64_t i = 0; i < n; ++i) {
-      float& square = v.host.data<float>()[i];
-      square = std::abs(square);
-      if (c.step > 1) continue;
-      square = m.host.data<float>()[i] = 0;
-      if (i % 3 == 0) grad.host.data<float>()[i] = 0;
+      // Twelve bits, and from tiny to where v is infinite.
+      int exponent = static_cast<int>(random_() % 180) - 52;
+      if (exponent == 64) exponent = 63;  // whose square only doubles hold
+      const float g = std::ldexp(
+          static_cast<float>(2048 + random_() % 2048) / 2048, exponent);
+      grad.host.data<float>()[i] = i % 2 == 0 ? g : -g;
     }
+    // Which must not become infinite.
+    if (n > 1) grad.host.data<float>()[1] = -0x1.fffffep127f;
+    if (n > 1) grad.host.data<float>()[2] = NAN;
     for (const Operand& changed : {m, v, grad}) Upload(changed);
-    const auto want = ref::AdamW<Tracked>(
-        params, {master.host, Tensor(), m.host, v.host, grad.host});
-    if (act() == DType::kF32) {
-      kernels().AdamW(
-          stream(), params,
-          {master.device, Tensor(), m.device, v.device, grad.device});
-    } else {
-      // The master is what the halves join to, and they are its halves.
-      const Operand high = Unwritten(DType::kBF16, {n});
-      const Operand low = Unwritten(DType::kI16, {n});
-      kernels().SplitMaster(stream(), master.device, high.device, low.device);
-      kernels().AdamW(
-          stream(), params,
-          {high.device, low.device, m.device, v.device, grad.device});
-      kernels().JoinMaster(stream(), high.device, low.device, master.device);
-      const Tensor stored = Fetch(master.device), top = Fetch(high.device);
-      for (int64_t i = 0; i < n; ++i) {
-        ASSERT_EQ(top.data<BFloat16>()[i].bits,
-                  SplitHalves(stored.data<float>()[i]).high.bits)
-            << i;
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      const float g = grad.host.data<float>()[i];
+      const uint32_t random = RoundingBits(key, i);
+      m.host.data<BFloat16>()[i] = StochasticBFloat16(g, random & 0xffff);
+      v.host.data<BFloat16>()[i] =
+          StochasticBFloat16(0.25f * (g * g), random >> 16);
     }
-    ExpectWithin("master", master, want.master);
-    ExpectWithin("m", m, want.m);
-    ExpectWithin("v", v, want.v);
-    const Tensor cleared = Fetch(grad.device);
-    for (int64_t i = 0; i < n; ++i) ASSERT_EQ(At(cleared, i), 0) << i;
+    kernels().AdamW(stream(), params,
+                    {master.device, Tensor(), m.device, v.device, grad.device});
+    ExpectSame("m", Fetch(m.device), m.host);
+    ExpectSame("v", Fetch(v.device), v.host);
   }
 }
 

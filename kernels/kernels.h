@@ -96,6 +96,8 @@ struct AdamWParams {
   float grad_scale = 1;
   // t of this step, from 1.
   int64_t step = 0;
+  // Of the random bits that round bf16 moments.
+  uint64_t seed = 0;
 };
 
 // One flat parameter group: all tensors have the same number of elements n.
@@ -105,7 +107,10 @@ struct AdamWTensors {
   // Null, or i16 [n], updated: the lower half of a split master
   // (kernels/optimizer_state.h), whose upper half is `weight`.
   Tensor low;
-  Tensor m, v;  // f32 [n], updated
+  // f32 [n] or bf16 [n], both the same, updated. In bf16 element i is rounded
+  // stochastically by RoundingBits(RoundingKeyOf(seed, step), i), after the
+  // weight's step has used it as float32.
+  Tensor m, v;
   Tensor grad;  // f32 [n], read; zeroed by the pass
 };
 

@@ -20,6 +20,19 @@ absl::Status Unsupported(const std::string& field, const std::string& value,
                " is not supported by this server; use " + limit + ".");
 }
 
+// `otherwise`: what an empty value means.
+absl::Status CheckPrecision(const std::string& field, const std::string& value,
+                            const std::string& otherwise) {
+  if (value.empty() || value == "f32" || value == "bf16") {
+    return absl::OkStatus();
+  }
+  return ErrorBuilder(absl::StatusCode::kInvalidArgument, "PRECISION_UNKNOWN")
+      .With("field", field)
+      .With("value", value.substr(0, 32))
+      .With("limit", "f32, bf16")
+      .Message(field + " must be f32 or bf16, or empty for " + otherwise + ".");
+}
+
 absl::Status CheckSpec(const v1::JobSpec& spec) {
   if (spec.base_model().empty()) {
     return ErrorBuilder(absl::StatusCode::kInvalidArgument, "MISSING_FIELD")
@@ -28,16 +41,10 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
             "base_model must name a Hugging Face directory on the "
             "server's machine.");
   }
-  if (!spec.precision().empty() && spec.precision() != "f32" &&
-      spec.precision() != "bf16") {
-    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "PRECISION_UNKNOWN")
-        .With("field", "precision")
-        .With("value", spec.precision().substr(0, 32))
-        .With("limit", "f32, bf16")
-        .Message(
-            "precision must be f32 or bf16, or empty for the device's "
-            "default.");
-  }
+  GW_RETURN_IF_ERROR(
+      CheckPrecision("precision", spec.precision(), "the device's default"));
+  GW_RETURN_IF_ERROR(
+      CheckPrecision("moment_precision", spec.moment_precision(), "f32"));
   const std::pair<const char*, int64_t> counts[] = {
       {"world_size", spec.world_size()},
       {"max_context_length", spec.max_context_length()},
@@ -70,6 +77,10 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
   if (spec.lora().max_rank() != 0) {
     return Unsupported("lora.max_rank", std::to_string(spec.lora().max_rank()),
                        "0");
+  }
+  if (spec.forward_only() && !spec.moment_precision().empty()) {
+    return Unsupported("moment_precision", spec.moment_precision(),
+                       "an empty one with forward_only");
   }
   if (spec.preemptible()) return Unsupported("preemptible", "true", "false");
   if (spec.inactivity_timeout_seconds() != 0) {

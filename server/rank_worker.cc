@@ -186,6 +186,9 @@ bool RankWorker::Load(const v1::RankLoad& load) {
                       : load.spec().precision() == "bf16"
                           ? Precision::kBF16
                           : DefaultPrecision(*kernels_);
+  options.moment_precision = load.spec().moment_precision() == "bf16"
+                                 ? Precision::kBF16
+                                 : Precision::kF32;
   options.max_context = load.spec().max_context_length();
   options.activation_bytes = load.spec().activation_bytes();
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
@@ -217,9 +220,14 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   auto profile = WarmUp(load);
   if (!profile.ok()) return fail(profile.status());
   v1::RankEvent ready;
+  const auto name = [](Precision precision) {
+    return precision == Precision::kF32 ? "f32" : "bf16";
+  };
+  profile->set_precision(name(options.precision));
+  if (!options.forward_only) {
+    profile->set_moment_precision(name(options.moment_precision));
+  }
   *ready.mutable_ready()->mutable_profile() = *std::move(profile);
-  ready.mutable_ready()->mutable_profile()->set_precision(
-      options.precision == Precision::kF32 ? "f32" : "bf16");
   *ready.mutable_ready()->mutable_memory() = ToProto(trainer_->plan());
   send_(ready);
   return true;

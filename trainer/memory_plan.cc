@@ -99,7 +99,9 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
   plan.weights =
       Bytes(n, ActBytes(options.precision)) + (split ? Bytes(n, 2) : 0);
   plan.gradients = options.forward_only ? 0 : Bytes(n, 4);
-  plan.optimizer = options.forward_only ? 0 : 2 * Bytes(n, 4);
+  plan.optimizer = options.forward_only
+                       ? 0
+                       : 2 * Bytes(n, ActBytes(options.moment_precision));
   plan.workspace = ScratchBytes(config, options.precision, largest) +
                    Arena::AlignedBytes(inputs.kernel_workspace_bytes);
   const int64_t rest =

@@ -15,9 +15,10 @@ namespace gradwire {
 
 // Flat vectors of table.num_elements().
 struct FlatState {
-  Tensor weight;  // act: the master in f32, its upper half in bf16
-  Tensor low;     // i16: the lower half; null in f32 or without training
-  Tensor gradient, m, v;  // f32, or null without training
+  Tensor weight;    // act: the master in f32, its upper half in bf16
+  Tensor low;       // i16: the lower half; null in f32 or without training
+  Tensor gradient;  // f32, or null without training
+  Tensor m, v;      // f32 or bf16, or null without training
 };
 
 // What lies in FlatState::gradient.

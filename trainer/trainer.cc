@@ -208,8 +208,11 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   if (!options_.forward_only) {
     if (bf16) state_.low = parameters_.Alloc("low", DType::kI16, {n});
     state_.gradient = parameters_.Alloc("gradient", DType::kF32, {n});
-    state_.m = parameters_.Alloc("m", DType::kF32, {n});
-    state_.v = parameters_.Alloc("v", DType::kF32, {n});
+    const DType moment = options_.moment_precision == Precision::kBF16
+                             ? DType::kBF16
+                             : DType::kF32;
+    state_.m = parameters_.Alloc("m", moment, {n});
+    state_.v = parameters_.Alloc("v", moment, {n});
   }
   if (plan_.activations > 0) {
     GW_ASSIGN_OR_RETURN(activations_, device_.Allocate(plan_.activations));

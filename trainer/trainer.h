@@ -23,6 +23,8 @@ enum class Precision { kF32, kBF16 };
 struct TrainerOptions {
   std::string model_directory;
   Precision precision = Precision::kF32;
+  // Of Adam's m and v; bf16 is rounded stochastically.
+  Precision moment_precision = Precision::kF32;
   // 0: chosen by the planner.
   int64_t max_context = 0;
   int64_t activation_bytes = 0;

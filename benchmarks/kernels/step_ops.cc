@@ -274,28 +274,33 @@ void StepOps::AddHead() {
 void StepOps::AddOptimizer() {
   const int64_t n = shape_.vocab * shape_.hidden;
   const Tensor weight = New("weight", act_, n, 1, 0.02f)[0];
-  const Tensor m = New("m", DType::kF32, n, 1, 0.0f)[0];
-  const Tensor v = New("v", DType::kF32, n, 1, 0.0f)[0];
-  const Tensor grad = New("grad", DType::kF32, n, 1, 1.0f)[0];
-  AdamWTensors tensors = {weight.Reshape({n}), Tensor(), m.Reshape({n}),
-                          v.Reshape({n}), grad.Reshape({n})};
+  const Tensor grad = New("grad", DType::kF32, n, 1, 1.0f)[0].Reshape({n});
+  Tensor low;
   if (act_ == DType::kBF16) {
-    tensors.low = New("low", DType::kI16, n, 1, 0.0f)[0].Reshape({n});
+    low = New("low", DType::kI16, n, 1, 0.0f)[0].Reshape({n});
   }
   const double elements = static_cast<double>(n);
-  // 16 bytes read and 16 written, whether the master is split or not.
-  ops_.push_back({"adamw", 0, 0, 32 * elements, [=, this](int call) {
-                    kernels_.AdamW(*stream_,
-                                   {.learning_rate = 1e-5f,
-                                    .beta1 = 0.9f,
-                                    .beta2 = 0.95f,
-                                    .eps = 1e-8f,
-                                    .step = call + 1},
-                                   tensors);
-                  }});
-  ops_.push_back({"sum_of_squares", 0, 0, 4 * elements, [=, this](int) {
-                    kernels_.SumOfSquares(*stream_, tensors.grad);
-                  }});
+  for (const DType moment : {DType::kF32, DType::kBF16}) {
+    const Tensor m = New("m", moment, n, 1, 0.0f)[0];
+    const Tensor v = New("v", moment, n, 1, 0.0f)[0];
+    const AdamWTensors tensors = {weight.Reshape({n}), low, m.Reshape({n}),
+                                  v.Reshape({n}), grad};
+    // Weight, gradient and moments are read and written; a split master has as
+    // many bytes as a whole one.
+    const double bytes = 2 * (8 + 2 * static_cast<double>(DTypeBytes(moment)));
+    ops_.push_back({moment == DType::kF32 ? "adamw" : "adamw_bf16_moments", 0,
+                    0, bytes * elements, [=, this](int call) {
+                      kernels_.AdamW(*stream_,
+                                     {.learning_rate = 1e-5f,
+                                      .beta1 = 0.9f,
+                                      .beta2 = 0.95f,
+                                      .eps = 1e-8f,
+                                      .step = call + 1},
+                                     tensors);
+                    }});
+  }
+  ops_.push_back({"sum_of_squares", 0, 0, 4 * elements,
+                  [=, this](int) { kernels_.SumOfSquares(*stream_, grad); }});
 }
 
 }  // namespace gradwire

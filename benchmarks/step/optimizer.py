@@ -6,7 +6,8 @@
 Both step as many weights. gradwire's step includes the gradient norm, setting
 gradients to zero, and the network; PyTorch's is `step()` alone. GB/s counts
 what AdamW must move, each value once: read gradient, weight and both moments,
-write weight and moments. In bf16 the weight is two halves, as many bytes.
+write weight and moments. In bf16 the weight is two halves, as many bytes;
+PyTorch's moments are float32 whatever --moment-precision says.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from gradwire.local_server import LocalServer
 
 from step.models import MODELS
 
-BYTES = 28
+BYTES = {"f32": 28, "bf16": 20}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
+    parser.add_argument(
+        "--moment-precision", choices=["f32", "bf16"], default="f32"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -60,7 +64,9 @@ def main() -> None:
         ) as server:
             service = gradwire.ServiceClient(server.address)
             policy = service.create_training_client(
-                base_model=directory, precision=args.precision
+                base_model=directory,
+                precision=args.precision,
+                moment_precision=args.moment_precision,
             )
             # Few tokens: the step costs the same whatever made the gradient.
             row = model.ids([8])[0]
@@ -84,16 +90,18 @@ def main() -> None:
             triad = max(triad, common.triad_ceiling(args.threads))
     median = {n: statistics.median(values) for n, values in seconds.items()}
     print(
-        f"\n{args.model} {args.precision}, {parameters / 1e6:.1f} M parameters"
+        f"\n{args.model} {args.precision}, {args.moment_precision} moments, "
+        f"{parameters / 1e6:.1f} M parameters"
     )
     for name, values in seconds.items():
-        rate = BYTES * parameters / median[name]
+        moments = args.moment_precision if name == "gradwire" else "f32"
+        rate = BYTES[moments] * parameters / median[name]
         common.print_line(
             "optimizer",
             model=args.model,
             mode=name,
             dtype=args.precision,
-            optimizer="adamw",
+            optimizer=f"adamw, {moments} moments",
             threads=args.threads,
             rounds=args.rounds,
             ms=common.milliseconds(values),

@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels_impl.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/optimizer_state.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/adamw.cc"
@@ -21,9 +22,12 @@ namespace {
 
 using D = hn::CappedTag<float, 16>;
 using V = hn::Vec<D>;
+using D32 = hn::Rebind<uint32_t, D>;
+using Bits = hn::Vec<D32>;
 
 struct Factors {
   V grad_scale, keep, beta1, beta2, rest1, rest2, rate, correct2, eps;
+  RoundingKey key;
 };
 
 Factors FactorsOf(const AdamWParams& params) {
@@ -41,7 +45,49 @@ Factors FactorsOf(const AdamWParams& params) {
   f.rate = hn::Set(d, static_cast<float>(params.learning_rate * correct1));
   f.correct2 = hn::Set(d, static_cast<float>(correct2));
   f.eps = hn::Set(d, params.eps);
+  f.key = RoundingKeyOf(params.seed, params.step);
   return f;
+}
+
+// RoundingBits of the elements from `index` on. REQUIRES: the upper half of
+// their indices is the same.
+HWY_INLINE Bits RoundingBitsFrom(const RoundingKey& key, int64_t index) {
+  const D32 d;
+  Bits x = hn::Xor(hn::Iota(d, static_cast<uint32_t>(index)),
+                   hn::Set(d, RoundingStart(key, index)));
+  x = hn::Mul(hn::Xor(x, hn::ShiftRight<16>(x)), hn::Set(d, 0x7feb352du));
+  x = hn::Add(x, hn::Set(d, key.second));
+  x = hn::Mul(hn::Xor(x, hn::ShiftRight<15>(x)), hn::Set(d, 0x846ca68bu));
+  return hn::Xor(x, hn::ShiftRight<16>(x));
+}
+
+// StochasticBFloat16.
+HWY_INLINE void StoreStochastic(V value, Bits random, BFloat16* to) {
+  const D32 d32;
+  const hn::Rebind<uint16_t, D> d16;
+  const Bits bits = hn::BitCast(d32, value);
+  const Bits sign = hn::And(bits, hn::Set(d32, 0x80000000u));
+  const Bits size = hn::Min(hn::Add(hn::AndNot(sign, bits), random),
+                            hn::Set(d32, 0x7f7fffffu));
+  const auto finite = hn::RebindMask(d32, hn::IsFinite(value));
+  const auto nan = hn::RebindMask(d32, hn::IsNaN(value));
+  const Bits quiet =
+      hn::Or(bits, hn::IfThenElseZero(nan, hn::Set(d32, 0x400000u)));
+  const Bits rounded = hn::IfThenElse(finite, hn::Or(sign, size), quiet);
+  hn::StoreU(hn::TruncateTo(d16, hn::ShiftRight<16>(rounded)), d16,
+             reinterpret_cast<uint16_t*>(to));
+}
+
+HWY_INLINE void StoreMoments(const Factors&, V m, V v, int64_t, float* to_m,
+                             float* to_v) {
+  hn::StoreU(m, D(), to_m);
+  hn::StoreU(v, D(), to_v);
+}
+HWY_INLINE void StoreMoments(const Factors& f, V m, V v, int64_t index,
+                             BFloat16* to_m, BFloat16* to_v) {
+  const Bits random = RoundingBitsFrom(f.key, index);
+  StoreStochastic(m, hn::And(random, hn::Set(D32(), 0xffffu)), to_m);
+  StoreStochastic(v, hn::ShiftRight<16>(random), to_v);
 }
 
 HWY_INLINE V LoadMaster(const float* weight, const int16_t*) {
@@ -58,11 +104,12 @@ HWY_INLINE void StoreMaster(V master, BFloat16* weight, int16_t* low) {
 }
 
 // Where the elements from some index on lie.
-template <class Weight>
+template <class Weight, class Moment>
 struct States {
   Weight* weight;
   int16_t* low;  // null if Weight is float
-  float *m, *v, *grad;
+  Moment *m, *v;
+  float* grad;
 
   States From(int64_t i) const {
     return {weight + i, low == nullptr ? nullptr : low + i, m + i, v + i,
@@ -70,42 +117,42 @@ struct States {
   }
 };
 
-// One vector of elements.
-template <class Weight>
-HWY_INLINE void UpdateVector(const Factors& f, const States<Weight>& at) {
+// One vector of elements, the first of which is number `index`.
+template <class S>
+HWY_INLINE void UpdateVector(const Factors& f, const S& at, int64_t index) {
   const D d;
   const V g = hn::Mul(hn::LoadU(d, at.grad), f.grad_scale);
-  const V m = hn::MulAdd(f.rest1, g, hn::Mul(f.beta1, hn::LoadU(d, at.m)));
+  const V m = hn::MulAdd(f.rest1, g, hn::Mul(f.beta1, LoadF32(d, at.m)));
   const V v =
-      hn::MulAdd(f.rest2, hn::Mul(g, g), hn::Mul(f.beta2, hn::LoadU(d, at.v)));
+      hn::MulAdd(f.rest2, hn::Mul(g, g), hn::Mul(f.beta2, LoadF32(d, at.v)));
   const V root = hn::Sqrt(hn::Mul(v, f.correct2));
   const V change = hn::Div(hn::Mul(f.rate, m), hn::Add(root, f.eps));
   const V w = hn::Sub(hn::Mul(LoadMaster(at.weight, at.low), f.keep), change);
-  hn::StoreU(m, d, at.m);
-  hn::StoreU(v, d, at.v);
+  StoreMoments(f, m, v, index, at.m, at.v);
   hn::StoreU(hn::Zero(d), d, at.grad);
   StoreMaster(w, at.weight, at.low);
 }
 
 // Elements [begin, end).
-template <class Weight>
-void UpdateAll(const AdamWParams& params, const States<Weight>& states,
-               int64_t begin, int64_t end) {
-  const Factors factors = FactorsOf(params);
+template <class Weight, class Moment>
+void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
+                 int64_t begin, int64_t end) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
   int64_t i = begin;
-  for (; i + lanes <= end; i += lanes) UpdateVector(factors, states.From(i));
+  for (; i + lanes <= end; i += lanes) {
+    UpdateVector(factors, states.From(i), i);
+  }
   if (i == end) return;
   // The last few, in copies as long as a vector.
   constexpr size_t kLanes = hn::MaxLanes(D());
   Weight weight[kLanes] = {};
   int16_t low[kLanes] = {};
-  float m[kLanes] = {}, v[kLanes] = {}, grad[kLanes] = {};
-  const States<Weight> rest = states.From(i);
-  const States<Weight> copy = {weight, rest.low == nullptr ? nullptr : low, m,
-                               v, grad};
-  const auto move = [n = end - i](const States<Weight>& from,
-                                  const States<Weight>& to) {
+  Moment m[kLanes] = {}, v[kLanes] = {};
+  float grad[kLanes] = {};
+  const auto rest = states.From(i);
+  const States<Weight, Moment> copy = {
+      weight, rest.low == nullptr ? nullptr : low, m, v, grad};
+  const auto move = [n = end - i](const auto& from, const auto& to) {
     std::copy_n(from.weight, n, to.weight);
     if (from.low != nullptr) std::copy_n(from.low, n, to.low);
     std::copy_n(from.m, n, to.m);
@@ -113,24 +160,31 @@ void UpdateAll(const AdamWParams& params, const States<Weight>& states,
     std::copy_n(from.grad, n, to.grad);
   };
   move(rest, copy);
-  UpdateVector(factors, copy);
+  UpdateVector(factors, copy, i);
   move(copy, rest);
+}
+
+template <class Weight, class Moment>
+void UpdateStates(const Factors& factors, const AdamWTensors& tensors,
+                  int64_t begin, int64_t end) {
+  UpdateRange<Weight, Moment>(
+      factors,
+      {tensors.weight.data<Weight>(), tensors.low.data<int16_t>(),
+       tensors.m.data<Moment>(), tensors.v.data<Moment>(),
+       tensors.grad.data<float>()},
+      begin, end);
 }
 
 void Update(const AdamWParams& params, const AdamWTensors& tensors,
             int64_t begin, int64_t end) {
-  float* m = tensors.m.data<float>();
-  float* v = tensors.v.data<float>();
-  float* grad = tensors.grad.data<float>();
-  if (tensors.low.is_null()) {
-    UpdateAll<float>(params,
-                     {tensors.weight.data<float>(), nullptr, m, v, grad}, begin,
-                     end);
+  const Factors factors = FactorsOf(params);
+  const bool whole = tensors.low.is_null();
+  if (tensors.m.dtype() == DType::kF32) {
+    (whole ? UpdateStates<float, float>
+           : UpdateStates<BFloat16, float>)(factors, tensors, begin, end);
   } else {
-    UpdateAll<BFloat16>(params,
-                        {tensors.weight.data<BFloat16>(),
-                         tensors.low.data<int16_t>(), m, v, grad},
-                        begin, end);
+    (whole ? UpdateStates<float, BFloat16>
+           : UpdateStates<BFloat16, BFloat16>)(factors, tensors, begin, end);
   }
 }
 

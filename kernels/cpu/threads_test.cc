@@ -89,15 +89,17 @@ void SumOfSquares(Kernels& k, Stream& s, DType, Numbers& n) {
   std::memcpy(x.raw(), &sum, sizeof(sum));
 }
 void AdamW(Kernels& k, Stream& s, DType act, Numbers& n) {
-  const auto one = [&] { return n.New(DType::kF32, {100003}); };
-  const Tensor v = one();
+  // In bf16 both the master is split and the moments are rounded.
+  const Tensor m = n.New(act, {100003}), v = n.New(act, {100003});
   for (int64_t i = 0; i < v.num_elements(); ++i) {
-    v.data<float>()[i] *= v.data<float>()[i];
+    if (act == DType::kF32) v.data<float>()[i] *= v.data<float>()[i];
+    if (act == DType::kBF16) v.data<BFloat16>()[i].bits &= 0x7fff;
   }
   const AdamWParams params{1e-3f, 0.9f, 0.95f, 1e-12f, 0.1f, 0.5f, 3};
   const Tensor low =
       act == DType::kBF16 ? n.New(DType::kI16, {100003}) : Tensor();
-  k.AdamW(s, params, {n.New(act, {100003}), low, one(), v, one()});
+  k.AdamW(s, params,
+          {n.New(act, {100003}), low, m, v, n.New(DType::kF32, {100003})});
 }
 
 void RmsNormBackward(Kernels& k, Stream& s, DType act, Numbers& n) {

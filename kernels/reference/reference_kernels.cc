@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <tuple>
 
 #include "kernels/reference/linear.h"
 #include "kernels/reference/number.h"
@@ -223,8 +224,19 @@ class ReferenceKernels : public Kernels {
                                       result.master.end());
       Split(master.data(), tensors.weight, tensors.low);
     }
-    Store(result.m, tensors.m);
-    Store(result.v, tensors.v);
+    const RoundingKey key = RoundingKeyOf(params.seed, params.step);
+    for (const auto& [moments, to, shift] :
+         {std::tuple(&result.m, tensors.m, 0), {&result.v, tensors.v, 16}}) {
+      if (to.dtype() == DType::kF32) {
+        Store(*moments, to);
+        continue;
+      }
+      for (int64_t i = 0; i < to.num_elements(); ++i) {
+        to.data<BFloat16>()[i] = StochasticBFloat16(
+            static_cast<float>((*moments)[static_cast<size_t>(i)]),
+            (RoundingBits(key, i) >> shift) & 0xffffu);
+      }
+    }
     std::memset(tensors.grad.raw(), 0,
                 static_cast<size_t>(tensors.grad.bytes()));
   }

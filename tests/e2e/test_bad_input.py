@@ -807,6 +807,11 @@ def test_a_job_id_means_one_job(stubs, models):
         ({"world_size": 2}, "UNSUPPORTED_OPTION"),
         ({"preemptible": True}, "UNSUPPORTED_OPTION"),
         ({"precision": "fp4"}, "PRECISION_UNKNOWN"),
+        ({"moment_precision": "fp8"}, "PRECISION_UNKNOWN"),
+        (
+            {"moment_precision": "bf16", "forward_only": True},
+            "UNSUPPORTED_OPTION",
+        ),
         ({"activation_bytes": -1}, "OPTION_OUT_OF_RANGE"),
         ({"base_model": ""}, "MISSING_FIELD"),
     ],

@@ -76,8 +76,10 @@ def data():
 def new_client(service, base):
     jobs = []
 
-    def create():
-        client = service.create_training_client(base, precision="f32")
+    def create(precision="f32", **options):
+        client = service.create_training_client(
+            base, precision=precision, **options
+        )
         jobs.append(client.job_id)
         return client
 
@@ -160,6 +162,49 @@ def test_depth_does_not_change_results(new_client, data):
         return client.save_weights_for_sampler("end").result().digest
 
     assert digest(wait=True) == digest(wait=False)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_moments_in_bf16_learn_in_half_the_memory(
+    new_client, service, data, precision
+):
+    def run(**options):
+        client = new_client(precision, **options)
+        losses = []
+        for _ in range(8):
+            step = client.forward_backward(data, "cross_entropy").result()
+            losses.append(step.metrics["loss:sum"])
+            client.optim_step(gradwire.AdamParams(beta2=0.999)).result()
+        assert losses == sorted(losses, reverse=True)
+        digest = client.save_weights_for_sampler("end").result().digest
+        return client, digest
+
+    client, digest = run(moment_precision="bf16")
+    _, again = run(moment_precision="bf16")
+    whole, other = run()
+    assert digest == again, "the same calls give the same bits"
+    assert digest != other, "nothing was rounded"
+    assert client.info().moment_precision == "bf16"
+    assert client.info().profile.moment_precision == "bf16"
+    assert whole.info().moment_precision == "f32"
+    plans = [service.get_job(c.job_id).memory for c in (client, whole)]
+    least = 4 * client.info().profile.num_parameters
+    assert least <= plans[0].optimizer < 1.1 * least
+    assert 2 * least <= plans[1].optimizer < 1.1 * 2 * least
+
+
+def test_another_moment_precision_is_refused_before_there_is_a_job(
+    service, base
+):
+    jobs = service.list_jobs(show_deleted=True)
+    with pytest.raises(gradwire.UserError) as caught:
+        service.create_training_client(base, moment_precision="fp8")
+    assert caught.value.reason == "PRECISION_UNKNOWN"
+    assert caught.value.metadata["field"] == "moment_precision"
+    assert caught.value.metadata["value"] == "fp8"
+    assert caught.value.metadata["limit"] == "f32, bf16"
+    assert "f32 or bf16" in caught.value.message
+    assert service.list_jobs(show_deleted=True) == jobs
 
 
 @pytest.mark.parametrize(

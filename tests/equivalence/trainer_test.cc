@@ -409,6 +409,26 @@ TEST_P(TrainerTest, ForwardOnlyComputesTheSameFromLess) {
   }
 }
 
+TEST_P(TrainerTest, ShortMomentsTakeHalfTheMemoryAndRepeat) {
+  TrainerOptions options = Small();
+  Rig whole = Make(options);
+  options.moment_precision = Precision::kBF16;
+  Rig rig = Make(options), again = Make(options);
+  EXPECT_NEAR(2 * rig.trainer->plan().optimizer,
+              whole.trainer->plan().optimizer, 4 * Arena::kAlignment);
+  const auto data = Batch(rig.trainer->config().vocab);
+  std::vector<std::vector<float>> weights;
+  for (Rig* each : {&rig, &again, &whole}) {
+    for (int i = 0; i < 3; ++i) {
+      Logprobs(*each->trainer, data, WithBackward());
+      ASSERT_TRUE(each->trainer->OptimStep({}).ok());
+    }
+    weights.push_back(*each->trainer->Weight("model.embed_tokens.weight"));
+  }
+  EXPECT_EQ(weights[0], weights[1]);
+  EXPECT_NE(weights[0], weights[2]) << "nothing was rounded";
+}
+
 TEST_P(TrainerTest, ResetDropsWhatAnotherHandleLeft) {
   Rig rig = Make(Small());
   const auto data = Batch(rig.trainer->config().vocab);

@@ -174,11 +174,15 @@ class ServiceClient:
         init_from: str | None = None,
         take_over: bool = False,
         user_metadata: dict[str, str] | None = None,
+        moment_precision: str | None = None,
     ) -> TrainingClient:
         """Creates the job, or attaches to it, and waits until it is ready.
 
         base_model: a Hugging Face directory on the server's machine. A path
             that is a directory here is made absolute.
+        precision: "f32" or "bf16"; None for the server's choice.
+        moment_precision: of Adam's two moments; "bf16" rounds them
+            stochastically and takes half the memory. None for "f32".
         """
         if mode not in _MODES:
             raise invalid(
@@ -195,6 +199,7 @@ class ServiceClient:
         spec = jobs_pb2.JobSpec(
             base_model=base_model,
             precision=precision or "",
+            moment_precision=moment_precision or "",
             world_size=world_size,
             max_context_length=max_context_length or 0,
             activation_bytes=activation_bytes or 0,

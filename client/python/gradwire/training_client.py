@@ -259,6 +259,7 @@ class TrainingClient:
             weight_version=found.weight_version,
             optimizer_step=found.optimizer_step,
             precision=profile.precision,
+            moment_precision=profile.moment_precision,
             profile=profile,
         )
 
@@ -460,6 +461,7 @@ class ModelInfo:
     weight_version: int
     optimizer_step: int
     precision: str
+    moment_precision: str
     profile: Any
 
 
