@@ -30,6 +30,9 @@ void Set(const Tensor& t, int64_t i, float value) {
   } else if (t.dtype() == DType::kI16) {
     t.data<int16_t>()[i] =
         std::isnan(value) ? kGuardWord & 0x7fff : static_cast<int16_t>(value);
+  } else if (t.dtype() == DType::kI32) {
+    t.data<int32_t>()[i] =
+        std::isnan(value) ? kGuardWord : static_cast<int32_t>(value);
   } else {
     t.data<float>()[i] = value;
   }

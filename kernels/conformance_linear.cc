@@ -141,6 +141,18 @@ TEST_P(KernelsConformanceTest, GatherAndScatterRows) {
   }
 }
 
+TEST_P(KernelsConformanceTest, ScatterAddRows) {
+  for (const int64_t n : {1, 5, 64, 97}) {
+    const Operand x = Normal(act(), {6, n});
+    // Row 2 gets three, row 0 none.
+    const Operand rows = Ints({2, 1, 2, 4, 3, 2}, {6});
+    const Operand out = Unwritten(act(), {5, n});
+    kernels().ScatterAddRows(stream(), x.device, rows.device, out.device);
+    ExpectWithin(std::to_string(n), out,
+                 ref::ScatterAddRows<Tracked>(x.host, rows.host, 5));
+  }
+}
+
 TEST_P(KernelsConformanceTest, CastRoundsToNearestEven) {
   const Operand wide = Normal(DType::kF32, {3, 1031});
   const Operand narrow = Unwritten(DType::kBF16, {3, 1031});

@@ -201,6 +201,47 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
                Fetch(alone.device));
     ExpectSame("d_weight, kept, " + name, Fetch(d_weight_alone.device),
                Fetch(d_weight_kept.device));
+
+    // Some of the forward's rows, in another order.
+    std::vector<int32_t> some;
+    for (int64_t t = c.tokens - 1; t >= 0; t -= 2) {
+      some.push_back(static_cast<int32_t>(t));
+    }
+    const int64_t count = static_cast<int64_t>(some.size());
+    const Operand rows = Ints(some, {count});
+    const auto gather = [&](const Tensor& from, DType dtype,
+                            std::initializer_list<int64_t> shape) {
+      const Operand to = Unwritten(dtype, shape);
+      const Tensor fetched = Fetch(from);
+      const int64_t bytes = c.tokens == 0 ? 0 : fetched.bytes() / c.tokens;
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(static_cast<char*>(to.host.raw()) + i * bytes,
+                    static_cast<const char*>(fetched.raw()) +
+                        some[static_cast<size_t>(i)] * bytes,
+                    static_cast<size_t>(bytes));
+      }
+      Upload(to);
+      return to;
+    };
+    const LogprobHead whole = head(&Operand::device);
+    const Operand some_hidden = gather(whole.hidden, act(), {count, c.hidden});
+    const Operand some_targets =
+        gather(whole.targets, DType::kI32, {count, c.k});
+    const Operand some_d = gather(d_logprobs.device, DType::kF32, {count, c.k});
+    const Operand some_lse = gather(lse.device, DType::kF32, {count});
+    const Operand of_some = Unwritten(act(), {count, c.hidden});
+    const Operand d_weight_some = Normal(DType::kF32, {c.vocab, c.hidden});
+    const auto want_some = ref::LogprobHeadBackward<Tracked>(
+        {some_hidden.host, weight.host, some_targets.host},
+        {some_d.host, some_lse.host, Tensor()}, d_weight_some.host);
+    kernels().LogprobHeadBackward(
+        stream(), {some_hidden.device, whole.weight, some_targets.device},
+        {some_d.device, some_lse.device, workspace.device, kept.device,
+         rows.device, c.tokens},
+        of_some.device, d_weight_some.device);
+    ExpectWithin("d_hidden of some rows, " + name, of_some, want_some.d_hidden);
+    ExpectWithin("d_weight of some rows, " + name, d_weight_some,
+                 want_some.d_weight);
   }
 }
 

@@ -121,6 +121,10 @@ class Kernels {
   // "cpu avx512_bf16", for job info and the numerics fingerprint.
   virtual std::string description() const = 0;
 
+  // Whether the bits of a row of a product with weights depend on that row and
+  // the weights alone, not on which other rows are computed with it.
+  virtual bool RowsHaveTheirOwnBits(DType act) const = 0;
+
   // ---- Embedding -----------------------------------------------------------
 
   // out[t] = table[tokens[t]].
@@ -285,7 +289,12 @@ class Kernels {
     Tensor d_logprobs;
     Tensor lse;
     Tensor workspace;
-    Tensor kept = {};  // of the forward of the same arguments, or null
+    // Of the forward of the same arguments, or null.
+    Tensor kept = {};
+    // i32 [tokens]: of which row of that forward, which had `kept_tokens`, each
+    // row here is. Null: of the same.
+    Tensor kept_rows = {};
+    int64_t kept_tokens = 0;
   };
   virtual void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                                    const LogprobHeadGrad& grad,
@@ -294,13 +303,19 @@ class Kernels {
 
   // ---- Rows, casts, sums ---------------------------------------------------
 
-  // out[i] = x[rows[i]].  x act [tokens, n]; rows i32 [r]; out act [r, n] =
+  // out[i] = x[rows[i]].
+  //   x [tokens, n]; rows i32 [r]; out [r, n] =; x and out of one type
   virtual void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
                           const Tensor& out) = 0;
   // out = 0, then out[rows[i]] = x[i]; rows are distinct.
   //   x act [r, n]; rows i32 [r]; out act [tokens, n] =
   virtual void ScatterRows(Stream& stream, const Tensor& x, const Tensor& rows,
                            const Tensor& out) = 0;
+  // out[r] = sum over i with rows[i] = r of x[i], in ascending i in float32,
+  // rounded once; 0 where there is none.
+  //   x act [n, c]; rows i32 [n]; out act [r, c] =
+  virtual void ScatterAddRows(Stream& stream, const Tensor& x,
+                              const Tensor& rows, const Tensor& out) = 0;
   // to = from, rounded to nearest even. Shapes equal; f32 <-> bf16 or a copy.
   virtual void Cast(Stream& stream, const Tensor& from, const Tensor& to) = 0;
   // y += x.  act, shapes equal.

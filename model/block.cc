@@ -43,9 +43,52 @@ Kernels::Attention AttentionArgs(const BlockContext& context,
   Kernels::Attention args;
   args.shape = ShapeOf(*context.config);
   args.layout = context.layout;
-  args.qkv = scratch.rotated;
+  args.qkv = context.row_of.is_null() ? scratch.rotated : scratch.token_rotated;
   args.workspace = scratch.attention_workspace;
   return args;
+}
+
+// scratch.rotated -> acts.attention, acts.lse.
+void AttentionOfRows(Stream& stream, Kernels& kernels,
+                     const BlockContext& context, const BlockActivations& acts,
+                     const BlockScratch& scratch) {
+  const Kernels::Attention args = AttentionArgs(context, scratch);
+  if (context.row_of.is_null()) {
+    kernels.AttentionForward(stream, args, acts.attention, acts.lse);
+    return;
+  }
+  kernels.GatherRows(stream, scratch.rotated, context.row_of,
+                     scratch.token_rotated);
+  kernels.AttentionForward(stream, args, scratch.token_attention, acts.lse);
+  kernels.GatherRows(stream, scratch.token_attention, context.token_of,
+                     acts.attention);
+}
+
+// scratch.rotated, scratch.d_attention -> scratch.d_rotated. A row's gradient
+// enters at one of its tokens; keys and values get theirs from all of them.
+void AttentionOfRowsBackward(Stream& stream, Kernels& kernels,
+                             const BlockContext& context,
+                             const BlockActivations& acts,
+                             const BlockScratch& scratch) {
+  const Kernels::Attention args = AttentionArgs(context, scratch);
+  if (context.row_of.is_null()) {
+    kernels.AttentionBackward(stream, args,
+                              {scratch.d_attention, acts.attention, acts.lse},
+                              scratch.d_rotated);
+    return;
+  }
+  kernels.GatherRows(stream, scratch.rotated, context.row_of,
+                     scratch.token_rotated);
+  kernels.GatherRows(stream, acts.attention, context.row_of,
+                     scratch.token_attention);
+  kernels.ScatterRows(stream, scratch.d_attention, context.token_of,
+                      scratch.token_d_attention);
+  kernels.AttentionBackward(
+      stream, args,
+      {scratch.token_d_attention, scratch.token_attention, acts.lse},
+      scratch.token_d_rotated);
+  kernels.ScatterAddRows(stream, scratch.token_d_rotated, context.row_of,
+                         scratch.d_rotated);
 }
 
 }  // namespace
@@ -78,8 +121,7 @@ void BlockForward(Stream& stream, Kernels& kernels, const BlockContext& context,
   }
   kernels.QkNormRopeForward(stream, RopeArgs(context, weights), acts.qkv,
                             scratch.rotated);
-  kernels.AttentionForward(stream, AttentionArgs(context, scratch),
-                           acts.attention, acts.lse);
+  AttentionOfRows(stream, kernels, context, acts, scratch);
   kernels.MatmulForward(stream, acts.attention, weights.o, scratch.hidden,
                         false);
   kernels.AddRmsNormForward(
@@ -119,9 +161,7 @@ void BlockBackward(Stream& stream, Kernels& kernels,
   kernels.MatmulBackwardWeight(stream, d, acts.attention, grad.params.o);
   kernels.QkNormRopeForward(stream, RopeArgs(context, weights), acts.qkv,
                             scratch.rotated);
-  kernels.AttentionBackward(stream, AttentionArgs(context, scratch),
-                            {scratch.d_attention, acts.attention, acts.lse},
-                            scratch.d_rotated);
+  AttentionOfRowsBackward(stream, kernels, context, acts, scratch);
   kernels.QkNormRopeBackward(
       stream, RopeArgs(context, weights),
       {scratch.d_rotated, acts.qkv, grad.params.q_norm, grad.params.k_norm},

@@ -17,40 +17,49 @@ struct BlockParams {
 BlockParams BlockParamsAt(const ModelConfig& config, const BlockOffsets& at,
                           const Tensor& flat);
 
-// What a block's backward needs of its forward, [tokens, ...]. `input` is the
+// A row is a token, or several: tokens whose sequences have been the same up to
+// and with them share one. Only attention knows tokens.
+
+// What a block's backward needs of its forward, [rows, ...]. `input` is the
 // residual stream that enters; the rest can be recomputed from it.
 struct BlockActivations {
-  Tensor input;      // act [tokens, hidden]
-  Tensor rstd1;      // f32 [tokens]
-  Tensor qkv;        // act [tokens, QkvWidth], before norm and rotation
-  Tensor attention;  // act [tokens, AttentionWidth]
+  Tensor input;      // act [rows, hidden]
+  Tensor rstd1;      // f32 [rows]
+  Tensor qkv;        // act [rows, QkvWidth], before norm and rotation
+  Tensor attention;  // act [rows, AttentionWidth]
   Tensor lse;        // f32 [tokens, heads]
-  Tensor mid;        // act [tokens, hidden], residual after attention
-  Tensor rstd2;      // f32 [tokens]
-  Tensor gate_up;    // act [tokens, 2 * ffn]; the backward overwrites it
+  Tensor mid;        // act [rows, hidden], residual after attention
+  Tensor rstd2;      // f32 [rows]
+  Tensor gate_up;    // act [rows, 2 * ffn]; the backward overwrites it
 };
 
-// Buffers that live only within a block, [tokens, ...].
+// Buffers that live only within a block, [rows, ...].
 struct BlockScratch {
-  Tensor normed;       // act [tokens, hidden]
-  Tensor hidden;       // act [tokens, hidden]
-  Tensor rotated;      // act [tokens, QkvWidth]
-  Tensor d_rotated;    // act [tokens, QkvWidth]
-  Tensor d_attention;  // act [tokens, AttentionWidth]
-  Tensor ffn;          // act [tokens, ffn]
-  Tensor d_ffn;        // act [tokens, ffn]
+  Tensor normed;       // act [rows, hidden]
+  Tensor hidden;       // act [rows, hidden]
+  Tensor rotated;      // act [rows, QkvWidth]
+  Tensor d_rotated;    // act [rows, QkvWidth]
+  Tensor d_attention;  // act [rows, AttentionWidth]
+  Tensor ffn;          // act [rows, ffn]
+  Tensor d_ffn;        // act [rows, ffn]
   Tensor attention_workspace;
+  // The same by tokens; null if no row is shared.
+  Tensor token_rotated, token_d_rotated;      // act [tokens, QkvWidth]
+  Tensor token_attention, token_d_attention;  // act [tokens, AttentionWidth]
 };
 
 // The micro-batch a block works on.
 struct BlockContext {
   const ModelConfig* config;
-  SequenceLayout layout;
-  Tensor positions;  // i32 [tokens]
-  Tensor cos, sin;   // f32 [max_positions, head_dim / 2]
+  SequenceLayout layout;  // of tokens
+  Tensor positions;       // i32 [rows]
+  // i32 [tokens]: each token's row; i32 [rows]: one of a row's tokens. Null if
+  // no row is shared.
+  Tensor row_of, token_of;
+  Tensor cos, sin;  // f32 [max_positions, head_dim / 2]
 };
 
-// acts.input -> output, act [tokens, hidden] =; fills the rest of acts.
+// acts.input -> output, act [rows, hidden] =; fills the rest of acts.
 void BlockForward(Stream& stream, Kernels& kernels, const BlockContext& context,
                   const BlockParams& weights, const BlockActivations& acts,
                   const BlockScratch& scratch, const Tensor& output);

@@ -33,16 +33,17 @@ int64_t Context(const ModelConfig& config, const TrainerOptions& options) {
 }  // namespace
 
 ActivationBytes ActivationBytesOf(const ModelConfig& config,
-                                  Precision precision, int64_t tokens) {
+                                  Precision precision, int64_t tokens,
+                                  int64_t rows) {
   const int64_t act = ActBytes(precision);
   ActivationBytes bytes;
-  bytes.layer_input = Bytes(tokens * config.hidden, act);
-  bytes.layer_rest =
-      2 * Bytes(tokens, 4) + Bytes(tokens * config.QkvWidth(), act) +
-      Bytes(tokens * config.AttentionWidth(), act) +
-      Bytes(tokens * config.heads, 4) + Bytes(tokens * config.hidden, act) +
-      Bytes(tokens * 2 * config.ffn, act);
-  bytes.fixed = Bytes(tokens * config.hidden, act) + Bytes(tokens, 4);
+  bytes.layer_input = Bytes(rows * config.hidden, act);
+  bytes.layer_rest = 2 * Bytes(rows, 4) + Bytes(rows * config.QkvWidth(), act) +
+                     Bytes(rows * config.AttentionWidth(), act) +
+                     Bytes(tokens * config.heads, 4) +
+                     Bytes(rows * config.hidden, act) +
+                     Bytes(rows * 2 * config.ffn, act);
+  bytes.fixed = Bytes(rows * config.hidden, act) + Bytes(rows, 4);
   return bytes;
 }
 
@@ -66,13 +67,14 @@ int64_t PlannedMicroBatch(const ModelConfig& config,
 int64_t ScratchBytes(const ModelConfig& config, Precision precision,
                      int64_t tokens) {
   const int64_t act = ActBytes(precision);
-  const ActivationBytes layer = ActivationBytesOf(config, precision, tokens);
+  const ActivationBytes layer =
+      ActivationBytesOf(config, precision, tokens, tokens);
   return layer.layer_rest + 2 * layer.layer_input + layer.fixed +
-         4 * Bytes(tokens * config.hidden, act) +
-         2 * Bytes(tokens * config.QkvWidth(), act) +
-         Bytes(tokens * config.AttentionWidth(), act) +
-         2 * Bytes(tokens * config.ffn, act) + 3 * Bytes(tokens, 4) +
-         5 * Bytes(tokens * kMaxTargets, 4) +
+         6 * Bytes(tokens * config.hidden, act) +
+         4 * Bytes(tokens * config.QkvWidth(), act) +
+         3 * Bytes(tokens * config.AttentionWidth(), act) +
+         2 * Bytes(tokens * config.ffn, act) + 7 * Bytes(tokens, 4) +
+         7 * Bytes(tokens * kMaxTargets, 4) +
          2 * Bytes(tokens * config.head_dim, 4);
 }
 
@@ -107,9 +109,10 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
   const int64_t rest =
       plan.weights + plan.gradients + plan.optimizer + plan.workspace;
   const ActivationBytes one =
-      ActivationBytesOf(config, options.precision, largest);
+      ActivationBytesOf(config, options.precision, largest, largest);
   const ActivationBytes usual =
-      ActivationBytesOf(config, options.precision, plan.micro_batch_tokens);
+      ActivationBytesOf(config, options.precision, plan.micro_batch_tokens,
+                        plan.micro_batch_tokens);
   // A step needs at least the layers' inputs of its largest micro-batch.
   const int64_t least = one.Kept(config.layers, 0);
   const int64_t most = std::max(

@@ -14,7 +14,8 @@ namespace gradwire {
 // Most targets, and most of top_k, a position.
 constexpr int64_t kMaxTargets = 64;
 
-// Activations of one micro-batch of `tokens`, in bytes, alignment included.
+// Activations of one micro-batch of `tokens` that stand in `rows` rows
+// (pack.h), in bytes, alignment included.
 struct ActivationBytes {
   int64_t layer_input = 0;  // of one layer: what recompute starts from
   int64_t layer_rest = 0;   // of one layer: what recompute makes again
@@ -24,7 +25,8 @@ struct ActivationBytes {
   }
 };
 ActivationBytes ActivationBytesOf(const ModelConfig& config,
-                                  Precision precision, int64_t tokens);
+                                  Precision precision, int64_t tokens,
+                                  int64_t rows);
 
 // How many of the layers are kept in full when `free_bytes` are left: all,
 // some, none (0: inputs only), or -1 if not even the inputs fit.

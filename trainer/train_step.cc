@@ -9,6 +9,9 @@
 namespace gradwire {
 namespace {
 
+// The head's backward leaves rows out if that spares an eighth of them.
+constexpr int64_t kLeastSpared = 8;
+
 DType ActType(Precision precision) {
   return precision == Precision::kF32 ? DType::kF32 : DType::kBF16;
 }
@@ -24,15 +27,17 @@ AttentionShape ShapeOf(const ModelConfig& config) {
 // `acts` without its input: the part that a recompute makes again. `alloc`
 // hands out a tensor of (dtype, shape).
 template <typename Alloc>
-void LayOutRest(const ModelConfig& config, DType act, int64_t tokens,
-                Alloc alloc, BlockActivations& acts) {
-  acts.rstd1 = alloc(DType::kF32, {tokens});
-  acts.qkv = alloc(act, {tokens, config.QkvWidth()});
-  acts.attention = alloc(act, {tokens, config.AttentionWidth()});
-  acts.lse = alloc(DType::kF32, {tokens, config.heads});
-  acts.mid = alloc(act, {tokens, config.hidden});
-  acts.rstd2 = alloc(DType::kF32, {tokens});
-  acts.gate_up = alloc(act, {tokens, 2 * config.ffn});
+void LayOutRest(const ModelConfig& config, DType act,
+                const PackedInputs& inputs, Alloc alloc,
+                BlockActivations& acts) {
+  const int64_t rows = inputs.num_rows();
+  acts.rstd1 = alloc(DType::kF32, {rows});
+  acts.qkv = alloc(act, {rows, config.QkvWidth()});
+  acts.attention = alloc(act, {rows, config.AttentionWidth()});
+  acts.lse = alloc(DType::kF32, {inputs.num_tokens(), config.heads});
+  acts.mid = alloc(act, {rows, config.hidden});
+  acts.rstd2 = alloc(DType::kF32, {rows});
+  acts.gate_up = alloc(act, {rows, 2 * config.ffn});
 }
 
 }  // namespace
@@ -84,11 +89,12 @@ Tensor TrainStep::Global(const Tensor& flat, int64_t offset,
   return rows == 1 ? view : view.Reshape({rows, hidden});
 }
 
-StoredActivations TrainStep::LayOut(char* memory, int64_t tokens,
+StoredActivations TrainStep::LayOut(char* memory, const PackedInputs& inputs,
                                     int64_t full_layers,
                                     int64_t head_bytes) const {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
+  const int64_t rows = inputs.num_rows();
   auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
     Tensor tensor(memory, dtype, shape);
     memory += Arena::AlignedBytes(dtype, shape);
@@ -98,13 +104,13 @@ StoredActivations TrainStep::LayOut(char* memory, int64_t tokens,
   stored.full_layers = full_layers;
   stored.layers.resize(config.layers);
   for (int64_t layer = 0; layer < config.layers; ++layer) {
-    stored.layers[layer].input = alloc(act, {tokens, config.hidden});
+    stored.layers[layer].input = alloc(act, {rows, config.hidden});
     if (layer < full_layers) {
-      LayOutRest(config, act, tokens, alloc, stored.layers[layer]);
+      LayOutRest(config, act, inputs, alloc, stored.layers[layer]);
     }
   }
-  stored.residual = alloc(act, {tokens, config.hidden});
-  stored.lse = alloc(DType::kF32, {tokens});
+  stored.residual = alloc(act, {rows, config.hidden});
+  stored.lse = alloc(DType::kF32, {rows});
   if (head_bytes > 0) stored.head = alloc(DType::kF32, {head_bytes / 4});
   return stored;
 }
@@ -112,7 +118,7 @@ StoredActivations TrainStep::LayOut(char* memory, int64_t tokens,
 TrainStep::Bound TrainStep::Bind(const PackedInputs& inputs, int64_t top_k) {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
-  const int64_t tokens = inputs.num_tokens();
+  const int64_t tokens = inputs.num_tokens(), rows = inputs.num_rows();
   GW_CHECK(tokens <= options_.max_tokens && inputs.k <= kMaxTargets &&
            top_k <= kMaxTargets);
   scratch_.ResetTo(after_tables_);
@@ -120,32 +126,45 @@ TrainStep::Bound TrainStep::Bind(const PackedInputs& inputs, int64_t top_k) {
     return scratch_.Alloc("scratch", dtype, shape);
   };
   Bound bound;
-  bound.tokens = alloc(DType::kI32, {tokens});
-  bound.targets = alloc(DType::kI32, {tokens, inputs.k});
-  bound.context.positions = alloc(DType::kI32, {tokens});
+  bound.tokens = alloc(DType::kI32, {rows});
+  bound.targets = alloc(DType::kI32, {rows, inputs.k});
+  bound.context.positions = alloc(DType::kI32, {rows});
   bound.context.config = &config;
   bound.context.cos = cos_;
   bound.context.sin = sin_;
   bound.context.layout = {inputs.cu_seqlens.data(),
                           static_cast<int64_t>(inputs.cu_seqlens.size()) - 1};
-  bound.scratch.normed = alloc(act, {tokens, config.hidden});
-  bound.scratch.hidden = alloc(act, {tokens, config.hidden});
-  bound.scratch.rotated = alloc(act, {tokens, config.QkvWidth()});
-  bound.scratch.d_rotated = alloc(act, {tokens, config.QkvWidth()});
-  bound.scratch.d_attention = alloc(act, {tokens, config.AttentionWidth()});
-  bound.scratch.ffn = alloc(act, {tokens, config.ffn});
-  bound.scratch.d_ffn = alloc(act, {tokens, config.ffn});
-  LayOutRest(config, act, tokens, alloc, bound.spare);
-  bound.residual_a = alloc(act, {tokens, config.hidden});
-  bound.residual_b = alloc(act, {tokens, config.hidden});
-  bound.lse = alloc(DType::kF32, {tokens});
-  bound.rstd = alloc(DType::kF32, {tokens});
-  bound.d_residual = alloc(act, {tokens, config.hidden});
-  bound.logprobs = alloc(DType::kF32, {tokens, inputs.k});
-  bound.d_logprobs = alloc(DType::kF32, {tokens, inputs.k});
+  bound.scratch.normed = alloc(act, {rows, config.hidden});
+  bound.scratch.hidden = alloc(act, {rows, config.hidden});
+  bound.scratch.rotated = alloc(act, {rows, config.QkvWidth()});
+  bound.scratch.d_rotated = alloc(act, {rows, config.QkvWidth()});
+  bound.scratch.d_attention = alloc(act, {rows, config.AttentionWidth()});
+  bound.scratch.ffn = alloc(act, {rows, config.ffn});
+  bound.scratch.d_ffn = alloc(act, {rows, config.ffn});
+  if (inputs.shares_rows()) {
+    bound.context.row_of = alloc(DType::kI32, {tokens});
+    bound.context.token_of = alloc(DType::kI32, {rows});
+    bound.scratch.token_rotated = alloc(act, {tokens, config.QkvWidth()});
+    bound.scratch.token_d_rotated = alloc(act, {tokens, config.QkvWidth()});
+    bound.scratch.token_attention =
+        alloc(act, {tokens, config.AttentionWidth()});
+    bound.scratch.token_d_attention =
+        alloc(act, {tokens, config.AttentionWidth()});
+    device_.CopyFromHost(*stream_, inputs.row_of.data(), bound.context.row_of);
+    device_.CopyFromHost(*stream_, inputs.token_of.data(),
+                         bound.context.token_of);
+  }
+  LayOutRest(config, act, inputs, alloc, bound.spare);
+  bound.residual_a = alloc(act, {rows, config.hidden});
+  bound.residual_b = alloc(act, {rows, config.hidden});
+  bound.lse = alloc(DType::kF32, {rows});
+  bound.rstd = alloc(DType::kF32, {rows});
+  bound.d_residual = alloc(act, {rows, config.hidden});
+  bound.logprobs = alloc(DType::kF32, {rows, inputs.k});
+  bound.d_logprobs = alloc(DType::kF32, {rows, inputs.k});
   if (top_k > 0) {
-    bound.top_k_logprobs = alloc(DType::kF32, {tokens, top_k});
-    bound.top_k_indices = alloc(DType::kI32, {tokens, top_k});
+    bound.top_k_logprobs = alloc(DType::kF32, {rows, top_k});
+    bound.top_k_indices = alloc(DType::kI32, {rows, top_k});
   }
   const int64_t attention =
       kernels_.AttentionWorkspaceBytes(ShapeOf(config), act, tokens);
@@ -154,7 +173,7 @@ TrainStep::Bound TrainStep::Bind(const PackedInputs& inputs, int64_t top_k) {
         alloc(DType::kF32, {(attention + 3) / 4});
   }
   const int64_t head = kernels_.LogprobHeadWorkspaceBytes(
-      act, tokens, config.hidden, config.vocab);
+      act, rows, config.hidden, config.vocab);
   if (head > 0) bound.head_workspace = alloc(DType::kF32, {(head + 3) / 4});
   device_.CopyFromHost(*stream_, inputs.tokens.data(), bound.tokens);
   device_.CopyFromHost(*stream_, inputs.targets.data(), bound.targets);
@@ -219,7 +238,78 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
                        results.top_k_indices.data());
   }
   GW_RETURN_IF_ERROR(stream.Finish());
+  results.logprobs = inputs.OfTokens(std::move(results.logprobs), inputs.k);
+  results.top_k_logprobs =
+      inputs.OfTokens(std::move(results.top_k_logprobs), top_k);
+  results.top_k_indices =
+      inputs.OfTokens(std::move(results.top_k_indices), top_k);
   return results;
+}
+
+void TrainStep::HeadBackward(const PackedInputs& inputs,
+                             const StoredActivations& stored,
+                             const std::vector<float>& d_logprobs,
+                             Bound& bound) {
+  const ModelConfig& config = *options_.config;
+  const DType act = ActType(options_.precision);
+  Stream& stream = *stream_;
+  const Tensor d_weight =
+      Global(options_.gradients, options_.table->head(), config.vocab);
+  LogprobHead head;
+  head.hidden = bound.scratch.normed;
+  head.weight = Global(options_.weights, options_.table->head(), config.vocab);
+  head.targets = bound.targets;
+  Kernels::LogprobHeadGrad grad;
+  grad.d_logprobs = bound.d_logprobs;
+  grad.lse = stored.lse;
+  grad.workspace = bound.head_workspace;
+  grad.kept = stored.head;
+  const std::vector<float> d_rows = inputs.SumOfRows(d_logprobs);
+  const int64_t num_rows = inputs.num_rows(), k = inputs.k;
+  std::vector<int32_t> rows;  // that have a gradient
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const auto begin = d_rows.begin() + r * k;
+    if (std::any_of(begin, begin + k, [](float d) { return d != 0; })) {
+      rows.push_back(static_cast<int32_t>(r));
+    }
+  }
+  const auto count = static_cast<int64_t>(rows.size());
+  // Logits that are made again must have the forward's bits.
+  const bool may_leave_out = kernels_.RowsHaveTheirOwnBits(act);
+  if (!may_leave_out || count * kLeastSpared > num_rows * (kLeastSpared - 1)) {
+    device_.CopyFromHost(stream, d_rows.data(), bound.d_logprobs);
+    kernels_.LogprobHeadBackward(stream, head, grad, bound.scratch.hidden,
+                                 d_weight);
+    return;
+  }
+  // The others' gradients are zero: prompts, as a rule.
+  std::vector<float> d_some;
+  std::vector<int32_t> targets;
+  for (const int32_t row : rows) {
+    const auto d = d_rows.begin() + row * k;
+    const auto target = inputs.targets.begin() + row * k;
+    d_some.insert(d_some.end(), d, d + k);
+    targets.insert(targets.end(), target, target + k);
+  }
+  const auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    return scratch_.Alloc("head rows", dtype, shape);
+  };
+  grad.kept_rows = alloc(DType::kI32, {count});
+  grad.kept_tokens = num_rows;
+  grad.d_logprobs = alloc(DType::kF32, {count, k});
+  grad.lse = alloc(DType::kF32, {count});
+  head.targets = alloc(DType::kI32, {count, k});
+  head.hidden = alloc(act, {count, config.hidden});
+  const Tensor d_hidden = alloc(act, {count, config.hidden});
+  device_.CopyFromHost(stream, rows.data(), grad.kept_rows);
+  device_.CopyFromHost(stream, d_some.data(), grad.d_logprobs);
+  device_.CopyFromHost(stream, targets.data(), head.targets);
+  kernels_.GatherRows(stream, bound.scratch.normed, grad.kept_rows,
+                      head.hidden);
+  kernels_.GatherRows(stream, stored.lse.Reshape({num_rows, 1}), grad.kept_rows,
+                      grad.lse.Reshape({count, 1}));
+  kernels_.LogprobHeadBackward(stream, head, grad, d_hidden, d_weight);
+  kernels_.ScatterRows(stream, d_hidden, grad.kept_rows, bound.scratch.hidden);
 }
 
 absl::Status TrainStep::Backward(const PackedInputs& inputs,
@@ -230,19 +320,10 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   Bound bound = Bind(inputs, 0);
   Stream& stream = *stream_;
   const Tensor final_norm = Global(options_.weights, table.final_norm(), 1);
-  device_.CopyFromHost(stream, d_logprobs.data(), bound.d_logprobs);
   kernels_.RmsNormForward(stream, stored.residual, final_norm,
                           static_cast<float>(config.rms_eps),
                           bound.scratch.normed, bound.rstd);
-  LogprobHead head;
-  head.hidden = bound.scratch.normed;
-  head.weight = Global(options_.weights, table.head(), config.vocab);
-  head.targets = bound.targets;
-  kernels_.LogprobHeadBackward(
-      stream, head,
-      {bound.d_logprobs, stored.lse, bound.head_workspace, stored.head},
-      bound.scratch.hidden,
-      Global(options_.gradients, table.head(), config.vocab));
+  HeadBackward(inputs, stored, d_logprobs, bound);
   device_.Zero(stream, bound.d_residual);
   kernels_.RmsNormBackward(
       stream, {bound.scratch.hidden, stored.residual, final_norm, bound.rstd},
@@ -262,7 +343,7 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
         {BlockParamsAt(config, table.blocks()[layer], options_.gradients),
          bound.d_residual});
   }
-  for (int64_t t = 0; t < inputs.num_tokens(); ++t) {
+  for (int64_t t = 0; t < inputs.num_rows(); ++t) {
     if (inputs.tokens[t] == config.padding_token) {
       device_.Zero(stream, bound.d_residual.Rows(t, t + 1));
     }

@@ -15,26 +15,16 @@
 #include "model/config.h"
 #include "model/param_table.h"
 #include "trainer/memory_plan.h"
+#include "trainer/pack.h"
 
 namespace gradwire {
-
-// The inputs of one micro-batch on the host; kept for as long as its
-// activations may have to be made again.
-struct PackedInputs {
-  int64_t k = 1;
-  std::vector<int32_t> tokens;      // [tokens]
-  std::vector<int32_t> positions;   // [tokens]
-  std::vector<int32_t> targets;     // [tokens, k]
-  std::vector<int32_t> cu_seqlens;  // [sequences + 1]
-  int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
-};
 
 // Where a micro-batch's activations lie. `full_layers` of the first layers are
 // whole; the others keep their inputs.
 struct StoredActivations {
   std::vector<BlockActivations> layers;
-  Tensor residual;  // act [tokens, hidden], after the last layer
-  Tensor lse;       // f32 [tokens]
+  Tensor residual;  // act [rows, hidden], after the last layer
+  Tensor lse;       // f32 [rows]
   Tensor head;      // LogprobHeadKeptBytes, or null
   int64_t full_layers = 0;
 };
@@ -63,9 +53,9 @@ class TrainStep {
       const Options& options, Device& device, Kernels& kernels);
 
   // Lays `stored` out in `memory` of ActivationBytesOf(...).Kept(...) bytes and
-  // `head_bytes` more: 0, or HeadKeptBytes.
-  StoredActivations LayOut(char* memory, int64_t tokens, int64_t full_layers,
-                           int64_t head_bytes) const;
+  // `head_bytes` more: 0, or HeadKeptBytes of the rows.
+  StoredActivations LayOut(char* memory, const PackedInputs& inputs,
+                           int64_t full_layers, int64_t head_bytes) const;
 
   // Runs the forward; keeps activations in *stored unless it is null.
   absl::StatusOr<HeadResults> Forward(const PackedInputs& inputs, int64_t top_k,
@@ -93,6 +83,9 @@ class TrainStep {
     Tensor head_workspace;
   };
   Bound Bind(const PackedInputs& inputs, int64_t top_k);
+  // The head's backward, over the rows that have a gradient: -> scratch.hidden.
+  void HeadBackward(const PackedInputs& inputs, const StoredActivations& stored,
+                    const std::vector<float>& d_logprobs, Bound& bound);
   Tensor Global(const Tensor& flat, int64_t offset, int64_t rows) const;
 
   const Options options_;

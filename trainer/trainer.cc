@@ -18,34 +18,13 @@
 #include "trainer/memory_plan.h"
 #include "trainer/model_files.h"
 #include "trainer/optimizer.h"
+#include "trainer/pack.h"
 #include "trainer/train_step.h"
 
 namespace gradwire {
 namespace {
 
 constexpr int64_t kConfigLimit = 1 << 20;
-
-PackedInputs Pack(const std::vector<TrainDatum>& data,
-                  const MicroBatch& batch) {
-  PackedInputs inputs;
-  inputs.k = batch.k;
-  inputs.tokens.reserve(batch.tokens);
-  inputs.positions.reserve(batch.tokens);
-  inputs.targets.reserve(batch.tokens * batch.k);
-  inputs.cu_seqlens.push_back(0);
-  for (int64_t i = batch.begin; i < batch.end; ++i) {
-    const TrainDatum& datum = data[i];
-    inputs.tokens.insert(inputs.tokens.end(), datum.tokens.begin(),
-                         datum.tokens.end());
-    inputs.targets.insert(inputs.targets.end(), datum.targets.begin(),
-                          datum.targets.end());
-    for (size_t t = 0; t < datum.tokens.size(); ++t) {
-      inputs.positions.push_back(static_cast<int32_t>(t));
-    }
-    inputs.cu_seqlens.push_back(static_cast<int32_t>(inputs.tokens.size()));
-  }
-  return inputs;
-}
 
 bool AllZero(const std::vector<float>& values) {
   return std::all_of(values.begin(), values.end(),
@@ -138,7 +117,7 @@ class TrainerImpl : public Trainer {
   // the head as well if `spare_bytes` are left then. With `must` it evicts what
   // other operations have retained, the newest first (their backwards come
   // last), until at least the layers' inputs fit.
-  Kept Take(int64_t tokens, int64_t k, int64_t spare_bytes, bool must);
+  Kept Take(const PackedInputs& inputs, int64_t spare_bytes, bool must);
   // What a micro-batch takes in full, without the head.
   int64_t FullBytes(int64_t tokens) const;
   void Give(Kept& kept);
@@ -236,7 +215,7 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
 }
 
 int64_t TrainerImpl::FullBytes(int64_t tokens) const {
-  return ActivationBytesOf(config_, options_.precision, tokens)
+  return ActivationBytesOf(config_, options_.precision, tokens, tokens)
       .Kept(config_.layers, config_.layers);
 }
 
@@ -250,10 +229,10 @@ MemoryUse TrainerImpl::memory_use() const {
   return use;
 }
 
-Kept TrainerImpl::Take(int64_t tokens, int64_t k, int64_t spare_bytes,
+Kept TrainerImpl::Take(const PackedInputs& inputs, int64_t spare_bytes,
                        bool must) {
-  const ActivationBytes bytes =
-      ActivationBytesOf(config_, options_.precision, tokens);
+  const ActivationBytes bytes = ActivationBytesOf(
+      config_, options_.precision, inputs.num_tokens(), inputs.num_rows());
   int64_t full = FullLayers(bytes, config_.layers, ranges_->LargestFree());
   while (full < 0 && must && EvictOne()) {
     full = FullLayers(bytes, config_.layers, ranges_->LargestFree());
@@ -264,8 +243,8 @@ Kept TrainerImpl::Take(int64_t tokens, int64_t k, int64_t spare_bytes,
     return kept;
   }
   const int64_t layers = bytes.Kept(config_.layers, full);
-  int64_t head =
-      HeadKeptBytes(kernels_, config_, options_.precision, tokens, k);
+  int64_t head = HeadKeptBytes(kernels_, config_, options_.precision,
+                               inputs.num_rows(), inputs.k);
   if (full < config_.layers ||
       ranges_->LargestFree() < layers + head + spare_bytes) {
     head = 0;
@@ -273,7 +252,7 @@ Kept TrainerImpl::Take(int64_t tokens, int64_t k, int64_t spare_bytes,
   kept.offset = ranges_->Take(layers + head);
   kept.stored =
       step_->LayOut(static_cast<char*>(activations_->data()) + kept.offset,
-                    tokens, full, head);
+                    inputs, full, head);
   return kept;
 }
 
@@ -301,7 +280,7 @@ absl::Status TrainerImpl::RunMicroBatch(
   const PackedInputs inputs = Pack(data, batch);
   Kept kept;
   if (options.backward || retained != nullptr) {
-    kept = Take(batch.tokens, batch.k, spare_bytes, options.backward);
+    kept = Take(inputs, spare_bytes, options.backward);
   }
   struct Return {
     TrainerImpl* trainer;
@@ -474,7 +453,7 @@ absl::Status TrainerImpl::BackwardMicroBatch(
   if (AllZero(packed)) return absl::OkStatus();
   if (batch.kept.offset < 0) {
     recomputed = true;
-    batch.kept = Take(batch.inputs.num_tokens(), batch.plan.k, 0, true);
+    batch.kept = Take(batch.inputs, 0, true);
     GW_ASSIGN_OR_RETURN(HeadResults head,
                         step_->Forward(batch.inputs, 0, &batch.kept.stored));
     GW_RETURN_IF_ERROR(

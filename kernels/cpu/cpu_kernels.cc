@@ -14,6 +14,10 @@ CpuKernels::~CpuKernels() = default;
 
 std::string CpuKernels::description() const { return "cpu " + Gemm::Isa(); }
 
+bool CpuKernels::RowsHaveTheirOwnBits(DType act) const {
+  return act == DType::kBF16 && gemm_->own_bf16();
+}
+
 std::unique_ptr<Kernels> NewCpuKernels() {
   return std::make_unique<CpuKernels>();
 }

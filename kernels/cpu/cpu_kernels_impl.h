@@ -21,6 +21,7 @@ class CpuKernels : public Kernels {
 
   // cpu_kernels.cc
   std::string description() const override;
+  bool RowsHaveTheirOwnBits(DType act) const override;
 
   // embedding.cc
   void EmbeddingForward(Stream& stream, const Tensor& tokens,
@@ -90,6 +91,8 @@ class CpuKernels : public Kernels {
                   const Tensor& out) override;
   void ScatterRows(Stream& stream, const Tensor& x, const Tensor& rows,
                    const Tensor& out) override;
+  void ScatterAddRows(Stream& stream, const Tensor& x, const Tensor& rows,
+                      const Tensor& out) override;
   void Cast(Stream& stream, const Tensor& from, const Tensor& to) override;
   void Add(Stream& stream, const Tensor& x, const Tensor& y) override;
 

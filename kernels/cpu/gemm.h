@@ -44,6 +44,9 @@ class Gemm {
   // The best instruction set that oneDNN uses here: "avx512_bf16".
   static std::string Isa();
 
+  // Whether bf16 products are our own.
+  bool own_bf16() const { return own_bf16_; }
+
   // Makes room for threads 0 .. num_threads-1. REQUIRED before RunOne.
   void Prepare(int num_threads);
   // On the calling thread, which is number `thread` of its pool.

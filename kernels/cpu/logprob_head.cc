@@ -220,8 +220,10 @@ class LogitGrad {
       : head_(head),
         act_(head.hidden.dtype()),
         k_(head.targets.dim(1)),
-        kept_(grad.kept.raw(), act_, head.hidden.dim(0), k_,
-              head.weight.dim(0)),
+        kept_(grad.kept.raw(), act_,
+              grad.kept_rows.is_null() ? head.hidden.dim(0) : grad.kept_tokens,
+              k_, head.weight.dim(0)),
+        kept_rows_(grad.kept_rows.data<int32_t>()),
         targets_(head.targets.data<int32_t>()),
         d_logprobs_(grad.d_logprobs.data<float>()),
         lse_(grad.lse.data<float>()) {}
@@ -249,8 +251,9 @@ class LogitGrad {
       for (int64_t j = 0; j < k_; ++j) {
         const int64_t col = targets_[t * k_ + j] - id;
         if (col < 0 || col >= cols) continue;
-        const float logprob =
-            kept_.empty() ? row[col] - lse_[t] : kept_.logprobs()[t * k_ + j];
+        const float logprob = kept_.empty()
+                                  ? row[col] - lse_[t]
+                                  : kept_.logprobs()[KeptRow(t) * k_ + j];
         of_targets.emplace_back(col,
                                 OfTarget(t, j) - total * std::exp(logprob));
       }
@@ -258,8 +261,8 @@ class LogitGrad {
         max = RowMax(row, cols);
         RowExp(row, cols, max, act_, to);
       } else {
-        max = kept_.maxima(id)[t];
-        exps = kept_.exps(id, t);
+        max = kept_.maxima(id)[KeptRow(t)];
+        exps = kept_.exps(id, KeptRow(t));
       }
       RowScale(exps, cols, -total * std::exp(max - lse_[t]), act_, to);
       for (const auto& [col, value] : of_targets) {
@@ -273,6 +276,10 @@ class LogitGrad {
   }
 
  private:
+  int64_t KeptRow(int64_t t) const {
+    return kept_rows_ == nullptr ? t : kept_rows_[t];
+  }
+
   // The sum of d_logprobs over all targets of a token that are its j-th.
   float OfTarget(int64_t t, int64_t j) const {
     const int32_t* targets = targets_ + t * k_;
@@ -287,6 +294,7 @@ class LogitGrad {
   const DType act_;
   const int64_t k_;
   const KeptLogits kept_;
+  const int32_t* const kept_rows_;
   const int32_t* const targets_;
   const float* const d_logprobs_;
   const float* const lse_;
@@ -351,7 +359,9 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
            LogprobHeadWorkspaceBytes(act, tokens, hidden, vocab));
   GW_CHECK(grad.kept.is_null() ||
            grad.kept.bytes() >=
-               LogprobHeadKeptBytes(act, tokens, args.targets.dim(1), vocab));
+               LogprobHeadKeptBytes(
+                   act, grad.kept_rows.is_null() ? tokens : grad.kept_tokens,
+                   args.targets.dim(1), vocab));
   ThreadPool& pool = Pool(stream);
   gemm_->Prepare(pool.num_threads());
   scratch_.Reserve(pool.num_threads(), f32 ? 0 : kBlock * kChunk * 4);

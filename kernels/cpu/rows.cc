@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies and sums of rows, and the change of element type.
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels_impl.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/softmax_tile.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/rows.cc"
@@ -44,6 +47,16 @@ void Narrow(const float* from, int64_t n, BFloat16* to) {
 }
 void Widen(const BFloat16* from, int64_t n, float* to) { Convert(from, n, to); }
 void AddF32(const float* x, int64_t n, float* y) { AddInto(x, n, y); }
+// y += x in float32.
+void AddWide(const BFloat16* x, int64_t n, float* y) {
+  const D d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t i = 0; i < n; i += lanes) {
+    StoreFirst(d,
+               hn::Add(LoadFirst(d, y + i, n - i), LoadFirst(d, x + i, n - i)),
+               n - i, y + i);
+  }
+}
 void AddBF16(const BFloat16* x, int64_t n, BFloat16* y) { AddInto(x, n, y); }
 
 }  // namespace
@@ -58,6 +71,7 @@ namespace {
 HWY_EXPORT(Narrow);
 HWY_EXPORT(Widen);
 HWY_EXPORT(AddF32);
+HWY_EXPORT(AddWide);
 HWY_EXPORT(AddBF16);
 
 // Elements a thread takes at least; less is not worth waking one.
@@ -95,6 +109,48 @@ void CpuKernels::ScatterRows(Stream& stream, const Tensor& x,
   pool.ParallelFor(rows.dim(0), 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(RowAt(out, to[i]), RowAt(x, i), bytes);
+    }
+  });
+}
+
+void CpuKernels::ScatterAddRows(Stream& stream, const Tensor& x,
+                                const Tensor& rows, const Tensor& out) {
+  if (!stream.ok() || out.bytes() == 0) return;
+  GW_CHECK(x.dtype() == out.dtype() && x.dim(1) == out.dim(1));
+  const int64_t cols = x.dim(1);
+  // The rows of x of each row of out, in order: first[r], next[first[r]], ...
+  const int32_t* to = rows.data<int32_t>();
+  std::vector<int64_t> first(static_cast<size_t>(out.dim(0)), -1);
+  std::vector<int64_t> next(static_cast<size_t>(rows.dim(0)), -1);
+  for (int64_t i = rows.dim(0) - 1; i >= 0; --i) {
+    int64_t& head = first[static_cast<size_t>(to[i])];
+    next[static_cast<size_t>(i)] = head;
+    head = i;
+  }
+  ThreadPool& pool = Pool(stream);
+  const int threads = pool.num_threads();
+  scratch_.Reserve(threads, cols * 4);
+  pool.Run([&](int thread) {
+    float* sums = reinterpret_cast<float*>(scratch_.part(thread));
+    const int64_t begin = out.dim(0) * thread / threads;
+    const int64_t end = out.dim(0) * (thread + 1) / threads;
+    for (int64_t r = begin; r < end; ++r) {
+      int64_t i = first[static_cast<size_t>(r)];
+      if (i >= 0 && next[static_cast<size_t>(i)] < 0) {
+        std::memcpy(RowAt(out, r), RowAt(x, i),
+                    static_cast<size_t>(cols * DTypeBytes(x.dtype())));
+        continue;
+      }
+      std::fill_n(sums, cols, 0.0f);
+      for (; i >= 0; i = next[static_cast<size_t>(i)]) {
+        if (x.dtype() == DType::kBF16) {
+          HWY_DYNAMIC_DISPATCH(AddWide)
+          (reinterpret_cast<const BFloat16*>(RowAt(x, i)), cols, sums);
+        } else {
+          AddTo(reinterpret_cast<const float*>(RowAt(x, i)), cols, sums);
+        }
+      }
+      ScaleTo(x.dtype(), sums, cols, 1.0f, RowAt(out, r));
     }
   });
 }

@@ -41,6 +41,24 @@ Result<Num> EmbeddingBackward(const Tensor& tokens, const Tensor& d_out,
   return result;
 }
 
+// out[r] = sum over i with rows[i] = r of x[i].
+template <class Num>
+Result<Num> ScatterAddRows(const Tensor& x, const Tensor& rows,
+                           int64_t num_out) {
+  const int64_t cols = x.dim(1);
+  Result<Num> result;
+  for (int64_t r = 0; r < num_out; ++r) {
+    for (int64_t c = 0; c < cols; ++c) {
+      Sum<Num> sum;
+      for (int64_t i = 0; i < rows.dim(0); ++i) {
+        if (rows.data<int32_t>()[i] == r) sum.Add(At(x, i * cols + c));
+      }
+      result.push_back(sum.Total());
+    }
+  }
+  return result;
+}
+
 // c[i, j] = sum over l of a[i, l] b[l, j] (+ c), with the strides of a and b.
 struct Strides {
   int64_t row, col;

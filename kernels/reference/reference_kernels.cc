@@ -26,6 +26,7 @@ void CopyRow(const Tensor& from, int64_t i, const Tensor& to, int64_t j) {
 class ReferenceKernels : public Kernels {
  public:
   std::string description() const override { return "reference"; }
+  bool RowsHaveTheirOwnBits(DType) const override { return true; }
 
   void EmbeddingForward(Stream& stream, const Tensor& tokens,
                         const Tensor& table, const Tensor& out) override {
@@ -181,6 +182,11 @@ class ReferenceKernels : public Kernels {
     for (int64_t i = 0; i < rows.dim(0); ++i) {
       CopyRow(x, i, out, rows.data<int32_t>()[i]);
     }
+  }
+  void ScatterAddRows(Stream& stream, const Tensor& x, const Tensor& rows,
+                      const Tensor& out) override {
+    if (!stream.ok()) return;
+    Store(ref::ScatterAddRows<double>(x, rows, out.dim(0)), out);
   }
   void Cast(Stream& stream, const Tensor& from, const Tensor& to) override {
     if (!stream.ok()) return;

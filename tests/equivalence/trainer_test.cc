@@ -188,6 +188,82 @@ TEST_P(TrainerTest, ForwardChangesNothingAndRepeats) {
   EXPECT_EQ(rig.trainer->weight_version(), 0);
 }
 
+// A tree: all datums begin alike, two of them go on alike, one is the beginning
+// of another, one differs in a target alone.
+std::vector<TrainDatum> Family(int64_t vocab) {
+  const auto datum = [&](const std::vector<int32_t>& tokens) {
+    TrainDatum d;
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      d.tokens.push_back(static_cast<int32_t>(tokens[t] * 7919 % vocab));
+      const int32_t next = t + 1 < tokens.size() ? tokens[t + 1] : 3;
+      d.targets.push_back(static_cast<int32_t>(next * 7919 % vocab));
+      d.weights.push_back(t < 4 ? 0.0f : 0.25f * static_cast<float>(t) - 1.5f);
+    }
+    return d;
+  };
+  std::vector<TrainDatum> data = {
+      datum({1, 2, 3, 4, 5, 6, 7, 8}), datum({1, 2, 3, 4, 5, 9, 10}),
+      datum({1, 2, 3, 4, 5, 9, 11, 12, 13}), datum({1, 2, 3}),
+      datum({1, 2, 3, 4, 5, 6, 7, 8})};
+  data.back().targets[6] = static_cast<int32_t>(5 % vocab);
+  // A weight within the part that all share.
+  data[1].weights[2] = 0.5f;
+  return data;
+}
+
+TEST_P(TrainerTest, SharedBeginningsAreComputedOnceAndGiveTheSame) {
+  TrainerOptions options = Small();
+  options.micro_batch_tokens = 64;
+  Rig together = Make(options), apart = Make(options);
+  const auto data = Family(together.trainer->config().vocab);
+  const auto logprobs = Logprobs(*together.trainer, data, WithBackward());
+  // Both are sums of results that were each rounded on their own way, a dozen
+  // in a block; the errors add like a random walk.
+  const bool f32 = std::get<1>(GetParam()) == Precision::kF32;
+  const double layers = static_cast<double>(together.trainer->config().layers);
+  // Sums are float32 in both; in f32 their terms' roundings count as well.
+  const double terms =
+      f32 ? static_cast<double>(together.trainer->config().ffn) : 1;
+  const double sigma = std::ldexp(1.0, f32 ? -24 : -8) *
+                       std::sqrt(2 * 12 * (2 * layers + 2) * terms);
+  for (size_t i = 0; i < data.size(); ++i) {
+    const auto alone = Logprobs(*apart.trainer, {data[i]}, WithBackward());
+    ASSERT_EQ(alone[0].size(), logprobs[i].size());
+    for (size_t t = 0; t < alone[0].size(); ++t) {
+      EXPECT_NEAR(alone[0][t], logprobs[i][t],
+                  4 * sigma * std::fabs(alone[0][t]))
+          << i << ", " << t;
+    }
+  }
+  const auto expected = Gradients(*apart.trainer);
+  const auto got = Gradients(*together.trainer);
+  double difference = 0, norm = 0;
+  for (size_t p = 0; p < expected.size(); ++p) {
+    for (size_t i = 0; i < expected[p].size(); ++i) {
+      const double want = expected[p][i], off = got[p][i] - want;
+      difference += off * off;
+      norm += want * want;
+    }
+  }
+  EXPECT_GT(norm, 0);
+  EXPECT_LE(std::sqrt(difference), 4 * sigma * std::sqrt(norm));
+}
+
+TEST_P(TrainerTest, SharedBeginningsKeepEveryBitOfACustomStep) {
+  TrainerOptions options = Small(16 << 20);
+  options.micro_batch_tokens = 64;
+  Rig fused = Make(options), retained = Make(options);
+  options.activation_bytes = 1;
+  Rig tight = Make(options);
+  const auto data = Family(fused.trainer->config().vocab);
+  const auto expected = Logprobs(*fused.trainer, data, WithBackward());
+  for (Rig* rig : {&retained, &tight}) {
+    EXPECT_EQ(Logprobs(*rig->trainer, data, Retain("a")), expected);
+    ASSERT_TRUE(rig->trainer->Backward("a", Negated(data), false).ok());
+    EXPECT_EQ(Gradients(*rig->trainer), Gradients(*fused.trainer));
+  }
+}
+
 // However the datums are ordered and split, each has the same logprobs: a
 // token's row goes through the same sums whatever else is in the micro-batch.
 TEST_P(TrainerTest, OrderAndSplitOfDatumsDoNotMatter) {
