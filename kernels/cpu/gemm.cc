@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "kernels/cpu/bf16_gemm.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/gemm_product.h"
 #include "kernels/cpu/scratch.h"
 
@@ -39,15 +40,23 @@ struct HashShape {
   }
 };
 
-// A strided bf16 matrix as a dense f32 one.
-void Widen(const void* from, int64_t rows, int64_t cols, int64_t row_stride,
-           int64_t col_stride, float* to) {
+// A bf16 matrix in f32, dense along the direction in which it is adjacent, so
+// that nothing is turned around; the strides become those of the copy.
+void WidenMatrix(const void* from, int64_t rows, int64_t cols,
+                 int64_t* row_stride, int64_t* col_stride, float* to) {
   const BFloat16* x = static_cast<const BFloat16*>(from);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < cols; ++c) {
-      to[r * cols + c] = static_cast<float>(x[r * row_stride + c * col_stride]);
+  if (*col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      Widen(x + r * *row_stride, cols, to + r * cols);
     }
+    *row_stride = cols;
+    return;
   }
+  GW_CHECK(*row_stride == 1);
+  for (int64_t c = 0; c < cols; ++c) {
+    Widen(x + c * *col_stride, rows, to + c * rows);
+  }
+  *col_stride = rows;
 }
 
 }  // namespace
@@ -86,38 +95,32 @@ class Gemm::Core {
                 static_cast<const BFloat16*>(b), c, scratchpad_.part(0));
   }
 
-  // bf16 on a machine whose oneDNN knows only f32.
+  // bf16 on a machine that multiplies only f32.
   void ExecuteWidened(const GemmShape& shape, const void* a, const void* b,
                       void* c) {
-    const bool narrow_c = shape.c == DType::kBF16;
     widened_.Reserve(1, Scratch::RoundUp(4 * shape.m * shape.k) +
                             Scratch::RoundUp(4 * shape.k * shape.n) +
                             Scratch::RoundUp(4 * shape.m * shape.n));
     ScratchCursor cursor(widened_.part(0));
     float* wide_a = cursor.Take<float>(shape.m * shape.k);
     float* wide_b = cursor.Take<float>(shape.k * shape.n);
-    Widen(a, shape.m, shape.k, shape.a_row, shape.a_col, wide_a);
-    Widen(b, shape.k, shape.n, shape.b_row, shape.b_col, wide_b);
     GemmShape wide = shape;
     wide.ab = wide.c = DType::kF32;
-    wide.a_row = shape.k;
-    wide.b_row = shape.n;
-    wide.a_col = wide.b_col = 1;
-    if (!narrow_c) {
+    WidenMatrix(a, shape.m, shape.k, &wide.a_row, &wide.a_col, wide_a);
+    WidenMatrix(b, shape.k, shape.n, &wide.b_row, &wide.b_col, wide_b);
+    if (shape.c == DType::kF32) {
       Execute(wide, wide_a, wide_b, c);
       return;
     }
     float* wide_c = cursor.Take<float>(shape.m * shape.n);
+    BFloat16* narrow_c = static_cast<BFloat16*>(c);
     wide.c_row = shape.n;
-    if (shape.accumulate) {
-      Widen(c, shape.m, shape.n, shape.c_row, 1, wide_c);
+    for (int64_t i = 0; shape.accumulate && i < shape.m; ++i) {
+      Widen(narrow_c + i * shape.c_row, shape.n, wide_c + i * shape.n);
     }
     Execute(wide, wide_a, wide_b, wide_c);
-    BFloat16* out = static_cast<BFloat16*>(c);
     for (int64_t i = 0; i < shape.m; ++i) {
-      for (int64_t j = 0; j < shape.n; ++j) {
-        out[i * shape.c_row + j] = BFloat16(wide_c[i * shape.n + j]);
-      }
+      Narrow(wide_c + i * shape.n, shape.n, narrow_c + i * shape.c_row);
     }
   }
 

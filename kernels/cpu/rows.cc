@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies and sums of rows, and the change of element type.
+// Copies and sums of rows, and casts.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "base/check.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_kernels_impl.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/softmax_tile.h"
@@ -22,15 +23,6 @@ namespace {
 
 using D = hn::CappedTag<float, 16>;
 
-template <class From, class To>
-void Convert(const From* from, int64_t n, To* to) {
-  const D d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  for (int64_t i = 0; i < n; i += lanes) {
-    StoreFirst<true>(d, LoadFirst(d, from + i, n - i), n - i, to + i);
-  }
-}
-
 template <class T>
 void AddInto(const T* x, int64_t n, T* y) {
   const D d;
@@ -42,10 +34,6 @@ void AddInto(const T* x, int64_t n, T* y) {
   }
 }
 
-void Narrow(const float* from, int64_t n, BFloat16* to) {
-  Convert(from, n, to);
-}
-void Widen(const BFloat16* from, int64_t n, float* to) { Convert(from, n, to); }
 void AddF32(const float* x, int64_t n, float* y) { AddInto(x, n, y); }
 // y += x in float32.
 void AddWide(const BFloat16* x, int64_t n, float* y) {
@@ -68,8 +56,6 @@ HWY_AFTER_NAMESPACE();
 namespace gradwire {
 namespace {
 
-HWY_EXPORT(Narrow);
-HWY_EXPORT(Widen);
 HWY_EXPORT(AddF32);
 HWY_EXPORT(AddWide);
 HWY_EXPORT(AddBF16);
@@ -167,11 +153,9 @@ void CpuKernels::Cast(Stream& stream, const Tensor& from, const Tensor& to) {
                   static_cast<const char*>(from.raw()) + begin * bytes,
                   static_cast<size_t>(count * bytes));
     } else if (to.dtype() == DType::kBF16) {
-      HWY_DYNAMIC_DISPATCH(Narrow)
-      (from.data<float>() + begin, count, to.data<BFloat16>() + begin);
+      Narrow(from.data<float>() + begin, count, to.data<BFloat16>() + begin);
     } else {
-      HWY_DYNAMIC_DISPATCH(Widen)
-      (from.data<BFloat16>() + begin, count, to.data<float>() + begin);
+      Widen(from.data<BFloat16>() + begin, count, to.data<float>() + begin);
     }
   });
 }
