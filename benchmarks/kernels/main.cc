@@ -6,12 +6,12 @@
 #include <cstdio>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
 #include "benchmarks/kernels/ceilings.h"
+#include "benchmarks/kernels/json_line.h"
 #include "benchmarks/kernels/step_ops.h"
 #include "benchmarks/kernels/timing.h"
 #include "device/cpu_device.h"
@@ -31,45 +31,6 @@ namespace {
 
 constexpr double kRoundSeconds = 0.03;
 
-void Print(const nlohmann::ordered_json& line) {
-  std::printf("%s\n", line.dump().c_str());
-  std::fflush(stdout);
-}
-
-// The fields that every benchmark prints; those that do not apply stay null.
-nlohmann::ordered_json NewLine(const std::string& op, const std::string& device,
-                               const StepShape& shape, DType act,
-                               const Ceilings& ceilings, int threads) {
-  nlohmann::ordered_json line;
-  for (const char* field :
-       {"bench",     "op",           "commit",      "device",
-        "threads",   "driver",       "model",       "mode",
-        "dtype",     "optimizer",    "T",           "tokens",
-        "packing",   "microbatch",   "recompute",   "rounds",
-        "ms",        "tok_s",        "mfu_c",       "mcu",
-        "hfu",       "gflops",       "gbps",        "share_of_ceiling",
-        "count",     "step_ms",      "peak_mem",    "ceil_gemm",
-        "ceil_copy", "clock_before", "clock_after", "baseline",
-        "ratio",     "dloss",        "grad_cos"}) {
-    line[field] = nullptr;
-  }
-  line["bench"] = "kernels";
-  line["op"] = op;
-  if (const std::string commit = absl::GetFlag(FLAGS_commit); !commit.empty()) {
-    line["commit"] = commit;
-  }
-  line["device"] = device;
-  line["threads"] = threads;
-  line["model"] = shape.model;
-  line["dtype"] = DTypeName(act);
-  line["T"] = shape.length;
-  line["tokens"] = shape.tokens();
-  line["rounds"] = absl::GetFlag(FLAGS_rounds);
-  line["ceil_gemm"] = ceilings.gemm_flops;
-  line["ceil_copy"] = ceilings.triad_bytes;
-  return line;
-}
-
 void RunAll(DType act) {
   CpuDevice device(absl::GetFlag(FLAGS_threads));
   const std::unique_ptr<Kernels> kernels = NewCpuKernels();
@@ -86,14 +47,22 @@ void RunAll(DType act) {
       .length = absl::GetFlag(FLAGS_length),
   };
   const Ceilings ceilings = MeasureCeilings(device, *kernels, act);
-  const auto line = [&](const std::string& name) {
-    return NewLine(name, kernels->description(), shape, act, ceilings,
-                   device.pool().num_threads());
+  const RunInfo run = {
+      .bench = "kernels",
+      .commit = absl::GetFlag(FLAGS_commit),
+      .device = kernels->description(),
+      .threads = device.pool().num_threads(),
+      .model = shape.model,
+      .act = act,
+      .length = shape.length,
+      .tokens = shape.tokens(),
+      .rounds = absl::GetFlag(FLAGS_rounds),
+      .ceilings = ceilings,
   };
-  nlohmann::ordered_json top = line("ceilings");
+  nlohmann::ordered_json top = NewLine(run, "ceilings");
   top["gflops"] = ceilings.gemm_flops * 1e-9;
   top["gbps"] = ceilings.triad_bytes * 1e-9;
-  Print(top);
+  PrintLine(top);
 
   const StepOps step(device, *kernels, shape, act);
   double seconds = 0, best_seconds = 0, worst_seconds = 0, flops = 0;
@@ -103,24 +72,24 @@ void RunAll(DType act) {
     seconds += t.median * static_cast<double>(op.count);
     best_seconds += t.min * static_cast<double>(op.count);
     worst_seconds += t.max * static_cast<double>(op.count);
-    flops += op.flops * static_cast<double>(op.count);
-    nlohmann::ordered_json json = line(op.name);
+    flops += op.work.flops * static_cast<double>(op.count);
+    nlohmann::ordered_json json = NewLine(run, op.name);
     json["count"] = op.count;
     json["ms"] = {t.median * 1e3, t.min * 1e3, t.max * 1e3};
     json["step_ms"] = t.median * 1e3 * static_cast<double>(op.count);
-    json["gflops"] = op.flops / t.median * 1e-9;
-    json["gbps"] = op.bytes / t.median * 1e-9;
-    json["share_of_ceiling"] = op.flops > 0
-                                   ? op.flops / t.median / ceilings.gemm_flops
-                                   : op.bytes / t.median / ceilings.triad_bytes;
-    Print(json);
+    json["gflops"] = op.work.flops / t.median * 1e-9;
+    json["gbps"] = op.work.bytes / t.median * 1e-9;
+    json["share_of_ceiling"] =
+        op.work.flops > 0 ? op.work.flops / t.median / ceilings.gemm_flops
+                          : op.work.bytes / t.median / ceilings.triad_bytes;
+    PrintLine(json);
   }
-  nlohmann::ordered_json sum = line("forward_backward_sum");
+  nlohmann::ordered_json sum = NewLine(run, "forward_backward_sum");
   sum["ms"] = {seconds * 1e3, best_seconds * 1e3, worst_seconds * 1e3};
   sum["tok_s"] = static_cast<double>(shape.tokens()) / seconds;
   sum["gflops"] = flops / seconds * 1e-9;
   sum["mcu"] = sum["share_of_ceiling"] = flops / seconds / ceilings.gemm_flops;
-  Print(sum);
+  PrintLine(sum);
 }
 
 }  // namespace

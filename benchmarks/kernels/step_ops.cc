@@ -52,24 +52,19 @@ void StepOps::AddMatmuls(const std::string& name, int64_t n, int64_t k) {
   const Copies w = New("w", act_, n, k, 0.02f);
   const Copies y = New("y", act_, m, n, 1.0f);
   const Copies d_w = New("d_w", DType::kF32, n, k, 1.0f);
-  const double flops = 2.0 * static_cast<double>(m * n * k);
-  const double act = static_cast<double>(DTypeBytes(act_));
-  const double bytes = act * static_cast<double>(m * k + n * k + m * n);
-  ops_.push_back({"matmul_forward_" + name, shape_.layers, flops, bytes,
-                  [=, this](int call) {
+  ops_.push_back({"matmul_forward_" + name, shape_.layers,
+                  MatmulWork(x[0], w[0], y[0], false), [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.MatmulForward(*stream_, x[i], w[i], y[i], false);
                   }});
-  ops_.push_back({"matmul_backward_input_" + name, shape_.layers, flops, bytes,
-                  [=, this](int call) {
+  ops_.push_back({"matmul_backward_input_" + name, shape_.layers,
+                  MatmulWork(y[0], w[0], x[0], false), [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.MatmulBackwardInput(*stream_, y[i], w[i], x[i],
                                                  false);
                   }});
-  ops_.push_back({"matmul_backward_weight_" + name, shape_.layers, flops,
-                  act * static_cast<double>(m * k + m * n) +
-                      8.0 * static_cast<double>(n * k),
-                  [=, this](int call) {
+  ops_.push_back({"matmul_backward_weight_" + name, shape_.layers,
+                  MatmulWeightWork(y[0], x[0], d_w[0]), [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.MatmulBackwardWeight(*stream_, y[i], x[i], d_w[i]);
                   }});
@@ -100,23 +95,18 @@ void StepOps::AddAttention() {
     }
     return a;
   };
-  const double pairs = static_cast<double>(shape_.sequences) *
-                       static_cast<double>(shape_.length) *
-                       static_cast<double>(shape_.length) / 2;
-  const double flops = 4.0 * static_cast<double>(width) * pairs;
-  const double bytes = static_cast<double>(DTypeBytes(act_) * tokens) *
-                       static_cast<double>(shape.QkvWidth() + width);
-  ops_.push_back(
-      {"attention_forward", shape_.layers, flops, bytes, [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.AttentionForward(*stream_, args(i), out[i], lse[i]);
-       }});
+  ops_.push_back({"attention_forward", shape_.layers,
+                  AttentionWork(args(0), out[0]), [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.AttentionForward(*stream_, args(i), out[i],
+                                              lse[i]);
+                  }});
   // lse of every copy is written before the backward reads it.
   for (size_t i = 0; i < static_cast<size_t>(kCopies); ++i) {
     kernels_.AttentionForward(*stream_, args(i), out[i], lse[i]);
   }
-  ops_.push_back({"attention_backward", shape_.layers, 2.5 * flops, 2 * bytes,
-                  [=, this](int call) {
+  ops_.push_back({"attention_backward", shape_.layers,
+                  AttentionGradWork(args(0), out[0]), [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.AttentionBackward(*stream_, args(i),
                                                {d_out[i], out[i], lse[i]},
@@ -126,8 +116,6 @@ void StepOps::AddAttention() {
 
 void StepOps::AddElementwise() {
   const int64_t tokens = shape_.tokens(), hidden = shape_.hidden;
-  const double act = static_cast<double>(DTypeBytes(act_));
-  const double row = static_cast<double>(tokens * hidden);
   const int64_t norms = 2 * shape_.layers + 1;
 
   const Copies x = New("x", act_, tokens, hidden, 1.0f);
@@ -139,32 +127,33 @@ void StepOps::AddElementwise() {
   const auto vector = [](const Tensor& t) {
     return t.Reshape({t.num_elements()});
   };
-  ops_.push_back(
-      {"add_rmsnorm_forward", norms, 0, 4 * act * row, [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.AddRmsNormForward(*stream_,
-                                    {x[i], delta[i], vector(weight[i]), 1e-5f},
-                                    x[i], y[i], vector(rstd[i]));
-       }});
-  ops_.push_back(
-      {"rmsnorm_backward", norms, 0, 4 * act * row, [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.RmsNormBackward(
-             *stream_, {delta[i], y[i], vector(weight[i]), vector(rstd[i])},
-             x[i], vector(d_weight[i]));
-       }});
+  ops_.push_back({"add_rmsnorm_forward", norms,
+                  PassWork(x[0], delta[0], x[0], y[0]), [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.AddRmsNormForward(
+                        *stream_, {x[i], delta[i], vector(weight[i]), 1e-5f},
+                        x[i], y[i], vector(rstd[i]));
+                  }});
+  ops_.push_back({"rmsnorm_backward", norms,
+                  PassWork(delta[0], y[0], x[0], x[0]), [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.RmsNormBackward(
+                        *stream_,
+                        {delta[i], y[i], vector(weight[i]), vector(rstd[i])},
+                        x[i], vector(d_weight[i]));
+                  }});
 
   const Copies gate_up = New("gate_up", act_, tokens, 2 * shape_.ffn, 1.0f);
   const Copies ffn = New("ffn", act_, tokens, shape_.ffn, 1.0f);
   const Copies d_ffn = New("d_ffn", act_, tokens, shape_.ffn, 1.0f);
   const Copies d_gate_up = New("d_gate_up", act_, tokens, 2 * shape_.ffn, 0.0f);
-  const double ffn_row = static_cast<double>(tokens * shape_.ffn);
-  ops_.push_back({"swiglu_forward", shape_.layers, 0, 3 * act * ffn_row,
+  ops_.push_back({"swiglu_forward", shape_.layers, PassWork(gate_up[0], ffn[0]),
                   [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.SwiGluForward(*stream_, gate_up[i], ffn[i]);
                   }});
-  ops_.push_back({"swiglu_backward", shape_.layers, 0, 6 * act * ffn_row,
+  ops_.push_back({"swiglu_backward", shape_.layers,
+                  PassWork(gate_up[0], d_ffn[0], d_gate_up[0], ffn[0]),
                   [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.SwiGluBackward(*stream_, gate_up[i], d_ffn[i],
@@ -190,19 +179,18 @@ void StepOps::AddElementwise() {
     args.positions = vector(positions[i]);
     return args;
   };
-  const double rope_bytes =
-      2 * act * static_cast<double>(tokens * shape.QkvWidth());
-  ops_.push_back(
-      {"rope_forward", shape_.layers, 0, rope_bytes, [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.QkNormRopeForward(*stream_, rope(i), qkv[i], qkv[i]);
-       }});
-  ops_.push_back(
-      {"rope_backward", shape_.layers, 0, rope_bytes, [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.QkNormRopeBackward(*stream_, rope(i), {qkv[i], {}, {}, {}},
-                                     qkv[i]);
-       }});
+  ops_.push_back({"rope_forward", shape_.layers, PassWork(qkv[0], qkv[0]),
+                  [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.QkNormRopeForward(*stream_, rope(i), qkv[i],
+                                               qkv[i]);
+                  }});
+  ops_.push_back({"rope_backward", shape_.layers, PassWork(qkv[0], qkv[0]),
+                  [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.QkNormRopeBackward(*stream_, rope(i),
+                                                {qkv[i], {}, {}, {}}, qkv[i]);
+                  }});
 }
 
 void StepOps::AddHead() {
@@ -226,10 +214,6 @@ void StepOps::AddHead() {
   for (int64_t t = 0; t < tokens; ++t) {
     ids.data<int32_t>()[t] = static_cast<int32_t>(t * 7919 % shape_.vocab);
   }
-  const double act = static_cast<double>(DTypeBytes(act_));
-  const double row = static_cast<double>(tokens * hidden);
-  const double weights = static_cast<double>(shape_.vocab * hidden);
-  const double flops = 2.0 * row * static_cast<double>(shape_.vocab);
   const auto head = [=](size_t i) { return LogprobHead{x[i], w, ids}; };
   const auto out = [=](size_t i) {
     LogprobHeadOutput o;
@@ -242,29 +226,29 @@ void StepOps::AddHead() {
     kernels_.LogprobHeadForward(*stream_, head(i), out(i),
                                 workspace.Reshape({floats}));
   }
-  ops_.push_back({"logprob_head_forward", 1, flops, act * (row + weights),
+  ops_.push_back({"logprob_head_forward", 1, LogprobHeadWork(head(0)),
                   [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.LogprobHeadForward(*stream_, head(i), out(i),
                                                 workspace.Reshape({floats}));
                   }});
-  // Two products: d_hidden, d_weight.
+  const auto grad = [=](size_t i) {
+    return Kernels::LogprobHeadGrad{d_logprobs, out(i).lse,
+                                    workspace.Reshape({floats}), out(i).kept};
+  };
+  ops_.push_back({"logprob_head_backward", 1,
+                  LogprobHeadGradWork(head(0), grad(0)), [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.LogprobHeadBackward(*stream_, head(i), grad(i),
+                                                 d_x[i], d_w);
+                  }});
   ops_.push_back(
-      {"logprob_head_backward", 1, 2 * flops,
-       act * (2 * row + weights) + 8 * weights, [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.LogprobHeadBackward(
-             *stream_, head(i),
-             {d_logprobs, out(i).lse, workspace.Reshape({floats}), out(i).kept},
-             d_x[i], d_w);
-       }});
-  ops_.push_back(
-      {"embedding_forward", 1, 0, 2 * act * row, [=, this](int call) {
+      {"embedding_forward", 1, PassWork(d_x[0], d_x[0]), [=, this](int call) {
          const size_t i = static_cast<size_t>(call % kCopies);
          kernels_.EmbeddingForward(*stream_, ids.Reshape({tokens}), w, d_x[i]);
        }});
   ops_.push_back(
-      {"embedding_backward", 1, 0, act * row + 8 * row, [=, this](int call) {
+      {"embedding_backward", 1, EmbeddingGradWork(d_x[0]), [=, this](int call) {
          const size_t i = static_cast<size_t>(call % kCopies);
          kernels_.EmbeddingBackward(*stream_, ids.Reshape({tokens}), d_x[i],
                                     d_w);
@@ -279,17 +263,13 @@ void StepOps::AddOptimizer() {
   if (act_ == DType::kBF16) {
     low = New("low", DType::kI16, n, 1, 0.0f)[0].Reshape({n});
   }
-  const double elements = static_cast<double>(n);
   for (const DType moment : {DType::kF32, DType::kBF16}) {
     const Tensor m = New("m", moment, n, 1, 0.0f)[0];
     const Tensor v = New("v", moment, n, 1, 0.0f)[0];
     const AdamWTensors tensors = {weight.Reshape({n}), low, m.Reshape({n}),
                                   v.Reshape({n}), grad};
-    // Weight, gradient and moments are read and written; a split master has as
-    // many bytes as a whole one.
-    const double bytes = 2 * (8 + 2 * static_cast<double>(DTypeBytes(moment)));
     ops_.push_back({moment == DType::kF32 ? "adamw" : "adamw_bf16_moments", 0,
-                    0, bytes * elements, [=, this](int call) {
+                    AdamWWork(tensors), [=, this](int call) {
                       kernels_.AdamW(*stream_,
                                      {.learning_rate = 1e-5f,
                                       .beta1 = 0.9f,
@@ -299,7 +279,7 @@ void StepOps::AddOptimizer() {
                                      tensors);
                     }});
   }
-  ops_.push_back({"sum_of_squares", 0, 0, 4 * elements,
+  ops_.push_back({"sum_of_squares", 0, PassWork(grad),
                   [=, this](int) { kernels_.SumOfSquares(*stream_, grad); }});
 }
 

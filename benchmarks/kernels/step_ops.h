@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "benchmarks/kernels/op_work.h"
 #include "device/cpu_device.h"
 #include "kernels/kernels.h"
 
@@ -26,8 +27,7 @@ struct StepShape {
 struct StepOp {
   std::string name;
   int64_t count = 0;  // calls in a forward and backward; 0: not part of it
-  double flops = 0;   // of a call: multiply and add count as two
-  double bytes = 0;  // of a call: every operand read once, results written once
+  Work work;          // of a call
   std::function<void(int call)> run;
 };
 
