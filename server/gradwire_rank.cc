@@ -4,6 +4,7 @@
 #include <grpcpp/grpcpp.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <memory>
@@ -15,13 +16,20 @@
 #include "absl/flags/usage.h"
 #include "absl/synchronization/mutex.h"
 #include "base/log.h"
+#include "device/cpu_device.h"
 #include "gradwire/v1/rank.grpc.pb.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "nlohmann/json.hpp"
+#include "server/default_precision.h"
 #include "server/rank_worker.h"
+#include "server/version.h"
 
 ABSL_FLAG(std::string, supervisor, "",
           "where the supervisor listens: unix:...");
 ABSL_FLAG(std::string, job_id, "", "the job this rank is of");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0 = one for each core");
+ABSL_FLAG(bool, describe, false,
+          "print as JSON what a job would compute with here, and end");
 
 namespace gradwire {
 namespace {
@@ -48,7 +56,26 @@ class Commands {
   std::deque<v1::RankCommand> queue_;
 };
 
+// For `gradwire doctor`.
+void Describe() {
+  const std::string device = NewCpuKernels()->description();
+  const PrecisionChoice choice = ChoosePrecision("", device);
+  const nlohmann::ordered_json description = {
+      {"version", kVersion},
+      {"device", device},
+      {"isa", InstructionSet(device)},
+      {"threads", CpuDevice(absl::GetFlag(FLAGS_threads)).pool().num_threads()},
+      {"default_precision", PrecisionName(choice.precision)},
+      {"default_precision_reason", choice.reason},
+  };
+  std::printf("%s\n", description.dump().c_str());
+}
+
 int Main() {
+  if (absl::GetFlag(FLAGS_describe)) {
+    Describe();
+    return 0;
+  }
   const char* token = std::getenv("GRADWIRE_JOIN_TOKEN");
   if (token == nullptr || absl::GetFlag(FLAGS_supervisor).empty()) {
     spdlog::error(

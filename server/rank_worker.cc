@@ -14,6 +14,7 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "server/decode_datum.h"
 #include "server/decode_options.h"
+#include "server/default_precision.h"
 #include "server/grpc_status.h"
 #include "server/version.h"
 #include "trainer/losses.h"
@@ -98,13 +99,6 @@ void CopyMetrics(const std::map<std::string, double>& metrics, Map& out) {
   for (const auto& [name, value] : metrics) out[name] = value;
 }
 
-// bf16 where the processor multiplies it faster than f32.
-Precision DefaultPrecision(const Kernels& kernels) {
-  return kernels.description().find("bf16") != std::string::npos
-             ? Precision::kBF16
-             : Precision::kF32;
-}
-
 }  // namespace
 
 RankWorker::RankWorker(int threads,
@@ -182,10 +176,11 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   };
   TrainerOptions options;
   options.model_directory = load.spec().base_model();
-  options.precision = load.spec().precision() == "f32" ? Precision::kF32
-                      : load.spec().precision() == "bf16"
-                          ? Precision::kBF16
-                          : DefaultPrecision(*kernels_);
+  const PrecisionChoice choice =
+      ChoosePrecision(load.spec().precision(), kernels_->description());
+  options.precision = choice.precision;
+  spdlog::info("{}, precision {}: {}", kernels_->description(),
+               PrecisionName(choice.precision), choice.reason);
   options.moment_precision = load.spec().moment_precision() == "bf16"
                                  ? Precision::kBF16
                                  : Precision::kF32;
@@ -220,12 +215,9 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   auto profile = WarmUp(load);
   if (!profile.ok()) return fail(profile.status());
   v1::RankEvent ready;
-  const auto name = [](Precision precision) {
-    return precision == Precision::kF32 ? "f32" : "bf16";
-  };
-  profile->set_precision(name(options.precision));
+  profile->set_precision(PrecisionName(options.precision));
   if (!options.forward_only) {
-    profile->set_moment_precision(name(options.moment_precision));
+    profile->set_moment_precision(PrecisionName(options.moment_precision));
   }
   *ready.mutable_ready()->mutable_profile() = *std::move(profile);
   *ready.mutable_ready()->mutable_memory() = ToProto(trainer_->plan());

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import json
 import os
+import pathlib
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gradwire.errors import GradwireError, UserError
+from gradwire.errors import GradwireError, ServerError, UserError
 from gradwire.local_server import find_server
 
 
@@ -40,7 +41,8 @@ def _serve(args: argparse.Namespace) -> int:
             continue
 
 
-def _isa() -> list[str]:
+def _processor_isa() -> list[str]:
+    """What the processor has; what a server would use, only it can say."""
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -50,6 +52,24 @@ def _isa() -> list[str]:
     except OSError:
         return []
     return [name for name in wanted if name in flags]
+
+
+def _described(rank: pathlib.Path) -> dict[str, Any]:
+    """What gradwire_rank says that a job would compute with."""
+    try:
+        done = subprocess.run(
+            [str(rank), "--describe"],
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise ServerError(
+            f"{rank} cannot describe itself ({error}); build it anew with "
+            "`bazel build //server:gradwire_rank`",
+            reason="SERVER_NOT_STARTED",
+        ) from error
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -63,10 +83,19 @@ def _doctor(args: argparse.Namespace) -> int:
     check(
         "python", python_ok, platform.python_version(), "install 3.10 or newer"
     )
+    described: dict[str, Any] = {}
     try:
-        check("gradwired", True, str(find_server()))
+        server = find_server()
+        check("gradwired", True, str(server))
     except GradwireError as error:
         check("gradwired", False, "", error.message)
+    else:
+        rank = server.with_name("gradwire_rank")
+        try:
+            described = _described(rank)
+            check("gradwire_rank", True, str(rank))
+        except GradwireError as error:
+            check("gradwire_rank", False, "", error.message)
     for module in ("torch", "transformers", "matplotlib"):
         found = importlib.util.find_spec(module) is not None
         check(
@@ -77,7 +106,11 @@ def _doctor(args: argparse.Namespace) -> int:
         "ok": all(row["ok"] for row in checks),
         "cores": os.cpu_count(),
         "memory_bytes": pages * size,
-        "isa": _isa(),
+        "isa": [described["isa"]] if described else _processor_isa(),
+        "device": described.get("device"),
+        "threads": described.get("threads"),
+        "default_precision": described.get("default_precision"),
+        "default_precision_reason": described.get("default_precision_reason"),
         "gpu": shutil.which("nvidia-smi") is not None,
         "checks": checks,
     }
@@ -88,6 +121,12 @@ def _doctor(args: argparse.Namespace) -> int:
             f"{report['cores']} cores, {report['memory_bytes'] / 2**30:.1f} "
             f"GiB, {' '.join(report['isa']) or 'no wide vectors'}"
         )
+        if described:
+            _say(
+                f"a job computes on {report['device']}, {report['threads']} "
+                f"threads, in {report['default_precision']} unless it asks "
+                f"for another precision: {report['default_precision_reason']}"
+            )
         for row in checks:
             mark = "ok     " if row["ok"] else "MISSING"
             _say(f"{mark} {row['name']:14} {row.get('remedy') or row['found']}")
