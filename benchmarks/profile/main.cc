@@ -83,6 +83,9 @@ absl::Status Run() {
     totals.push_back(kernels.TakeTotals());
     wall.push_back(seconds);
   }
+  const Ceilings after = MeasureCeilings(*device, kernels, LocalStep::Act());
+  run.ceilings = {std::max(run.ceilings.gemm_flops, after.gemm_flops),
+                  std::max(run.ceilings.triad_bytes, after.triad_bytes)};
   const StepProfile profile = Summarize(totals, wall);
   for (const ProfileRow& row : profile.ops) {
     PrintLine(JsonRow(run, row, profile));
