@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -14,8 +15,13 @@ namespace gradwire {
 namespace {
 
 // About 20-50 microseconds on current cores: longer than the gap between two
-// ops of a step, shorter than anything a person or a battery would notice.
+// ops of a step if the threads' shares are even.
 constexpr int kSpins = 2000;
+// Waking a sleeper takes tens of microseconds, in a virtual machine more than a
+// small op. So a worker without work goes on looking, but lets others have the
+// core, for longer than one share of a large op outlasts another and less than
+// anything a person or a battery would notice.
+constexpr std::chrono::milliseconds kLinger{3};
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -44,13 +50,17 @@ ThreadPool::ThreadPool(int num_threads)
       Impl& impl = *impl_;
       uint64_t seen = 0;
       while (true) {
-        for (int spin = 0;
-             spin < kSpins &&
-             impl.generation.load(std::memory_order_acquire) == seen;
-             ++spin) {
-          Pause();
+        const auto idle = [&] {
+          return impl.generation.load(std::memory_order_acquire) == seen;
+        };
+        for (int spin = 0; spin < kSpins && idle(); ++spin) Pause();
+        if (idle()) {
+          const auto end = std::chrono::steady_clock::now() + kLinger;
+          while (idle() && std::chrono::steady_clock::now() < end) {
+            std::this_thread::yield();
+          }
         }
-        if (impl.generation.load(std::memory_order_acquire) == seen) {
+        if (idle()) {
           std::unique_lock<std::mutex> lock(impl.mutex);
           impl.wake.wait(lock, [&] { return impl.generation.load() != seen; });
         }
