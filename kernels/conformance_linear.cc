@@ -56,13 +56,17 @@ TEST_P(KernelsConformanceTest, MatmulBackwardInput) {
 
 TEST_P(KernelsConformanceTest, MatmulBackwardWeight) {
   for (const Size& s : kSizes) {
-    const Operand d_y = Normal(act(), {s.m, s.n});
-    const Operand x = Normal(act(), {s.m, s.k});
-    const Operand d_w = Normal(DType::kF32, {s.n, s.k});
-    kernels().MatmulBackwardWeight(stream(), d_y.device, x.device, d_w.device);
-    ExpectWithin(
-        Name(s), d_w,
-        ref::MatmulBackwardWeight<Tracked>(d_y.host, x.host, d_w.host));
+    for (const bool accumulate : {false, true}) {
+      const Operand d_y = Normal(act(), {s.m, s.n});
+      const Operand x = Normal(act(), {s.m, s.k});
+      const Operand d_w = accumulate ? Normal(DType::kF32, {s.n, s.k})
+                                     : Unwritten(DType::kF32, {s.n, s.k});
+      kernels().MatmulBackwardWeight(stream(), d_y.device, x.device, d_w.device,
+                                     accumulate);
+      ExpectWithin(Name(s), d_w,
+                   ref::MatmulBackwardWeight<Tracked>(d_y.host, x.host,
+                                                      d_w.host, accumulate));
+    }
   }
 }
 

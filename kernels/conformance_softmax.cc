@@ -170,6 +170,20 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
     ExpectSame("d_hidden without d_weight, " + name, Fetch(d_hidden.device),
                Fetch(alone.device));
 
+    // Written, not added to.
+    const Operand fresh = Unwritten(DType::kF32, {c.vocab, c.hidden});
+    Kernels::LogprobHeadGrad writing = {d_logprobs.device, lse.device,
+                                        workspace.device};
+    writing.accumulate = false;
+    kernels().LogprobHeadBackward(stream(), head(&Operand::device), writing,
+                                  alone.device, fresh.device);
+    writing = {d_logprobs.host, host_lse, Tensor()};
+    writing.accumulate = false;
+    ExpectWithin("d_weight alone, " + name, fresh,
+                 ref::LogprobHeadBackward<Tracked>(head(&Operand::host),
+                                                   writing, fresh.host)
+                     .d_weight);
+
     // Keeping changes no bit.
     const Operand kept = Unwritten(
         DType::kF32,

@@ -111,7 +111,7 @@ struct AdamWTensors {
   // stochastically by RoundingBits(RoundingKeyOf(seed, step), i), after the
   // weight's step has used it as float32.
   Tensor m, v;
-  Tensor grad;  // f32 [n], read; zeroed by the pass
+  Tensor grad;  // f32 [n], read
 };
 
 class Kernels {
@@ -180,10 +180,11 @@ class Kernels {
   virtual void MatmulBackwardInput(Stream& stream, const Tensor& d_y,
                                    const Tensor& w, const Tensor& d_x,
                                    bool accumulate) = 0;
-  // d_w += d_y^T x.
-  //   d_y act [m, n]; x act [m, k]; d_w f32 [n, k] +=
+  // d_w = d_y^T x (+ d_w).
+  //   d_y act [m, n]; x act [m, k]; d_w f32 [n, k], += if accumulate else =
   virtual void MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
-                                    const Tensor& x, const Tensor& d_w) = 0;
+                                    const Tensor& x, const Tensor& d_w,
+                                    bool accumulate) = 0;
   // Tells the backend that the weights at this address have changed (a step, a
   // load), so that packed copies it may keep are stale. Null: all weights.
   virtual void InvalidateWeights(const Tensor& w) = 0;
@@ -280,11 +281,12 @@ class Kernels {
   // With p = exp(logit - lse) and G[t] = sum over j of d_logprobs[t, j]:
   //   d_logit[t, i] = sum over j with targets[t, j] = i of d_logprobs[t, j]
   //                   - G[t] p[t, i]
-  //   d_hidden = d_logit weight;  d_weight += d_logit^T hidden.
+  //   d_hidden = d_logit weight;  d_weight = d_logit^T hidden (+ d_weight).
   // p of an id that is no target of its token may be rounded to act first.
   // Same bits with and without `kept`.
   //   d_logprobs f32 [tokens, k]; lse f32 [tokens];
-  //   d_hidden act [tokens, hidden] =; d_weight f32 [vocab, hidden] += or null
+  //   d_hidden act [tokens, hidden] =;
+  //   d_weight f32 [vocab, hidden] or null, += if accumulate else =
   struct LogprobHeadGrad {
     Tensor d_logprobs;
     Tensor lse;
@@ -295,6 +297,7 @@ class Kernels {
     // row here is. Null: of the same.
     Tensor kept_rows = {};
     int64_t kept_tokens = 0;
+    bool accumulate = true;
   };
   virtual void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                                    const LogprobHeadGrad& grad,
@@ -338,7 +341,7 @@ class Kernels {
   // One pass of AdamW (decoupled decay; bias-corrected), w the float32 master:
   //   g = grad * grad_scale;  w -= lr * weight_decay * w;
   //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-  //   w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps);  grad = 0.
+  //   w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
   virtual void AdamW(Stream& stream, const AdamWParams& params,
                      const AdamWTensors& tensors) = 0;
 };

@@ -145,11 +145,12 @@ void BlockBackward(Stream& stream, Kernels& kernels,
   kernels.MatmulBackwardInput(stream, d, weights.down, scratch.d_ffn, false);
   kernels.SwiGluBackward(stream, acts.gate_up, scratch.d_ffn, acts.gate_up,
                          scratch.ffn);
-  kernels.MatmulBackwardWeight(stream, d, scratch.ffn, grad.params.down);
+  kernels.MatmulBackwardWeight(stream, d, scratch.ffn, grad.params.down,
+                               grad.accumulate);
   kernels.RmsNormForward(stream, acts.mid, weights.post_norm, eps,
                          scratch.normed, acts.rstd2);
   kernels.MatmulBackwardWeight(stream, acts.gate_up, scratch.normed,
-                               grad.params.gate_up);
+                               grad.params.gate_up, grad.accumulate);
   kernels.MatmulBackwardInput(stream, acts.gate_up, weights.gate_up,
                               scratch.hidden, false);
   kernels.RmsNormBackward(
@@ -158,7 +159,8 @@ void BlockBackward(Stream& stream, Kernels& kernels,
 
   // Attention.
   kernels.MatmulBackwardInput(stream, d, weights.o, scratch.d_attention, false);
-  kernels.MatmulBackwardWeight(stream, d, acts.attention, grad.params.o);
+  kernels.MatmulBackwardWeight(stream, d, acts.attention, grad.params.o,
+                               grad.accumulate);
   kernels.QkNormRopeForward(stream, RopeArgs(context, weights), acts.qkv,
                             scratch.rotated);
   AttentionOfRowsBackward(stream, kernels, context, acts, scratch);
@@ -172,7 +174,7 @@ void BlockBackward(Stream& stream, Kernels& kernels,
   kernels.RmsNormForward(stream, acts.input, weights.input_norm, eps,
                          scratch.normed, acts.rstd1);
   kernels.MatmulBackwardWeight(stream, scratch.d_rotated, scratch.normed,
-                               grad.params.qkv);
+                               grad.params.qkv, grad.accumulate);
   kernels.MatmulBackwardInput(stream, scratch.d_rotated, weights.qkv,
                               scratch.hidden, false);
   kernels.RmsNormBackward(

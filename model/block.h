@@ -65,10 +65,12 @@ void BlockForward(Stream& stream, Kernels& kernels, const BlockContext& context,
                   const BlockScratch& scratch, const Tensor& output);
 
 // d_residual: the gradient of the block's output, becomes that of its input.
-// Adds to the parameters' gradients.
+// Adds to the gradients of vectors; to those of matrices too if `accumulate`,
+// else writes them.
 struct BlockGrad {
   BlockParams params;
   Tensor d_residual;
+  bool accumulate = true;
 };
 void BlockBackward(Stream& stream, Kernels& kernels,
                    const BlockContext& context, const BlockParams& weights,

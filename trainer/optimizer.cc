@@ -79,6 +79,7 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
   outcome.sequences = accumulated_.sequences;
   outcome.skipped = accumulated_.ops == 0;
   if (!outcome.skipped) {
+    if (!accumulated_.written) device_.Zero(stream_, state_.gradient);
     const double scale =
         1.0 / static_cast<double>(Divisor(params, accumulated_));
     const double norm =
@@ -130,10 +131,6 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
   return outcome;
 }
 
-void Optimizer::Clear() {
-  // AdamW has left zeros; so has an earlier Clear.
-  if (!accumulated_.empty()) device_.Zero(stream_, state_.gradient);
-  accumulated_ = Accumulated();
-}
+void Optimizer::Clear() { accumulated_ = Accumulated(); }
 
 }  // namespace gradwire

@@ -23,6 +23,9 @@ struct FlatState {
 
 // What lies in FlatState::gradient.
 struct Accumulated {
+  // The gradient has been written; until then what lies there is of no use, and
+  // the gradient is zero.
+  bool written = false;
   int64_t ops = 0;
   int64_t loss_tokens = 0;
   int64_t sequences = 0;

@@ -249,7 +249,7 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
 void TrainStep::HeadBackward(const PackedInputs& inputs,
                              const StoredActivations& stored,
                              const std::vector<float>& d_logprobs,
-                             Bound& bound) {
+                             bool accumulate, Bound& bound) {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
   Stream& stream = *stream_;
@@ -264,6 +264,7 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
   grad.lse = stored.lse;
   grad.workspace = bound.head_workspace;
   grad.kept = stored.head;
+  grad.accumulate = accumulate;
   const std::vector<float> d_rows = inputs.SumOfRows(d_logprobs);
   const int64_t num_rows = inputs.num_rows(), k = inputs.k;
   std::vector<int32_t> rows;  // that have a gradient
@@ -312,9 +313,23 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
   kernels_.ScatterRows(stream, d_hidden, grad.kept_rows, bound.scratch.hidden);
 }
 
+void TrainStep::ClearSums() {
+  const ParamTable& table = *options_.table;
+  for (const ParamRow& row : table.rows()) {
+    // The embedding's gradient is added to the head's if they are one.
+    const bool summed =
+        row.shape.size() == 1 ||
+        (row.offset == table.embedding() && table.embedding() != table.head());
+    if (!summed) continue;
+    device_.Zero(*stream_, options_.gradients.Rows(
+                               row.offset, row.offset + row.num_elements));
+  }
+}
+
 absl::Status TrainStep::Backward(const PackedInputs& inputs,
                                  const StoredActivations& stored,
-                                 const std::vector<float>& d_logprobs) {
+                                 const std::vector<float>& d_logprobs,
+                                 bool accumulate) {
   const ModelConfig& config = *options_.config;
   const ParamTable& table = *options_.table;
   Bound bound = Bind(inputs, 0);
@@ -323,7 +338,8 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   kernels_.RmsNormForward(stream, stored.residual, final_norm,
                           static_cast<float>(config.rms_eps),
                           bound.scratch.normed, bound.rstd);
-  HeadBackward(inputs, stored, d_logprobs, bound);
+  if (!accumulate) ClearSums();
+  HeadBackward(inputs, stored, d_logprobs, accumulate, bound);
   device_.Zero(stream, bound.d_residual);
   kernels_.RmsNormBackward(
       stream, {bound.scratch.hidden, stored.residual, final_norm, bound.rstd},
@@ -341,7 +357,7 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
     BlockBackward(
         stream, kernels_, bound.context, weights, acts, bound.scratch,
         {BlockParamsAt(config, table.blocks()[layer], options_.gradients),
-         bound.d_residual});
+         bound.d_residual, accumulate});
   }
   for (int64_t t = 0; t < inputs.num_rows(); ++t) {
     if (inputs.tokens[t] == config.padding_token) {

@@ -60,11 +60,12 @@ class TrainStep {
   // Runs the forward; keeps activations in *stored unless it is null.
   absl::StatusOr<HeadResults> Forward(const PackedInputs& inputs, int64_t top_k,
                                       StoredActivations* stored);
-  // Adds the gradient of sum(d_logprobs * logprobs), [tokens, k]. Overwrites
+  // The gradient of sum(d_logprobs * logprobs), [tokens, k]: added to the
+  // gradients if `accumulate`, else written over whatever they hold. Overwrites
   // parts of `stored`: a forward is good for one backward.
   absl::Status Backward(const PackedInputs& inputs,
                         const StoredActivations& stored,
-                        const std::vector<float>& d_logprobs);
+                        const std::vector<float>& d_logprobs, bool accumulate);
 
   Stream& stream() { return *stream_; }
   int64_t PeakScratchBytes() const { return scratch_.peak_bytes(); }
@@ -85,7 +86,10 @@ class TrainStep {
   Bound Bind(const PackedInputs& inputs, int64_t top_k);
   // The head's backward, over the rows that have a gradient: -> scratch.hidden.
   void HeadBackward(const PackedInputs& inputs, const StoredActivations& stored,
-                    const std::vector<float>& d_logprobs, Bound& bound);
+                    const std::vector<float>& d_logprobs, bool accumulate,
+                    Bound& bound);
+  // Zeroes the gradients that a backward only ever adds to.
+  void ClearSums();
   Tensor Global(const Tensor& flat, int64_t offset, int64_t rows) const;
 
   const Options options_;

@@ -131,6 +131,10 @@ class TrainerImpl : public Trainer {
   absl::Status CheckGradients(
       const Retained& retained,
       const std::vector<std::vector<float>>& d_logprobs) const;
+  // Adds to the accumulator, or begins it.
+  absl::Status RunBackward(const PackedInputs& inputs,
+                           const StoredActivations& stored,
+                           const std::vector<float>& d_logprobs);
   absl::Status BackwardMicroBatch(
       RetainedMicroBatch& batch,
       const std::vector<std::vector<float>>& d_logprobs, bool stale,
@@ -156,7 +160,7 @@ class TrainerImpl : public Trainer {
   std::unique_ptr<Optimizer> optimizer_;
 
   int64_t weight_version_ = 0;
-  bool has_gradients_ = false;  // the accumulator has been written
+  bool has_gradients_ = false;  // their memory has been touched
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;
   std::vector<std::string> order_;
@@ -322,8 +326,7 @@ absl::Status TrainerImpl::RunMicroBatch(
     sink(std::move(out));
   }
   if (options.backward && !AllZero(d_logprobs)) {
-    has_gradients_ = true;
-    GW_RETURN_IF_ERROR(step_->Backward(inputs, kept.stored, d_logprobs));
+    GW_RETURN_IF_ERROR(RunBackward(inputs, kept.stored, d_logprobs));
   }
   if (retained != nullptr) {
     retained->plan = batch;
@@ -433,6 +436,15 @@ absl::Status TrainerImpl::CheckGradients(
   return absl::OkStatus();
 }
 
+absl::Status TrainerImpl::RunBackward(const PackedInputs& inputs,
+                                      const StoredActivations& stored,
+                                      const std::vector<float>& d_logprobs) {
+  has_gradients_ = true;
+  const bool accumulate =
+      std::exchange(optimizer_->accumulated().written, true);
+  return step_->Backward(inputs, stored, d_logprobs, accumulate);
+}
+
 absl::Status TrainerImpl::BackwardMicroBatch(
     RetainedMicroBatch& batch,
     const std::vector<std::vector<float>>& d_logprobs, bool stale,
@@ -464,8 +476,7 @@ absl::Status TrainerImpl::BackwardMicroBatch(
   for (size_t i = 0; i < packed.size(); ++i) {
     surrogate += double{packed[i]} * batch.logprobs[i];
   }
-  has_gradients_ = true;
-  return step_->Backward(batch.inputs, batch.kept.stored, packed);
+  return RunBackward(batch.inputs, batch.kept.stored, packed);
 }
 
 absl::StatusOr<BackwardOutcome> TrainerImpl::Backward(
@@ -563,6 +574,7 @@ absl::StatusOr<std::vector<float>> TrainerImpl::Gradient(
     return absl::NotFoundError("no parameter " + hf_name);
   }
   std::vector<float> values(row->num_elements);
+  if (!optimizer_->accumulated().written) return values;
   device_.CopyToHost(
       step_->stream(),
       state_.gradient.Rows(row->offset, row->offset + row->num_elements),

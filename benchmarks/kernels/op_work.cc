@@ -32,10 +32,11 @@ Work MatmulWork(const Tensor& x, const Tensor& w, const Tensor& y,
           Bytes(x) + Bytes(w) + Bytes(y) * (accumulate ? 2 : 1)};
 }
 
-Work MatmulWeightWork(const Tensor& d_y, const Tensor& x, const Tensor& d_w) {
+Work MatmulWeightWork(const Tensor& d_y, const Tensor& x, const Tensor& d_w,
+                      bool accumulate) {
   return {2.0 * static_cast<double>(d_y.dim(0)) *
               static_cast<double>(d_w.num_elements()),
-          Bytes(d_y) + Bytes(x) + 2 * Bytes(d_w)};
+          Bytes(d_y) + Bytes(x) + Bytes(d_w) * (accumulate ? 2 : 1)};
 }
 
 Work AttentionWork(const Kernels::Attention& args, const Tensor& out) {
@@ -57,7 +58,8 @@ Work LogprobHeadGradWork(const LogprobHead& args,
   const double products = grad.kept.is_null() ? 3 : 2;
   const double d_weight = 4.0 * static_cast<double>(args.weight.num_elements());
   return {products * HeadProductFlops(args),
-          2 * Bytes(args.hidden) + Bytes(args.weight) + 2 * d_weight};
+          2 * Bytes(args.hidden) + Bytes(args.weight) +
+              d_weight * (grad.accumulate ? 2 : 1)};
 }
 
 Work EmbeddingGradWork(const Tensor& d_out) {
@@ -66,9 +68,9 @@ Work EmbeddingGradWork(const Tensor& d_out) {
 }
 
 Work AdamWWork(const AdamWTensors& tensors) {
-  // Everything is read and written, the gradient as zeros.
   return {0, 2 * (Bytes(tensors.weight) + Bytes(tensors.low) +
-                  Bytes(tensors.m) + Bytes(tensors.v) + Bytes(tensors.grad))};
+                  Bytes(tensors.m) + Bytes(tensors.v)) +
+                 Bytes(tensors.grad)};
 }
 
 }  // namespace gradwire

@@ -16,8 +16,9 @@ struct Work {
 // y = x w^T; or of d_x = d_y w, with d_y, w and d_x.
 Work MatmulWork(const Tensor& x, const Tensor& w, const Tensor& y,
                 bool accumulate);
-// d_w += d_y^T x.
-Work MatmulWeightWork(const Tensor& d_y, const Tensor& x, const Tensor& d_w);
+// d_w = d_y^T x (+ d_w).
+Work MatmulWeightWork(const Tensor& d_y, const Tensor& x, const Tensor& d_w,
+                      bool accumulate);
 
 // Causal: half of every sequence's square. The backward makes the scores again:
 // five products where the forward has two.

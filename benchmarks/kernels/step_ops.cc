@@ -63,11 +63,12 @@ void StepOps::AddMatmuls(const std::string& name, int64_t n, int64_t k) {
                     kernels_.MatmulBackwardInput(*stream_, y[i], w[i], x[i],
                                                  false);
                   }});
-  ops_.push_back({"matmul_backward_weight_" + name, shape_.layers,
-                  MatmulWeightWork(y[0], x[0], d_w[0]), [=, this](int call) {
-                    const size_t i = static_cast<size_t>(call % kCopies);
-                    kernels_.MatmulBackwardWeight(*stream_, y[i], x[i], d_w[i]);
-                  }});
+  ops_.push_back(
+      {"matmul_backward_weight_" + name, shape_.layers,
+       MatmulWeightWork(y[0], x[0], d_w[0], false), [=, this](int call) {
+         const size_t i = static_cast<size_t>(call % kCopies);
+         kernels_.MatmulBackwardWeight(*stream_, y[i], x[i], d_w[i], false);
+       }});
 }
 
 void StepOps::AddAttention() {
@@ -233,8 +234,10 @@ void StepOps::AddHead() {
                                                 workspace.Reshape({floats}));
                   }});
   const auto grad = [=](size_t i) {
-    return Kernels::LogprobHeadGrad{d_logprobs, out(i).lse,
-                                    workspace.Reshape({floats}), out(i).kept};
+    Kernels::LogprobHeadGrad g{d_logprobs, out(i).lse,
+                               workspace.Reshape({floats}), out(i).kept};
+    g.accumulate = false;
+    return g;
   };
   ops_.push_back({"logprob_head_backward", 1,
                   LogprobHeadGradWork(head(0), grad(0)), [=, this](int call) {

@@ -85,11 +85,12 @@ void ProfilingKernels::MatmulBackwardInput(Stream& stream, const Tensor& d_y,
 }
 
 void ProfilingKernels::MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
-                                            const Tensor& x,
-                                            const Tensor& d_w) {
+                                            const Tensor& x, const Tensor& d_w,
+                                            bool accumulate) {
   Measure(WithShape("matmul_backward_weight", d_w),
-          MatmulWeightWork(d_y, x, d_w),
-          [&] { kernels_->MatmulBackwardWeight(stream, d_y, x, d_w); });
+          MatmulWeightWork(d_y, x, d_w, accumulate), [&] {
+            kernels_->MatmulBackwardWeight(stream, d_y, x, d_w, accumulate);
+          });
 }
 
 void ProfilingKernels::InvalidateWeights(const Tensor& w) {

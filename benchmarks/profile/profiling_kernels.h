@@ -54,7 +54,7 @@ class ProfilingKernels : public Kernels {
   void MatmulBackwardInput(Stream& stream, const Tensor& d_y, const Tensor& w,
                            const Tensor& d_x, bool accumulate) override;
   void MatmulBackwardWeight(Stream& stream, const Tensor& d_y, const Tensor& x,
-                            const Tensor& d_w) override;
+                            const Tensor& d_w, bool accumulate) override;
   void InvalidateWeights(const Tensor& w) override;
   void BiasForward(Stream& stream, const Tensor& bias,
                    const Tensor& y) override;

@@ -109,7 +109,7 @@ struct States {
   Weight* weight;
   int16_t* low;  // null if Weight is float
   Moment *m, *v;
-  float* grad;
+  const float* grad;
 
   States From(int64_t i) const {
     return {weight + i, low == nullptr ? nullptr : low + i, m + i, v + i,
@@ -129,7 +129,6 @@ HWY_INLINE void UpdateVector(const Factors& f, const S& at, int64_t index) {
   const V change = hn::Div(hn::Mul(f.rate, m), hn::Add(root, f.eps));
   const V w = hn::Sub(hn::Mul(LoadMaster(at.weight, at.low), f.keep), change);
   StoreMoments(f, m, v, index, at.m, at.v);
-  hn::StoreU(hn::Zero(d), d, at.grad);
   StoreMaster(w, at.weight, at.low);
 }
 
@@ -157,9 +156,9 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
     if (from.low != nullptr) std::copy_n(from.low, n, to.low);
     std::copy_n(from.m, n, to.m);
     std::copy_n(from.v, n, to.v);
-    std::copy_n(from.grad, n, to.grad);
   };
   move(rest, copy);
+  std::copy_n(rest.grad, end - i, grad);
   UpdateVector(factors, copy, i);
   move(copy, rest);
 }

@@ -44,7 +44,7 @@ class CpuKernels : public Kernels {
   void MatmulBackwardInput(Stream& stream, const Tensor& d_y, const Tensor& w,
                            const Tensor& d_x, bool accumulate) override;
   void MatmulBackwardWeight(Stream& stream, const Tensor& d_y, const Tensor& x,
-                            const Tensor& d_w) override;
+                            const Tensor& d_w, bool accumulate) override;
   void InvalidateWeights(const Tensor& w) override;
 
   // bias.cc

@@ -366,6 +366,15 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
   gemm_->Prepare(pool.num_threads());
   scratch_.Reserve(pool.num_threads(), f32 ? 0 : kBlock * kChunk * 4);
   const LogitGrad logit_grad(args, grad);
+  if (tokens == 0 && !d_weight.is_null()) {
+    gemm_->Run(pool,
+               {.m = vocab,
+                .n = hidden,
+                .c_row = hidden,
+                .ab = act,
+                .accumulate = grad.accumulate},
+               nullptr, nullptr, d_weight.raw());
+  }
 
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const int64_t rows = std::min(kTokens, tokens - first);
@@ -411,7 +420,7 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                   .b_row = hidden,
                   .c_row = hidden,
                   .ab = act,
-                  .accumulate = true},
+                  .accumulate = first > 0 || grad.accumulate},
                  workspace, args.hidden.Rows(first, first + rows).raw(),
                  d_weight.Rows(id, id + cols).raw());
     }

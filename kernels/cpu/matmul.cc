@@ -48,7 +48,8 @@ void CpuKernels::MatmulBackwardInput(Stream& stream, const Tensor& d_y,
 }
 
 void CpuKernels::MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
-                                      const Tensor& x, const Tensor& d_w) {
+                                      const Tensor& x, const Tensor& d_w,
+                                      bool accumulate) {
   if (!stream.ok()) return;
   const int64_t m = d_y.dim(0), n = d_y.dim(1), k = x.dim(1);
   GW_CHECK(x.dim(0) == m && d_w.dim(0) == n && d_w.dim(1) == k);
@@ -63,7 +64,7 @@ void CpuKernels::MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
               .c_row = k,
               .ab = d_y.dtype(),
               .c = DType::kF32,
-              .accumulate = true},
+              .accumulate = accumulate},
              d_y.raw(), x.raw(), d_w.raw());
 }
 

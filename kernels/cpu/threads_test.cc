@@ -112,7 +112,7 @@ void RmsNormBackward(Kernels& k, Stream& s, DType act, Numbers& n) {
 void MatmulBackwardWeight(Kernels& k, Stream& s, DType act, Numbers& n) {
   k.MatmulBackwardWeight(s, n.New(act, {kTokens, kHidden}),
                          n.New(act, {kTokens, 96}),
-                         n.New(DType::kF32, {kHidden, 96}));
+                         n.New(DType::kF32, {kHidden, 96}), true);
 }
 
 TEST(ThreadsTest, TheseOpsDoNotDependOnTheNumberOfThreads) {

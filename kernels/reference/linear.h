@@ -98,9 +98,9 @@ Result<Num> MatmulBackwardInput(const Tensor& d_y, const Tensor& w,
 
 template <class Num>
 Result<Num> MatmulBackwardWeight(const Tensor& d_y, const Tensor& x,
-                                 const Tensor& d_w) {
+                                 const Tensor& d_w, bool accumulate) {
   return Product<Num>(d_y, {1, d_y.dim(1)}, x, {x.dim(1), 1}, x.dim(0), d_w,
-                      true);
+                      accumulate);
 }
 
 template <class Num>

@@ -76,9 +76,9 @@ class ReferenceKernels : public Kernels {
     Store(ref::MatmulBackwardInput<double>(d_y, w, d_x, accumulate), d_x);
   }
   void MatmulBackwardWeight(Stream& stream, const Tensor& d_y, const Tensor& x,
-                            const Tensor& d_w) override {
+                            const Tensor& d_w, bool accumulate) override {
     if (!stream.ok()) return;
-    Store(ref::MatmulBackwardWeight<double>(d_y, x, d_w), d_w);
+    Store(ref::MatmulBackwardWeight<double>(d_y, x, d_w, accumulate), d_w);
   }
   void InvalidateWeights(const Tensor&) override {}
 
@@ -243,8 +243,6 @@ class ReferenceKernels : public Kernels {
             (RoundingBits(key, i) >> shift) & 0xffffu);
       }
     }
-    std::memset(tensors.grad.raw(), 0,
-                static_cast<size_t>(tensors.grad.bytes()));
   }
 
  private:

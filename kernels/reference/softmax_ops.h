@@ -192,7 +192,7 @@ HeadGradResult<Num> LogprobHeadBackward(const LogprobHead& head,
   const DType act = head.hidden.dtype();
   HeadGradResult<Num> result;
   std::vector<Sum<Num>> sums(static_cast<size_t>(d_weight.num_elements()));
-  for (size_t i = 0; i < sums.size(); ++i) {
+  for (size_t i = 0; grad.accumulate && i < sums.size(); ++i) {
     sums[i].Add(At(d_weight, static_cast<int64_t>(i)));
   }
   for (int64_t t = 0; t < head.hidden.dim(0); ++t) {

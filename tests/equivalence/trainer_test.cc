@@ -323,6 +323,40 @@ TEST_P(TrainerTest, CallsAccumulate) {
   EXPECT_EQ(Gradients(*twice.trainer), Gradients(*once.trainer));
 }
 
+// The accumulator is not zeroed between windows but written anew.
+TEST_P(TrainerTest, AWindowSeesNothingOfTheOneBefore) {
+  Rig used = Make(Small()), fresh = Make(Small());
+  const int64_t vocab = used.trainer->config().vocab;
+  const auto first = Batch(vocab, 1), second = Batch(vocab, 2);
+  OptimParams still;
+  still.learning_rate = 0;
+  Logprobs(*used.trainer, first, WithBackward());
+  const auto left = used.trainer->OptimStep(still);
+  ASSERT_TRUE(left.ok());
+  EXPECT_GT(left->grad_norm, 0);
+  for (const auto& gradient : Gradients(*used.trainer)) {
+    EXPECT_EQ(gradient, std::vector<float>(gradient.size()));
+  }
+  Logprobs(*used.trainer, second, WithBackward());
+  Logprobs(*fresh.trainer, second, WithBackward());
+  EXPECT_EQ(Gradients(*used.trainer), Gradients(*fresh.trainer));
+  used.trainer->ZeroGrad();
+  Logprobs(*used.trainer, second, WithBackward());
+  EXPECT_EQ(Gradients(*used.trainer), Gradients(*fresh.trainer));
+
+  // An operation whose gradient is zero everywhere begins no window.
+  ASSERT_TRUE(used.trainer->OptimStep(still).ok());
+  auto silent = second;
+  for (TrainDatum& datum : silent) {
+    datum.weights.assign(datum.weights.size(), 0.0f);
+  }
+  Logprobs(*used.trainer, silent, WithBackward());
+  const auto zero = used.trainer->OptimStep(still);
+  ASSERT_TRUE(zero.ok());
+  EXPECT_FALSE(zero->skipped);
+  EXPECT_EQ(zero->grad_norm, 0);
+}
+
 TEST_P(TrainerTest, StaleActivationsAreRefusedOrRecomputed) {
   Rig rig = Make(Small()), fresh = Make(Small());
   const auto data = Batch(rig.trainer->config().vocab);
