@@ -9,7 +9,7 @@
 
 namespace gradwire {
 
-enum class DType : uint8_t { kF32, kBF16, kI16, kI32, kI64 };
+enum class DType : uint8_t { kF32, kF64, kBF16, kI16, kI32, kI64 };
 
 inline int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
@@ -19,6 +19,7 @@ inline int64_t DTypeBytes(DType dtype) {
     case DType::kBF16:
     case DType::kI16:
       return 2;
+    case DType::kF64:
     case DType::kI64:
       return 8;
   }
@@ -29,6 +30,8 @@ inline const char* DTypeName(DType dtype) {
   switch (dtype) {
     case DType::kF32:
       return "f32";
+    case DType::kF64:
+      return "f64";
     case DType::kBF16:
       return "bf16";
     case DType::kI16:
@@ -66,6 +69,10 @@ struct DTypeOf;
 template <>
 struct DTypeOf<float> {
   static constexpr DType value = DType::kF32;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kF64;
 };
 template <>
 struct DTypeOf<BFloat16> {

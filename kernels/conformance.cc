@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "base/check.h"
+#include "kernels/reference/linear.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -33,6 +35,8 @@ void Set(const Tensor& t, int64_t i, float value) {
   } else if (t.dtype() == DType::kI32) {
     t.data<int32_t>()[i] =
         std::isnan(value) ? kGuardWord : static_cast<int32_t>(value);
+  } else if (t.dtype() == DType::kF64) {
+    t.data<double>()[i] = value;
   } else {
     t.data<float>()[i] = value;
   }
@@ -168,6 +172,22 @@ void KernelsConformanceTest::ExpectWithin(const std::string& what,
                                           const std::vector<Tracked>& want) {
   const std::string error = CompareWithin(Fetch(got.device), want);
   EXPECT_TRUE(error.empty()) << what << ": " << error;
+}
+
+void KernelsConformanceTest::ExpectSquares(const std::string& what,
+                                           const Operand& matrix,
+                                           const Operand& squares) {
+  const Tensor x =
+      Fetch(matrix.device).Reshape({matrix.host.dim(0), matrix.host.dim(1)});
+  const Tensor got = Fetch(squares.device);
+  const std::vector<double> want = reference::RowSquares(x);
+  ASSERT_EQ(got.num_elements(), static_cast<int64_t>(want.size())) << what;
+  constexpr double kRoundoff = 1.0 / (int64_t{1} << 53);
+  for (int64_t i = 0; i < got.num_elements(); ++i) {
+    const double sum = want[static_cast<size_t>(i)];
+    ASSERT_NEAR(got.data<double>()[i], sum, kSquareBlock * kRoundoff * sum)
+        << what << ": squares, " << i;
+  }
 }
 
 void KernelsConformanceTest::ExpectSame(const std::string& what,

@@ -70,6 +70,9 @@ class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
   void ExpectWithin(const std::string& what, const Operand& got,
                     const std::vector<Tracked>& want);
   void ExpectSame(const std::string& what, const Tensor& a, const Tensor& b);
+  // That `squares` are the sums of squares of what `matrix` holds now.
+  void ExpectSquares(const std::string& what, const Operand& matrix,
+                     const Operand& squares);
 
   std::mt19937 random_{17};
 

@@ -5,6 +5,7 @@
 
 #include "kernels/conformance.h"
 #include "kernels/reference/linear.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -14,8 +15,9 @@ namespace ref = reference;
 struct Size {
   int64_t m, n, k;
 };
-const Size kSizes[] = {{0, 3, 5},    {1, 1, 1},    {3, 2, 1},     {7, 5, 3},
-                       {33, 70, 40}, {130, 64, 9}, {257, 33, 130}};
+const Size kSizes[] = {{0, 3, 5},      {1, 1, 1},    {3, 2, 1},
+                       {7, 5, 3},      {33, 70, 40}, {130, 64, 9},
+                       {257, 33, 130}, {20, 70, 600}};
 
 std::string Name(const Size& s) {
   return std::to_string(s.m) + " x " + std::to_string(s.n) + " x " +
@@ -61,11 +63,19 @@ TEST_P(KernelsConformanceTest, MatmulBackwardWeight) {
       const Operand x = Normal(act(), {s.m, s.k});
       const Operand d_w = accumulate ? Normal(DType::kF32, {s.n, s.k})
                                      : Unwritten(DType::kF32, {s.n, s.k});
-      kernels().MatmulBackwardWeight(stream(), d_y.device, x.device, d_w.device,
-                                     accumulate);
-      ExpectWithin(Name(s), d_w,
-                   ref::MatmulBackwardWeight<Tracked>(d_y.host, x.host,
-                                                      d_w.host, accumulate));
+      const Operand squares = Unwritten(DType::kF64, {s.n, SquareBlocks(s.k)});
+      const Operand alone = Normal(DType::kF32, {s.n, s.k});
+      Upload({d_w.host, alone.device});
+      const auto want = ref::MatmulBackwardWeight<Tracked>(
+          d_y.host, x.host, {d_w.host, accumulate});
+      kernels().MatmulBackwardWeight(stream(), d_y.device, x.device,
+                                     {d_w.device, accumulate, squares.device});
+      ExpectWithin(Name(s), d_w, want);
+      ExpectSquares(Name(s), d_w, squares);
+      kernels().MatmulBackwardWeight(stream(), d_y.device, x.device,
+                                     {alone.device, accumulate});
+      ExpectSame("without squares, " + Name(s), Fetch(alone.device),
+                 Fetch(d_w.device));
     }
   }
 }
@@ -116,11 +126,23 @@ TEST_P(KernelsConformanceTest, Embedding) {
     ExpectWithin("out " + Name(s), out, rows);
     const Operand d_out = Normal(act(), {s.m, s.k});
     const Operand d_table = Normal(DType::kF32, {s.n, s.k});
+    const Operand squares = Unwritten(DType::kF64, {s.n, SquareBlocks(s.k)});
+    kernels().RowSquares(stream(), d_table.device, squares.device);
+    ExpectSquares("table " + Name(s), d_table, squares);
     kernels().EmbeddingBackward(stream(), tokens.device, d_out.device,
-                                d_table.device);
+                                d_table.device, squares.device);
     ExpectWithin(
         "d_table " + Name(s), d_table,
         ref::EmbeddingBackward<Tracked>(tokens.host, d_out.host, d_table.host));
+    ExpectSquares("d_table " + Name(s), d_table, squares);
+    const Operand again = Normal(DType::kF32, {s.n, s.k}, 0);
+    const Operand without = Normal(DType::kF32, {s.n, s.k}, 0);
+    kernels().EmbeddingBackward(stream(), tokens.device, d_out.device,
+                                again.device, squares.device);
+    kernels().EmbeddingBackward(stream(), tokens.device, d_out.device,
+                                without.device, Tensor());
+    ExpectSame("without squares, " + Name(s), Fetch(again.device),
+               Fetch(without.device));
   }
 }
 

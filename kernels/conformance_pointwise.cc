@@ -9,6 +9,7 @@
 #include "kernels/conformance.h"
 #include "kernels/optimizer_state.h"
 #include "kernels/reference/pointwise.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -178,19 +179,34 @@ TEST_P(KernelsConformanceTest, SwiGlu) {
   }
 }
 
-TEST_P(KernelsConformanceTest, SumOfSquares) {
-  for (const int64_t n : {0, 1, 100, 70001}) {
-    const Operand x = Normal(DType::kF32, {n});
-    double want = 0;
-    for (int64_t i = 0; i < n; ++i) want += At(x.host, i) * At(x.host, i);
-    const double float64_roundoff = 1.0 / (int64_t{1} << 53);
-    EXPECT_NEAR(kernels().SumOfSquares(stream(), x.device), want,
-                static_cast<double>(n) * float64_roundoff * want);
+TEST_P(KernelsConformanceTest, SumsOfSquares) {
+  for (const Size& s : {Size{0, 5}, {1, 1}, {1, 70001}, {3, 256}, {300, 257}}) {
+    const Operand x = Normal(DType::kF32, {s.tokens, s.width});
+    const Operand squares =
+        Unwritten(DType::kF64, {s.tokens, SquareBlocks(s.width)});
+    kernels().RowSquares(stream(), x.device, squares.device);
+    ExpectSquares(Name(s), x, squares);
   }
-  const Operand bad = Normal(DType::kF32, {1000});
-  bad.host.data<float>()[999] = INFINITY;
-  Upload(bad);
-  EXPECT_FALSE(std::isfinite(kernels().SumOfSquares(stream(), bad.device)));
+  Operand x = Normal(DType::kF32, {2, 1000});
+  x.host.data<float>()[1999] = INFINITY;
+  Upload(x);
+  const Operand squares = Unwritten(DType::kF64, {2, 4});
+  kernels().RowSquares(stream(), x.device, squares.device);
+  EXPECT_FALSE(std::isfinite(kernels().Sum(stream(), squares.device)));
+}
+
+TEST_P(KernelsConformanceTest, Sum) {
+  for (const int64_t n : {0, 1, 100, 70001}) {
+    const Operand x = Normal(DType::kF64, {n});
+    double want = 0, size = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      want += At(x.host, i);
+      size += std::abs(At(x.host, i));
+    }
+    const double float64_roundoff = 1.0 / (int64_t{1} << 53);
+    EXPECT_NEAR(kernels().Sum(stream(), x.device), want,
+                static_cast<double>(n) * float64_roundoff * size);
+  }
 }
 
 struct AdamWCase {

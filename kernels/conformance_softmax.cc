@@ -6,6 +6,7 @@
 
 #include "kernels/conformance.h"
 #include "kernels/reference/softmax_ops.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -156,33 +157,35 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
     const Operand d_weight = Normal(DType::kF32, {c.vocab, c.hidden});
     const auto want_grad = ref::LogprobHeadBackward<Tracked>(
         head(&Operand::host), {d_logprobs.host, host_lse, Tensor()},
-        d_weight.host);
+        {d_weight.host});
     kernels().LogprobHeadBackward(
         stream(), head(&Operand::device),
         {d_logprobs.device, lse.device, workspace.device}, d_hidden.device,
-        d_weight.device);
+        {d_weight.device});
     ExpectWithin("d_hidden, " + name, d_hidden, want_grad.d_hidden);
     ExpectWithin("d_weight, " + name, d_weight, want_grad.d_weight);
     kernels().LogprobHeadBackward(
         stream(), head(&Operand::device),
         {d_logprobs.device, lse.device, workspace.device}, alone.device,
-        Tensor());
+        {Tensor()});
     ExpectSame("d_hidden without d_weight, " + name, Fetch(d_hidden.device),
                Fetch(alone.device));
 
-    // Written, not added to.
+    // Written, not added to; and its squares.
     const Operand fresh = Unwritten(DType::kF32, {c.vocab, c.hidden});
-    Kernels::LogprobHeadGrad writing = {d_logprobs.device, lse.device,
-                                        workspace.device};
-    writing.accumulate = false;
-    kernels().LogprobHeadBackward(stream(), head(&Operand::device), writing,
-                                  alone.device, fresh.device);
-    writing = {d_logprobs.host, host_lse, Tensor()};
-    writing.accumulate = false;
+    const Operand squares =
+        Unwritten(DType::kF64, {c.vocab, SquareBlocks(c.hidden)});
+    const Kernels::LogprobHeadGrad on_host = {d_logprobs.host, host_lse,
+                                              Tensor()};
+    kernels().LogprobHeadBackward(
+        stream(), head(&Operand::device),
+        {d_logprobs.device, lse.device, workspace.device}, alone.device,
+        {fresh.device, false, squares.device});
     ExpectWithin("d_weight alone, " + name, fresh,
                  ref::LogprobHeadBackward<Tracked>(head(&Operand::host),
-                                                   writing, fresh.host)
+                                                   on_host, {fresh.host, false})
                      .d_weight);
+    ExpectSquares("d_weight alone, " + name, fresh, squares);
 
     // Keeping changes no bit.
     const Operand kept = Unwritten(
@@ -206,11 +209,11 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
     kernels().LogprobHeadBackward(
         stream(), head(&Operand::device),
         {d_logprobs.device, lse.device, workspace.device}, alone.device,
-        d_weight_alone.device);
+        {d_weight_alone.device});
     kernels().LogprobHeadBackward(
         stream(), head(&Operand::device),
         {d_logprobs.device, lse.device, workspace.device, kept.device},
-        alone.device, d_weight_kept.device);
+        alone.device, {d_weight_kept.device});
     ExpectSame("d_hidden, kept, " + name, Fetch(d_hidden.device),
                Fetch(alone.device));
     ExpectSame("d_weight, kept, " + name, Fetch(d_weight_alone.device),
@@ -247,12 +250,12 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
     const Operand d_weight_some = Normal(DType::kF32, {c.vocab, c.hidden});
     const auto want_some = ref::LogprobHeadBackward<Tracked>(
         {some_hidden.host, weight.host, some_targets.host},
-        {some_d.host, some_lse.host, Tensor()}, d_weight_some.host);
+        {some_d.host, some_lse.host, Tensor()}, {d_weight_some.host});
     kernels().LogprobHeadBackward(
         stream(), {some_hidden.device, whole.weight, some_targets.device},
         {some_d.device, some_lse.device, workspace.device, kept.device,
          rows.device, c.tokens},
-        of_some.device, d_weight_some.device);
+        of_some.device, {d_weight_some.device});
     ExpectWithin("d_hidden of some rows, " + name, of_some, want_some.d_hidden);
     ExpectWithin("d_weight of some rows, " + name, d_weight_some,
                  want_some.d_weight);
@@ -282,10 +285,11 @@ TEST_P(KernelsConformanceTest, AFailedStreamLeavesOutputsAlone) {
   const Operand x = Normal(act(), {4, 8});
   const Operand w = Normal(act(), {8, 8});
   const Operand y = Normal(act(), {4, 8});
+  const Operand sums = Normal(DType::kF64, {8});
   stream().Fail(absl::InternalError("first failure"));
   kernels().MatmulForward(stream(), x.device, w.device, y.device, false);
   kernels().Add(stream(), x.device, y.device);
-  EXPECT_EQ(kernels().SumOfSquares(stream(), y.device), 0);
+  EXPECT_EQ(kernels().Sum(stream(), sums.device), 0);
   EXPECT_EQ(stream().Finish().message(), "first failure");
   ExpectSame("y", Fetch(y.device).Reshape({4, 8}), y.host);
 }

@@ -133,10 +133,12 @@ class Kernels {
   virtual void EmbeddingForward(Stream& stream, const Tensor& tokens,
                                 const Tensor& table, const Tensor& out) = 0;
   // d_table[tokens[t]] += d_out[t], each row's terms in ascending t.
-  //   d_out act [tokens, hidden]; d_table f32 [vocab, hidden] +=
+  //   d_out act [tokens, hidden]; d_table f32 [vocab, hidden] +=;
+  //   squares null, or f64 [vocab, SquareBlocks(hidden)]: the sums of squares
+  //   of the rows named by `tokens` =, others stay
   virtual void EmbeddingBackward(Stream& stream, const Tensor& tokens,
-                                 const Tensor& d_out,
-                                 const Tensor& d_table) = 0;
+                                 const Tensor& d_out, const Tensor& d_table,
+                                 const Tensor& squares) = 0;
 
   // ---- RMSNorm -------------------------------------------------------------
 
@@ -180,11 +182,19 @@ class Kernels {
   virtual void MatmulBackwardInput(Stream& stream, const Tensor& d_y,
                                    const Tensor& w, const Tensor& d_x,
                                    bool accumulate) = 0;
+  // Where a weight's gradient goes.
+  struct WeightGrad {
+    Tensor d_w;  // f32 [n, k], += if accumulate else =
+    bool accumulate = true;
+    // f64 [n, SquareBlocks(k)] = or null: d_w's sums of squares
+    // (kernels/squares.h) as it becomes.
+    Tensor squares = {};
+  };
   // d_w = d_y^T x (+ d_w).
-  //   d_y act [m, n]; x act [m, k]; d_w f32 [n, k], += if accumulate else =
+  //   d_y act [m, n]; x act [m, k]
   virtual void MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
-                                    const Tensor& x, const Tensor& d_w,
-                                    bool accumulate) = 0;
+                                    const Tensor& x,
+                                    const WeightGrad& grad) = 0;
   // Tells the backend that the weights at this address have changed (a step, a
   // load), so that packed copies it may keep are stale. Null: all weights.
   virtual void InvalidateWeights(const Tensor& w) = 0;
@@ -285,8 +295,7 @@ class Kernels {
   // p of an id that is no target of its token may be rounded to act first.
   // Same bits with and without `kept`.
   //   d_logprobs f32 [tokens, k]; lse f32 [tokens];
-  //   d_hidden act [tokens, hidden] =;
-  //   d_weight f32 [vocab, hidden] or null, += if accumulate else =
+  //   d_hidden act [tokens, hidden] =; d_weight.d_w f32 [vocab, hidden] or null
   struct LogprobHeadGrad {
     Tensor d_logprobs;
     Tensor lse;
@@ -297,12 +306,11 @@ class Kernels {
     // row here is. Null: of the same.
     Tensor kept_rows = {};
     int64_t kept_tokens = 0;
-    bool accumulate = true;
   };
   virtual void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                                    const LogprobHeadGrad& grad,
                                    const Tensor& d_hidden,
-                                   const Tensor& d_weight) = 0;
+                                   const WeightGrad& d_weight) = 0;
 
   // ---- Rows, casts, sums ---------------------------------------------------
 
@@ -334,10 +342,13 @@ class Kernels {
   virtual void JoinMaster(Stream& stream, const Tensor& high, const Tensor& low,
                           const Tensor& master) = 0;
 
-  // The sum of squares of x, f32 [n], in float64 and in a fixed order that does
-  // not depend on the number of threads. Synchronises; NaN or infinity if any
-  // element is not finite. 0 if the stream has failed.
-  virtual double SumOfSquares(Stream& stream, const Tensor& x) = 0;
+  // Sums of squares (kernels/squares.h).
+  //   x f32 [n, k]; squares f64 [n, SquareBlocks(k)] =
+  virtual void RowSquares(Stream& stream, const Tensor& x,
+                          const Tensor& squares) = 0;
+  // The sum of x, f64 [n], in an order that does not depend on the number of
+  // threads. Synchronises. 0 if the stream has failed.
+  virtual double Sum(Stream& stream, const Tensor& x) = 0;
   // One pass of AdamW (decoupled decay; bias-corrected), w the float32 master:
   //   g = grad * grad_scale;  w -= lr * weight_decay * w;
   //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "kernels/squares.h"
+
 namespace gradwire {
 namespace {
 
@@ -109,6 +111,19 @@ BlockParams BlockParamsAt(const ModelConfig& config, const BlockOffsets& at,
   return params;
 }
 
+BlockSquares BlockSquaresAt(const ModelConfig& config, const ParamTable& table,
+                            const BlockOffsets& at, const Tensor& flat) {
+  const auto view = [&](int64_t offset, int64_t rows, int64_t cols) {
+    return View(flat, table.SquaresOffset(offset), {rows, SquareBlocks(cols)});
+  };
+  BlockSquares squares;
+  squares.qkv = view(at.qkv, config.QkvWidth(), config.hidden);
+  squares.o = view(at.o, config.hidden, config.AttentionWidth());
+  squares.gate_up = view(at.gate_up, 2 * config.ffn, config.hidden);
+  squares.down = view(at.down, config.hidden, config.ffn);
+  return squares;
+}
+
 void BlockForward(Stream& stream, Kernels& kernels, const BlockContext& context,
                   const BlockParams& weights, const BlockActivations& acts,
                   const BlockScratch& scratch, const Tensor& output) {
@@ -145,12 +160,14 @@ void BlockBackward(Stream& stream, Kernels& kernels,
   kernels.MatmulBackwardInput(stream, d, weights.down, scratch.d_ffn, false);
   kernels.SwiGluBackward(stream, acts.gate_up, scratch.d_ffn, acts.gate_up,
                          scratch.ffn);
-  kernels.MatmulBackwardWeight(stream, d, scratch.ffn, grad.params.down,
-                               grad.accumulate);
+  kernels.MatmulBackwardWeight(
+      stream, d, scratch.ffn,
+      {grad.params.down, grad.accumulate, grad.squares.down});
   kernels.RmsNormForward(stream, acts.mid, weights.post_norm, eps,
                          scratch.normed, acts.rstd2);
-  kernels.MatmulBackwardWeight(stream, acts.gate_up, scratch.normed,
-                               grad.params.gate_up, grad.accumulate);
+  kernels.MatmulBackwardWeight(
+      stream, acts.gate_up, scratch.normed,
+      {grad.params.gate_up, grad.accumulate, grad.squares.gate_up});
   kernels.MatmulBackwardInput(stream, acts.gate_up, weights.gate_up,
                               scratch.hidden, false);
   kernels.RmsNormBackward(
@@ -159,8 +176,9 @@ void BlockBackward(Stream& stream, Kernels& kernels,
 
   // Attention.
   kernels.MatmulBackwardInput(stream, d, weights.o, scratch.d_attention, false);
-  kernels.MatmulBackwardWeight(stream, d, acts.attention, grad.params.o,
-                               grad.accumulate);
+  kernels.MatmulBackwardWeight(
+      stream, d, acts.attention,
+      {grad.params.o, grad.accumulate, grad.squares.o});
   kernels.QkNormRopeForward(stream, RopeArgs(context, weights), acts.qkv,
                             scratch.rotated);
   AttentionOfRowsBackward(stream, kernels, context, acts, scratch);
@@ -173,8 +191,9 @@ void BlockBackward(Stream& stream, Kernels& kernels,
   }
   kernels.RmsNormForward(stream, acts.input, weights.input_norm, eps,
                          scratch.normed, acts.rstd1);
-  kernels.MatmulBackwardWeight(stream, scratch.d_rotated, scratch.normed,
-                               grad.params.qkv, grad.accumulate);
+  kernels.MatmulBackwardWeight(
+      stream, scratch.d_rotated, scratch.normed,
+      {grad.params.qkv, grad.accumulate, grad.squares.qkv});
   kernels.MatmulBackwardInput(stream, scratch.d_rotated, weights.qkv,
                               scratch.hidden, false);
   kernels.RmsNormBackward(

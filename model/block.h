@@ -64,11 +64,20 @@ void BlockForward(Stream& stream, Kernels& kernels, const BlockContext& context,
                   const BlockParams& weights, const BlockActivations& acts,
                   const BlockScratch& scratch, const Tensor& output);
 
+// Sums of squares of a block's gradients of matrices, f64.
+struct BlockSquares {
+  Tensor qkv, o, gate_up, down;
+};
+// Views into those of all parameters.
+BlockSquares BlockSquaresAt(const ModelConfig& config, const ParamTable& table,
+                            const BlockOffsets& at, const Tensor& flat);
+
 // d_residual: the gradient of the block's output, becomes that of its input.
 // Adds to the gradients of vectors; to those of matrices too if `accumulate`,
 // else writes them.
 struct BlockGrad {
   BlockParams params;
+  BlockSquares squares;
   Tensor d_residual;
   bool accumulate = true;
 };

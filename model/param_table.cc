@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/param_table.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "base/check.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -25,6 +29,10 @@ ParamTable::ParamTable(const ModelConfig& config) {
     row.hf_name = name;
     row.num_elements = 1;
     for (int64_t dim : shape) row.num_elements *= dim;
+    row.squares_offset = num_squares_;
+    row.num_squares =
+        row.num_elements / shape.back() * SquareBlocks(shape.back());
+    num_squares_ += row.num_squares;
     row.shape = std::move(shape);
     row.layer = layer;
     row.group = group;
@@ -92,6 +100,14 @@ ParamTable::ParamTable(const ModelConfig& config) {
     add("lm_head.weight", {config.vocab, hidden}, -1, ParamGroup::kHead);
   }
   num_elements_ = align();
+}
+
+int64_t ParamTable::SquaresOffset(int64_t offset) const {
+  const auto row = std::lower_bound(
+      rows_.begin(), rows_.end(), offset,
+      [](const ParamRow& r, int64_t at) { return r.offset < at; });
+  GW_CHECK(row != rows_.end() && row->offset == offset);
+  return row->squares_offset;
 }
 
 const ParamRow* ParamTable::Find(const std::string& hf_name) const {

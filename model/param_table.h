@@ -21,12 +21,17 @@ struct ParamRow {
   // Elements from the start of the whole flat parameter vector.
   int64_t offset = 0;
   int64_t num_elements = 0;
+  // Of its sums of squares (kernels/squares.h) from the start of those of all
+  // parameters; a vector is a matrix of one row.
+  int64_t squares_offset = 0;
+  int64_t num_squares = 0;
 };
 
 // Where one block's parameters lie, in elements from the start of the flat
 // vector; -1 where the model has no such parameter. q, k, v lie next to each
 // other without a gap, so that qkv is one [QkvWidth, hidden] matrix (and one
-// bias); so do gate and up, one [2 * ffn, hidden] matrix.
+// bias); so do gate and up, one [2 * ffn, hidden] matrix. Their sums of squares
+// do as well.
 struct BlockOffsets {
   int64_t input_norm = -1;  // [hidden]
   int64_t qkv = -1;         // [QkvWidth, hidden]
@@ -53,6 +58,10 @@ class ParamTable {
   int64_t head() const { return head_; }              // [vocab, hidden]
   // Length of the flat vector, gaps included.
   int64_t num_elements() const { return num_elements_; }
+  // Sums of squares of all parameters.
+  int64_t num_squares() const { return num_squares_; }
+  // Those of the parameter that begins with element `offset`.
+  int64_t SquaresOffset(int64_t offset) const;
   // Parameters, gaps excluded, tied ones once.
   int64_t num_parameters() const { return num_parameters_; }
   // The row of a Hugging Face name, or null.
@@ -66,6 +75,7 @@ class ParamTable {
   int64_t head_ = 0;
   int64_t num_elements_ = 0;
   int64_t num_parameters_ = 0;
+  int64_t num_squares_ = 0;
 };
 
 }  // namespace gradwire

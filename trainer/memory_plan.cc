@@ -100,7 +100,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
       options.precision == Precision::kBF16 && !options.forward_only;
   plan.weights =
       Bytes(n, ActBytes(options.precision)) + (split ? Bytes(n, 2) : 0);
-  plan.gradients = options.forward_only ? 0 : Bytes(n, 4);
+  plan.gradients =
+      options.forward_only ? 0 : Bytes(n, 4) + Bytes(inputs.squares, 8);
   plan.optimizer = options.forward_only
                        ? 0
                        : 2 * Bytes(n, ActBytes(options.moment_precision));

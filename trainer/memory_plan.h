@@ -35,6 +35,7 @@ int64_t FullLayers(const ActivationBytes& bytes, int64_t layers,
 
 struct MemoryInputs {
   int64_t flat_elements = 0;
+  int64_t squares = 0;  // ParamTable::num_squares
   // Of the kernels, for the largest micro-batch, by number of tokens.
   int64_t kernel_workspace_bytes = 0;
   // That the head keeps of a micro-batch of the usual size.

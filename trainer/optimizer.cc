@@ -57,13 +57,26 @@ absl::Status Optimizer::CheckBefore(const OptimParams& params) {
   return absl::OkStatus();
 }
 
+double Optimizer::SumOfSquares() {
+  if (!accumulated_.written) {
+    device_.Zero(stream_, state_.gradient);
+    device_.Zero(stream_, state_.squares);
+  }
+  for (const ParamRow& row : table_.rows()) {
+    if (row.shape.size() > 1) continue;
+    kernels_.RowSquares(
+        stream_,
+        state_.gradient.Rows(row.offset, row.offset + row.num_elements)
+            .Reshape({1, row.num_elements}),
+        SquaresOf(row).Reshape({1, row.num_squares}));
+  }
+  return kernels_.Sum(stream_, state_.squares);
+}
+
 double Optimizer::SumOfSquares(ParamGroup group) {
   double sum = 0;
   for (const ParamRow& row : table_.rows()) {
-    if (row.group != group) continue;
-    sum += kernels_.SumOfSquares(
-        stream_,
-        state_.gradient.Rows(row.offset, row.offset + row.num_elements));
+    if (row.group == group) sum += kernels_.Sum(stream_, SquaresOf(row));
   }
   return sum;
 }
@@ -79,11 +92,9 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
   outcome.sequences = accumulated_.sequences;
   outcome.skipped = accumulated_.ops == 0;
   if (!outcome.skipped) {
-    if (!accumulated_.written) device_.Zero(stream_, state_.gradient);
     const double scale =
         1.0 / static_cast<double>(Divisor(params, accumulated_));
-    const double norm =
-        std::sqrt(kernels_.SumOfSquares(stream_, state_.gradient)) * scale;
+    const double norm = std::sqrt(SumOfSquares()) * scale;
     if (!std::isfinite(norm)) {
       Clear();
       GW_RETURN_IF_ERROR(stream_.Finish());

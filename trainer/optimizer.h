@@ -18,7 +18,10 @@ struct FlatState {
   Tensor weight;    // act: the master in f32, its upper half in bf16
   Tensor low;       // i16: the lower half; null in f32 or without training
   Tensor gradient;  // f32, or null without training
-  Tensor m, v;      // f32 or bf16, or null without training
+  // f64 [table.num_squares()]: the gradient's sums of squares; null without
+  // training. A backward keeps up those of matrices, a step makes the others.
+  Tensor squares;
+  Tensor m, v;  // f32 or bf16, or null without training
 };
 
 // What lies in FlatState::gradient.
@@ -61,7 +64,13 @@ class Optimizer {
 
  private:
   absl::Status CheckBefore(const OptimParams& params);
-  // Of the accumulator's part in `group`.
+  Tensor SquaresOf(const ParamRow& row) const {
+    return state_.squares.Rows(row.squares_offset,
+                               row.squares_offset + row.num_squares);
+  }
+  // The gradient's sum of squares.
+  double SumOfSquares();
+  // Its part in `group`, after SumOfSquares().
   double SumOfSquares(ParamGroup group);
 
   const ParamTable& table_;

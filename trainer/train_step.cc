@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/status.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -87,6 +88,14 @@ Tensor TrainStep::Global(const Tensor& flat, int64_t offset,
   const int64_t hidden = options_.config->hidden;
   Tensor view = flat.Rows(offset, offset + rows * hidden);
   return rows == 1 ? view : view.Reshape({rows, hidden});
+}
+
+Tensor TrainStep::Squares(int64_t offset) const {
+  const int64_t vocab = options_.config->vocab;
+  const int64_t blocks = SquareBlocks(options_.config->hidden);
+  const int64_t at = options_.table->SquaresOffset(offset);
+  return options_.squares.Rows(at, at + vocab * blocks)
+      .Reshape({vocab, blocks});
 }
 
 StoredActivations TrainStep::LayOut(char* memory, const PackedInputs& inputs,
@@ -253,8 +262,9 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
   Stream& stream = *stream_;
-  const Tensor d_weight =
-      Global(options_.gradients, options_.table->head(), config.vocab);
+  const Kernels::WeightGrad d_weight = {
+      Global(options_.gradients, options_.table->head(), config.vocab),
+      accumulate, Squares(options_.table->head())};
   LogprobHead head;
   head.hidden = bound.scratch.normed;
   head.weight = Global(options_.weights, options_.table->head(), config.vocab);
@@ -264,7 +274,6 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
   grad.lse = stored.lse;
   grad.workspace = bound.head_workspace;
   grad.kept = stored.head;
-  grad.accumulate = accumulate;
   const std::vector<float> d_rows = inputs.SumOfRows(d_logprobs);
   const int64_t num_rows = inputs.num_rows(), k = inputs.k;
   std::vector<int32_t> rows;  // that have a gradient
@@ -323,6 +332,9 @@ void TrainStep::ClearSums() {
     if (!summed) continue;
     device_.Zero(*stream_, options_.gradients.Rows(
                                row.offset, row.offset + row.num_elements));
+    device_.Zero(*stream_,
+                 options_.squares.Rows(row.squares_offset,
+                                       row.squares_offset + row.num_squares));
   }
 }
 
@@ -357,6 +369,7 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
     BlockBackward(
         stream, kernels_, bound.context, weights, acts, bound.scratch,
         {BlockParamsAt(config, table.blocks()[layer], options_.gradients),
+         BlockSquaresAt(config, table, table.blocks()[layer], options_.squares),
          bound.d_residual, accumulate});
   }
   for (int64_t t = 0; t < inputs.num_rows(); ++t) {
@@ -366,7 +379,8 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   }
   kernels_.EmbeddingBackward(
       stream, bound.tokens, bound.d_residual,
-      Global(options_.gradients, table.embedding(), config.vocab));
+      Global(options_.gradients, table.embedding(), config.vocab),
+      Squares(table.embedding()));
   return stream.Finish();
 }
 

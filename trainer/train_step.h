@@ -38,13 +38,13 @@ struct HeadResults {
 // Thread rule: one thread at a time.
 class TrainStep {
  public:
-  // Tensors are flat vectors by the table; `weights` act, `gradients` f32. All
-  // must outlive the step. `scratch_bytes` as planned.
+  // Tensors are flat vectors by the table; `weights` act, `gradients` f32,
+  // `squares` f64. All must outlive the step. `scratch_bytes` as planned.
   struct Options {
     const ModelConfig* config;
     const ParamTable* table;
     Precision precision;
-    Tensor weights, gradients;
+    Tensor weights, gradients, squares;
     int64_t max_tokens;
     int64_t max_positions;
     int64_t scratch_bytes;
@@ -61,8 +61,9 @@ class TrainStep {
   absl::StatusOr<HeadResults> Forward(const PackedInputs& inputs, int64_t top_k,
                                       StoredActivations* stored);
   // The gradient of sum(d_logprobs * logprobs), [tokens, k]: added to the
-  // gradients if `accumulate`, else written over whatever they hold. Overwrites
-  // parts of `stored`: a forward is good for one backward.
+  // gradients if `accumulate`, else written over whatever they hold. The
+  // matrices' sums of squares are kept up. Overwrites parts of `stored`: a
+  // forward is good for one backward.
   absl::Status Backward(const PackedInputs& inputs,
                         const StoredActivations& stored,
                         const std::vector<float>& d_logprobs, bool accumulate);
@@ -91,6 +92,8 @@ class TrainStep {
   // Zeroes the gradients that a backward only ever adds to.
   void ClearSums();
   Tensor Global(const Tensor& flat, int64_t offset, int64_t rows) const;
+  // Those of a [vocab, hidden] matrix.
+  Tensor Squares(int64_t offset) const;
 
   const Options options_;
   Device& device_;

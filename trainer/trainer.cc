@@ -169,6 +169,7 @@ class TrainerImpl : public Trainer {
 absl::Status TrainerImpl::Plan() {
   MemoryInputs inputs;
   inputs.flat_elements = table_.num_elements();
+  inputs.squares = table_.num_squares();
   inputs.available_bytes = device_.AvailableBytes();
   const int64_t tokens = PlannedMicroBatch(config_, options_);
   inputs.kernel_workspace_bytes = KernelWorkspaceBytes(
@@ -191,6 +192,8 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   if (!options_.forward_only) {
     if (bf16) state_.low = parameters_.Alloc("low", DType::kI16, {n});
     state_.gradient = parameters_.Alloc("gradient", DType::kF32, {n});
+    state_.squares =
+        parameters_.Alloc("squares", DType::kF64, {table_.num_squares()});
     const DType moment = options_.moment_precision == Precision::kBF16
                              ? DType::kBF16
                              : DType::kF32;
@@ -208,6 +211,7 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   step.precision = options_.precision;
   step.weights = state_.weight;
   step.gradients = state_.gradient;
+  step.squares = state_.squares;
   step.max_tokens = PlannedMicroBatch(config_, options_);
   step.max_positions = plan_.max_context;
   step.scratch_bytes = plan_.workspace;

@@ -8,6 +8,10 @@ double Bytes(const Tensor& tensor) {
   return static_cast<double>(tensor.bytes());
 }
 
+double GradientBytes(const Kernels::WeightGrad& grad) {
+  return Bytes(grad.d_w) * (grad.accumulate ? 2 : 1) + Bytes(grad.squares);
+}
+
 // Positions that attend to each other, halved for causality.
 double Pairs(const SequenceLayout& layout) {
   double pairs = 0;
@@ -32,11 +36,11 @@ Work MatmulWork(const Tensor& x, const Tensor& w, const Tensor& y,
           Bytes(x) + Bytes(w) + Bytes(y) * (accumulate ? 2 : 1)};
 }
 
-Work MatmulWeightWork(const Tensor& d_y, const Tensor& x, const Tensor& d_w,
-                      bool accumulate) {
+Work MatmulWeightWork(const Tensor& d_y, const Tensor& x,
+                      const Kernels::WeightGrad& grad) {
   return {2.0 * static_cast<double>(d_y.dim(0)) *
-              static_cast<double>(d_w.num_elements()),
-          Bytes(d_y) + Bytes(x) + Bytes(d_w) * (accumulate ? 2 : 1)};
+              static_cast<double>(grad.d_w.num_elements()),
+          Bytes(d_y) + Bytes(x) + GradientBytes(grad)};
 }
 
 Work AttentionWork(const Kernels::Attention& args, const Tensor& out) {
@@ -54,12 +58,12 @@ Work LogprobHeadWork(const LogprobHead& args) {
 }
 
 Work LogprobHeadGradWork(const LogprobHead& args,
-                         const Kernels::LogprobHeadGrad& grad) {
+                         const Kernels::LogprobHeadGrad& grad,
+                         const Kernels::WeightGrad& d_weight) {
   const double products = grad.kept.is_null() ? 3 : 2;
-  const double d_weight = 4.0 * static_cast<double>(args.weight.num_elements());
-  return {products * HeadProductFlops(args),
-          2 * Bytes(args.hidden) + Bytes(args.weight) +
-              d_weight * (grad.accumulate ? 2 : 1)};
+  return {
+      products * HeadProductFlops(args),
+      2 * Bytes(args.hidden) + Bytes(args.weight) + GradientBytes(d_weight)};
 }
 
 Work EmbeddingGradWork(const Tensor& d_out) {

@@ -17,8 +17,8 @@ struct Work {
 Work MatmulWork(const Tensor& x, const Tensor& w, const Tensor& y,
                 bool accumulate);
 // d_w = d_y^T x (+ d_w).
-Work MatmulWeightWork(const Tensor& d_y, const Tensor& x, const Tensor& d_w,
-                      bool accumulate);
+Work MatmulWeightWork(const Tensor& d_y, const Tensor& x,
+                      const Kernels::WeightGrad& grad);
 
 // Causal: half of every sequence's square. The backward makes the scores again:
 // five products where the forward has two.
@@ -28,7 +28,8 @@ Work AttentionGradWork(const Kernels::Attention& args, const Tensor& out);
 Work LogprobHeadWork(const LogprobHead& args);
 // Two products, and a third for the logits if none were kept.
 Work LogprobHeadGradWork(const LogprobHead& args,
-                         const Kernels::LogprobHeadGrad& grad);
+                         const Kernels::LogprobHeadGrad& grad,
+                         const Kernels::WeightGrad& d_weight);
 
 Work EmbeddingGradWork(const Tensor& d_out);
 Work AdamWWork(const AdamWTensors& tensors);

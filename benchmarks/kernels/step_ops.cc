@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "benchmarks/kernels/fill.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 
@@ -52,6 +53,10 @@ void StepOps::AddMatmuls(const std::string& name, int64_t n, int64_t k) {
   const Copies w = New("w", act_, n, k, 0.02f);
   const Copies y = New("y", act_, m, n, 1.0f);
   const Copies d_w = New("d_w", DType::kF32, n, k, 1.0f);
+  const Copies squares = New("squares", DType::kF64, n, SquareBlocks(k), 0.0f);
+  const auto grad = [=](size_t i) {
+    return Kernels::WeightGrad{d_w[i], false, squares[i]};
+  };
   ops_.push_back({"matmul_forward_" + name, shape_.layers,
                   MatmulWork(x[0], w[0], y[0], false), [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
@@ -63,12 +68,12 @@ void StepOps::AddMatmuls(const std::string& name, int64_t n, int64_t k) {
                     kernels_.MatmulBackwardInput(*stream_, y[i], w[i], x[i],
                                                  false);
                   }});
-  ops_.push_back(
-      {"matmul_backward_weight_" + name, shape_.layers,
-       MatmulWeightWork(y[0], x[0], d_w[0], false), [=, this](int call) {
-         const size_t i = static_cast<size_t>(call % kCopies);
-         kernels_.MatmulBackwardWeight(*stream_, y[i], x[i], d_w[i], false);
-       }});
+  ops_.push_back({"matmul_backward_weight_" + name, shape_.layers,
+                  MatmulWeightWork(y[0], x[0], grad(0)), [=, this](int call) {
+                    const size_t i = static_cast<size_t>(call % kCopies);
+                    kernels_.MatmulBackwardWeight(*stream_, y[i], x[i],
+                                                  grad(i));
+                  }});
 }
 
 void StepOps::AddAttention() {
@@ -199,6 +204,9 @@ void StepOps::AddHead() {
   const Copies x = New("x", act_, tokens, hidden, 1.0f);
   const Tensor w = New("w", act_, shape_.vocab, hidden, 0.02f)[0];
   const Tensor d_w = New("d_w", DType::kF32, shape_.vocab, hidden, 0.0f)[0];
+  const Tensor squares =
+      New("squares", DType::kF64, shape_.vocab, SquareBlocks(hidden), 0.0f)[0];
+  const Kernels::WeightGrad d_weight = {d_w, false, squares};
   const Copies d_x = New("d_x", act_, tokens, hidden, 0.0f);
   const Tensor ids = New("ids", DType::kI32, tokens, 1, 0.0f)[0];
   const Tensor logprobs = New("logprobs", DType::kF32, tokens, 1, 0.0f)[0];
@@ -234,16 +242,15 @@ void StepOps::AddHead() {
                                                 workspace.Reshape({floats}));
                   }});
   const auto grad = [=](size_t i) {
-    Kernels::LogprobHeadGrad g{d_logprobs, out(i).lse,
-                               workspace.Reshape({floats}), out(i).kept};
-    g.accumulate = false;
-    return g;
+    return Kernels::LogprobHeadGrad{d_logprobs, out(i).lse,
+                                    workspace.Reshape({floats}), out(i).kept};
   };
   ops_.push_back({"logprob_head_backward", 1,
-                  LogprobHeadGradWork(head(0), grad(0)), [=, this](int call) {
+                  LogprobHeadGradWork(head(0), grad(0), d_weight),
+                  [=, this](int call) {
                     const size_t i = static_cast<size_t>(call % kCopies);
                     kernels_.LogprobHeadBackward(*stream_, head(i), grad(i),
-                                                 d_x[i], d_w);
+                                                 d_x[i], d_weight);
                   }});
   ops_.push_back(
       {"embedding_forward", 1, PassWork(d_x[0], d_x[0]), [=, this](int call) {
@@ -254,7 +261,7 @@ void StepOps::AddHead() {
       {"embedding_backward", 1, EmbeddingGradWork(d_x[0]), [=, this](int call) {
          const size_t i = static_cast<size_t>(call % kCopies);
          kernels_.EmbeddingBackward(*stream_, ids.Reshape({tokens}), d_x[i],
-                                    d_w);
+                                    d_w, squares);
        }});
 }
 
@@ -282,8 +289,12 @@ void StepOps::AddOptimizer() {
                                      tensors);
                     }});
   }
-  ops_.push_back({"sum_of_squares", 0, PassWork(grad),
-                  [=, this](int) { kernels_.SumOfSquares(*stream_, grad); }});
+  const Tensor squares = New("squares", DType::kF64, shape_.vocab,
+                             SquareBlocks(shape_.hidden), 0.0f)[0];
+  const Tensor matrix = grad.Reshape({shape_.vocab, shape_.hidden});
+  ops_.push_back({"row_squares", 0, PassWork(matrix, squares), [=, this](int) {
+                    kernels_.RowSquares(*stream_, matrix, squares);
+                  }});
 }
 
 }  // namespace gradwire

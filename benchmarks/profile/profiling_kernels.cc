@@ -42,9 +42,11 @@ void ProfilingKernels::EmbeddingForward(Stream& stream, const Tensor& tokens,
 
 void ProfilingKernels::EmbeddingBackward(Stream& stream, const Tensor& tokens,
                                          const Tensor& d_out,
-                                         const Tensor& d_table) {
-  Measure("embedding_backward", EmbeddingGradWork(d_out),
-          [&] { kernels_->EmbeddingBackward(stream, tokens, d_out, d_table); });
+                                         const Tensor& d_table,
+                                         const Tensor& squares) {
+  Measure("embedding_backward", EmbeddingGradWork(d_out), [&] {
+    kernels_->EmbeddingBackward(stream, tokens, d_out, d_table, squares);
+  });
 }
 
 void ProfilingKernels::RmsNormForward(Stream& stream, const Tensor& x,
@@ -85,12 +87,11 @@ void ProfilingKernels::MatmulBackwardInput(Stream& stream, const Tensor& d_y,
 }
 
 void ProfilingKernels::MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
-                                            const Tensor& x, const Tensor& d_w,
-                                            bool accumulate) {
-  Measure(WithShape("matmul_backward_weight", d_w),
-          MatmulWeightWork(d_y, x, d_w, accumulate), [&] {
-            kernels_->MatmulBackwardWeight(stream, d_y, x, d_w, accumulate);
-          });
+                                            const Tensor& x,
+                                            const WeightGrad& grad) {
+  Measure(WithShape("matmul_backward_weight", grad.d_w),
+          MatmulWeightWork(d_y, x, grad),
+          [&] { kernels_->MatmulBackwardWeight(stream, d_y, x, grad); });
 }
 
 void ProfilingKernels::InvalidateWeights(const Tensor& w) {
@@ -182,8 +183,9 @@ void ProfilingKernels::LogprobHeadBackward(Stream& stream,
                                            const LogprobHead& args,
                                            const LogprobHeadGrad& grad,
                                            const Tensor& d_hidden,
-                                           const Tensor& d_weight) {
-  Measure("logprob_head_backward", LogprobHeadGradWork(args, grad), [&] {
+                                           const WeightGrad& d_weight) {
+  const Work work = LogprobHeadGradWork(args, grad, d_weight);
+  Measure("logprob_head_backward", work, [&] {
     kernels_->LogprobHeadBackward(stream, args, grad, d_hidden, d_weight);
   });
 }
@@ -228,9 +230,14 @@ void ProfilingKernels::JoinMaster(Stream& stream, const Tensor& high,
           [&] { kernels_->JoinMaster(stream, high, low, master); });
 }
 
-double ProfilingKernels::SumOfSquares(Stream& stream, const Tensor& x) {
-  return Measure("sum_of_squares", PassWork(x),
-                 [&] { return kernels_->SumOfSquares(stream, x); });
+void ProfilingKernels::RowSquares(Stream& stream, const Tensor& x,
+                                  const Tensor& squares) {
+  Measure("row_squares", PassWork(x, squares),
+          [&] { kernels_->RowSquares(stream, x, squares); });
+}
+
+double ProfilingKernels::Sum(Stream& stream, const Tensor& x) {
+  return Measure("sum", PassWork(x), [&] { return kernels_->Sum(stream, x); });
 }
 
 void ProfilingKernels::AdamW(Stream& stream, const AdamWParams& params,

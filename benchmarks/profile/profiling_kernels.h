@@ -41,7 +41,8 @@ class ProfilingKernels : public Kernels {
   void EmbeddingForward(Stream& stream, const Tensor& tokens,
                         const Tensor& table, const Tensor& out) override;
   void EmbeddingBackward(Stream& stream, const Tensor& tokens,
-                         const Tensor& d_out, const Tensor& d_table) override;
+                         const Tensor& d_out, const Tensor& d_table,
+                         const Tensor& squares) override;
   void RmsNormForward(Stream& stream, const Tensor& x, const Tensor& weight,
                       float eps, const Tensor& y, const Tensor& rstd) override;
   void AddRmsNormForward(Stream& stream, const AddRmsNorm& args,
@@ -54,7 +55,7 @@ class ProfilingKernels : public Kernels {
   void MatmulBackwardInput(Stream& stream, const Tensor& d_y, const Tensor& w,
                            const Tensor& d_x, bool accumulate) override;
   void MatmulBackwardWeight(Stream& stream, const Tensor& d_y, const Tensor& x,
-                            const Tensor& d_w, bool accumulate) override;
+                            const WeightGrad& grad) override;
   void InvalidateWeights(const Tensor& w) override;
   void BiasForward(Stream& stream, const Tensor& bias,
                    const Tensor& y) override;
@@ -84,7 +85,7 @@ class ProfilingKernels : public Kernels {
                                int64_t vocab) const override;
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
-                           const Tensor& d_weight) override;
+                           const WeightGrad& d_weight) override;
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
                   const Tensor& out) override;
   void ScatterRows(Stream& stream, const Tensor& x, const Tensor& rows,
@@ -97,7 +98,9 @@ class ProfilingKernels : public Kernels {
                    const Tensor& low) override;
   void JoinMaster(Stream& stream, const Tensor& high, const Tensor& low,
                   const Tensor& master) override;
-  double SumOfSquares(Stream& stream, const Tensor& x) override;
+  void RowSquares(Stream& stream, const Tensor& x,
+                  const Tensor& squares) override;
+  double Sum(Stream& stream, const Tensor& x) override;
   void AdamW(Stream& stream, const AdamWParams& params,
              const AdamWTensors& tensors) override;
 

@@ -33,7 +33,7 @@ TEST(ProfilingKernelsTest, CountsCallsAndWorkByShape) {
   for (int i = 0; i < 3; ++i) {
     kernels.MatmulForward(*stream, tx, tw, ty, false);
   }
-  kernels.MatmulBackwardWeight(*stream, ty, tx, td, true);
+  kernels.MatmulBackwardWeight(*stream, ty, tx, {td});
   kernels.Add(*stream, tx, Tensor(x2.data(), DType::kF32, {4, 8}));
 
   auto totals = kernels.TakeTotals();

@@ -2,7 +2,6 @@
 // Bound by memory: one pass reads and writes every state once.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels_impl.h"
@@ -187,29 +186,6 @@ void Update(const AdamWParams& params, const AdamWTensors& tensors,
   }
 }
 
-// Sixteen running sums in float64, whatever the vector's width, so that every
-// machine adds in the same order.
-double SumBlock(const float* x, int64_t n) {
-  constexpr int64_t kSums = 16;
-  const hn::CappedTag<double, kSums> d;
-  const hn::Rebind<float, decltype(d)> df;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  HWY_ALIGN double sums[kSums] = {};
-  const int64_t whole = n / kSums * kSums;
-  for (int64_t i = 0; i < whole; i += kSums) {
-    for (int64_t j = 0; j < kSums; j += lanes) {
-      const auto v = hn::PromoteTo(d, hn::LoadU(df, x + i + j));
-      hn::Store(hn::MulAdd(v, v, hn::Load(d, sums + j)), d, sums + j);
-    }
-  }
-  for (int64_t i = whole; i < n; ++i) {
-    sums[i - whole] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  }
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
-}
-
 }  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace gradwire
@@ -220,28 +196,11 @@ namespace gradwire {
 namespace {
 
 HWY_EXPORT(Update);
-HWY_EXPORT(SumBlock);
 
-// Elements of one partial sum.
-constexpr int64_t kBlock = 1 << 16;
+// Elements a thread takes at least.
+constexpr int64_t kGrain = 1 << 16;
 
 }  // namespace
-
-double CpuKernels::SumOfSquares(Stream& stream, const Tensor& x) {
-  if (!stream.ok()) return 0;
-  const int64_t n = x.num_elements();
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  std::vector<double> sums(static_cast<size_t>(blocks), 0.0);
-  Pool(stream).ParallelFor(blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      sums[static_cast<size_t>(b)] = HWY_DYNAMIC_DISPATCH(SumBlock)(
-          x.data<float>() + b * kBlock, std::min(kBlock, n - b * kBlock));
-    }
-  });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
-}
 
 void CpuKernels::AdamW(Stream& stream, const AdamWParams& params,
                        const AdamWTensors& tensors) {
@@ -250,7 +209,7 @@ void CpuKernels::AdamW(Stream& stream, const AdamWParams& params,
   GW_CHECK(tensors.low.is_null() || tensors.low.num_elements() == n);
   GW_CHECK(tensors.m.num_elements() == n && tensors.v.num_elements() == n);
   GW_CHECK(tensors.grad.num_elements() == n && params.step >= 1);
-  Pool(stream).ParallelFor(n, kBlock, [&](int64_t begin, int64_t end) {
+  Pool(stream).ParallelFor(n, kGrain, [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(Update)(params, tensors, begin, end);
   });
 }

@@ -15,6 +15,7 @@
 
 #include "base/check.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/squares.h"
 
 #if defined(__x86_64__)
 // GCC 12's own header has values that are undefined on purpose.
@@ -186,22 +187,28 @@ void CopyRows(const GemmShape& shape, const BFloat16* a, int64_t n,
 
 // What becomes of a tile of sums.
 struct Output {
-  void* c;  // the tile's first element
+  void* c = nullptr;  // the tile's first element
   int64_t row;
   DType dtype;
   bool accumulate;
   __mmask16 last;  // columns of the tile's last vector
+  // Where the squares of the tile's rows go, or null; the first tile of each
+  // sum writes it, the others add.
+  double* squares = nullptr;
+  int64_t squares_row;
+  bool begins_squares;
 };
 
-GW_BF16_INLINE void StoreVector(const Output& out, __m512 sum, int64_t at,
-                                __mmask16 mask) {
+// Returns what is stored, before it is rounded to bf16; 0 beyond the mask.
+GW_BF16_INLINE __m512 StoreVector(const Output& out, __m512 sum, int64_t at,
+                                  __mmask16 mask) {
   if (out.dtype == DType::kF32) {
     float* c = static_cast<float*>(out.c) + at;
     if (out.accumulate) {
       sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sum);
     }
     _mm512_mask_storeu_ps(c, mask, sum);
-    return;
+    return sum;
   }
   BFloat16* c = static_cast<BFloat16*>(out.c) + at;
   if (out.accumulate) {
@@ -211,6 +218,13 @@ GW_BF16_INLINE void StoreVector(const Output& out, __m512 sum, int64_t at,
   }
   _mm256_mask_storeu_epi16(c, mask,
                            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+  return sum;
+}
+
+// The squares of eight sums, added to `squares`.
+GW_BF16_INLINE __m512d AddSquares(__m256 x, __m512d squares) {
+  const __m512d wide = _mm512_cvtps_pd(x);
+  return _mm512_fmadd_pd(wide, wide, squares);
 }
 
 // Rows x Vectors * 16 sums over all pairs.
@@ -253,9 +267,23 @@ GW_BF16_TARGET void Tile(const BFloat16* a, int64_t a_row, const uint32_t* b,
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      StoreVector(out, sums[r][v], r * out.row + v * kLane,
-                  v + 1 == Vectors ? out.last : static_cast<__mmask16>(0xffff));
+      sums[r][v] = StoreVector(
+          out, sums[r][v], r * out.row + v * kLane,
+          v + 1 == Vectors ? out.last : static_cast<__mmask16>(0xffff));
     }
+  }
+  if (out.squares == nullptr) return;
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r) {
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      low = AddSquares(_mm512_castps512_ps256(sums[r][v]), low);
+      high = AddSquares(_mm512_extractf32x8_ps(sums[r][v], 1), high);
+    }
+    const double total = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    double& to = out.squares[r * out.squares_row];
+    to = out.begins_squares ? total : to + total;
   }
 }
 
@@ -297,7 +325,9 @@ int64_t Cut(int64_t size, int64_t grain, int64_t i, int64_t n) {
 
 bool HasBf16Dot() { return kHasBf16Convert; }
 
-GemmPart Bf16GemmPart(const GemmShape& shape, int threads, int thread) {
+GemmPart Bf16GemmPart(const GemmShape& shape, bool squares, int threads,
+                      int thread) {
+  const int64_t col_grain = squares ? kSquareBlock : kLane;
   // In cycles for each k: a vector of products a cycle; packing takes a quarter
   // for each value.
   const auto cost = [&](int64_t row_cuts) {
@@ -305,7 +335,8 @@ GemmPart Bf16GemmPart(const GemmShape& shape, int threads, int thread) {
     const double rows = static_cast<double>(
         RoundUp((shape.m + row_cuts - 1) / row_cuts, kRows));
     const double cols = static_cast<double>(
-        RoundUp((shape.n + col_cuts - 1) / col_cuts, kLane));
+        std::min(RoundUp(shape.n, kLane),
+                 RoundUp((shape.n + col_cuts - 1) / col_cuts, col_grain)));
     const double passes =
         PacksRows(shape) ? std::max(1.0, rows / kPackedRows) : 1.0;
     return rows * cols / (2 * kLane) + 0.25 * cols * passes +
@@ -318,8 +349,8 @@ GemmPart Bf16GemmPart(const GemmShape& shape, int threads, int thread) {
   const int64_t col_cuts = threads / best;
   const int64_t r = thread / col_cuts, q = thread % col_cuts;
   return {Cut(shape.m, kRows, r, best), Cut(shape.m, kRows, r + 1, best),
-          Cut(shape.n, kLane, q, col_cuts),
-          Cut(shape.n, kLane, q + 1, col_cuts)};
+          Cut(shape.n, col_grain, q, col_cuts),
+          Cut(shape.n, col_grain, q + 1, col_cuts)};
 }
 
 int64_t Bf16GemmScratchBytes(const GemmShape& shape, const GemmPart& part) {
@@ -332,7 +363,8 @@ int64_t Bf16GemmScratchBytes(const GemmShape& shape, const GemmPart& part) {
 }
 
 void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
-                 const BFloat16* a, const BFloat16* b, void* c, char* scratch) {
+                 const BFloat16* a, const BFloat16* b, void* c, double* squares,
+                 char* scratch) {
   GW_CHECK((shape.a_col == 1 || shape.a_row == 1) &&
            (shape.b_row == 1 || shape.b_col == 1));
   const int64_t cols = part.col_end - part.col;
@@ -344,6 +376,13 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
   uint32_t* panel = reinterpret_cast<uint32_t*>(scratch);
   BFloat16* packed = reinterpret_cast<BFloat16*>(
       scratch + RoundUp(shape.k, 2) * PanelColumns(shape) * 2);
+  // Sums of squares are made panel by panel, so these lie where they lie for
+  // any number of threads.
+  const auto start = [&](int64_t i) {
+    return squares == nullptr ? PanelStart(cols, i, panels)
+                              : std::min(cols, i * PanelColumns(shape));
+  };
+  const int64_t blocks = SquareBlocks(shape.n);
   for (int64_t first = part.row; first < part.row_end; first += row_step) {
     const int64_t rows = std::min(row_step, part.row_end - first);
     const BFloat16* from = a + first * shape.a_row;
@@ -358,16 +397,22 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
       from = packed;
     }
     for (int64_t i = 0; i < panels; ++i) {
-      const int64_t col = part.col + PanelStart(cols, i, panels);
-      const int64_t end = part.col + PanelStart(cols, i + 1, panels);
+      const int64_t col = part.col + start(i), end = part.col + start(i + 1);
       PackPanel(shape, b + col * shape.b_col, end - col, panel);
       const int64_t vectors = (end - col + kLane - 1) / kLane;
-      Output out = {nullptr, shape.c_row, shape.c, shape.accumulate,
-                    FirstLanes(end - col - (vectors - 1) * kLane)};
+      Output out = {.row = shape.c_row,
+                    .dtype = shape.c,
+                    .accumulate = shape.accumulate,
+                    .last = FirstLanes(end - col - (vectors - 1) * kLane),
+                    .squares_row = blocks,
+                    .begins_squares = col % kSquareBlock == 0};
       for (int64_t r = 0; r < rows; r += kRows) {
         const int64_t n = std::min<int64_t>(kRows, rows - r);
         out.c = static_cast<char*>(c) +
                 ((first + r) * shape.c_row + col) * DTypeBytes(shape.c);
+        if (squares != nullptr) {
+          out.squares = squares + (first + r) * blocks + col / kSquareBlock;
+        }
         kTiles[static_cast<size_t>((n - 1) * kVectors + vectors - 1)](
             from + r * a_row, a_row, panel, pairs, out);
       }
@@ -382,10 +427,10 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
 namespace gradwire {
 
 bool HasBf16Dot() { return false; }
-GemmPart Bf16GemmPart(const GemmShape&, int, int) { return {}; }
+GemmPart Bf16GemmPart(const GemmShape&, bool, int, int) { return {}; }
 int64_t Bf16GemmScratchBytes(const GemmShape&, const GemmPart&) { return 0; }
 void Bf16GemmRun(const GemmShape&, const GemmPart&, const BFloat16*,
-                 const BFloat16*, void*, char*) {
+                 const BFloat16*, void*, double*, char*) {
   GW_CHECK(false);
 }
 

@@ -28,15 +28,18 @@ struct GemmPart {
 };
 
 // How `threads` threads share a product: part `thread`, which may be empty.
-GemmPart Bf16GemmPart(const GemmShape& shape, int threads, int thread);
+// With `squares` the columns are cut only where a sum of squares ends.
+GemmPart Bf16GemmPart(const GemmShape& shape, bool squares, int threads,
+                      int thread);
 
 // Bytes of scratch that a part takes.
 int64_t Bf16GemmScratchBytes(const GemmShape& shape, const GemmPart& part);
 
-// Computes a part. `scratch` is aligned to a cache line.
-// REQUIRES: HasBf16Dot(); shape.ab is bf16; of a's strides one is 1, and of
-// b's.
+// Computes a part. `squares` is null or as for Gemm::Run, of all of c;
+// `scratch` is aligned to a cache line. REQUIRES: HasBf16Dot(); shape.ab is
+// bf16; of a's strides one is 1, and of b's.
 void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
-                 const BFloat16* a, const BFloat16* b, void* c, char* scratch);
+                 const BFloat16* a, const BFloat16* b, void* c, double* squares,
+                 char* scratch);
 
 }  // namespace gradwire

@@ -13,11 +13,13 @@
 #include <vector>
 
 #include "kernels/cpu/scratch.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
 
 constexpr double kFloatRoundoff = 1.0 / (1 << 24);
+constexpr double kDoubleRoundoff = 1.0 / (int64_t{1} << 53);
 constexpr double kBf16Roundoff = 1.0 / (1 << 8);
 // Around c, to see writes outside.
 constexpr float kGuard = 12288.0f;
@@ -64,17 +66,18 @@ class Product {
   }
 
   // c after the product by `threads` parts, as float32.
-  std::vector<float> Run(int threads) const {
+  std::vector<float> Run(int threads, double* squares = nullptr) const {
     std::vector<float> f32 = old_;
     std::vector<BFloat16> bf16(old_.begin(), old_.end());
     const bool narrow = case_.c == DType::kBF16;
     void* c = narrow ? static_cast<void*>(bf16.data()) : f32.data();
     const GemmShape shape = Shape();
     for (int t = 0; t < threads; ++t) {
-      const GemmPart part = Bf16GemmPart(shape, threads, t);
+      const GemmPart part = Bf16GemmPart(shape, squares != nullptr, threads, t);
       Scratch scratch;
       scratch.Reserve(1, Bf16GemmScratchBytes(shape, part));
-      Bf16GemmRun(shape, part, a_.data(), b_.data(), c, scratch.part(0));
+      Bf16GemmRun(shape, part, a_.data(), b_.data(), c, squares,
+                  scratch.part(0));
     }
     if (narrow) {
       std::transform(bf16.begin(), bf16.end(), f32.begin(),
@@ -107,6 +110,23 @@ class Product {
       }
       for (int64_t j = s.n; j < s.c_row; ++j) {
         ASSERT_EQ(c[At(i, j)], kGuard) << "written beyond row " << i;
+      }
+    }
+  }
+
+  void CheckSquares(const std::vector<float>& c,
+                    const std::vector<double>& squares) const {
+    const int64_t blocks = SquareBlocks(case_.n);
+    for (int64_t i = 0; i < case_.m; ++i) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        double sum = 0;
+        for (int64_t j = b * kSquareBlock;
+             j < std::min(case_.n, (b + 1) * kSquareBlock); ++j) {
+          sum += double{c[At(i, j)]} * double{c[At(i, j)]};
+        }
+        ASSERT_NEAR(squares[static_cast<size_t>(i * blocks + b)], sum,
+                    kSquareBlock * kDoubleRoundoff * sum)
+            << "row " << i << ", block " << b;
       }
     }
   }
@@ -148,6 +168,17 @@ TEST(Bf16GemmTest, EqualsPlainLoopsInEveryForm) {
         ASSERT_EQ(std::memcmp(one.data(), many.data(), one.size() * 4), 0)
             << threads << " threads";
       }
+      if (x.c == DType::kBF16) continue;
+      // Asking for sums of squares moves panels, and no bit of c.
+      std::vector<double> squares(static_cast<size_t>(m * SquareBlocks(n)),
+                                  NAN);
+      ASSERT_EQ(product.Run(1, squares.data()), one);
+      product.CheckSquares(one, squares);
+      for (const int threads : {2, 3, 6}) {
+        std::vector<double> again(squares.size(), NAN);
+        ASSERT_EQ(product.Run(threads, again.data()), one);
+        ASSERT_EQ(again, squares) << threads << " threads";
+      }
     }
   }
 }
@@ -173,7 +204,8 @@ TEST(Bf16GemmTest, ARowHasTheSameBitsInAnyBatch) {
     const GemmPart part = {0, rows, 0, kN};
     Scratch scratch;
     scratch.Reserve(1, Bf16GemmScratchBytes(shape, part));
-    Bf16GemmRun(shape, part, a.data() + row * kK, b.data(), c, scratch.part(0));
+    Bf16GemmRun(shape, part, a.data() + row * kK, b.data(), c, nullptr,
+                scratch.part(0));
   };
   run(0, kM, whole.data());
   for (int64_t row = 0; row < kM; ++row) {

@@ -27,7 +27,8 @@ class CpuKernels : public Kernels {
   void EmbeddingForward(Stream& stream, const Tensor& tokens,
                         const Tensor& table, const Tensor& out) override;
   void EmbeddingBackward(Stream& stream, const Tensor& tokens,
-                         const Tensor& d_out, const Tensor& d_table) override;
+                         const Tensor& d_out, const Tensor& d_table,
+                         const Tensor& squares) override;
 
   // rmsnorm.cc
   void RmsNormForward(Stream& stream, const Tensor& x, const Tensor& weight,
@@ -44,7 +45,7 @@ class CpuKernels : public Kernels {
   void MatmulBackwardInput(Stream& stream, const Tensor& d_y, const Tensor& w,
                            const Tensor& d_x, bool accumulate) override;
   void MatmulBackwardWeight(Stream& stream, const Tensor& d_y, const Tensor& x,
-                            const Tensor& d_w, bool accumulate) override;
+                            const WeightGrad& grad) override;
   void InvalidateWeights(const Tensor& w) override;
 
   // bias.cc
@@ -84,7 +85,7 @@ class CpuKernels : public Kernels {
                           const Tensor& workspace) override;
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
-                           const Tensor& d_weight) override;
+                           const WeightGrad& d_weight) override;
 
   // rows.cc
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
@@ -102,8 +103,12 @@ class CpuKernels : public Kernels {
   void JoinMaster(Stream& stream, const Tensor& high, const Tensor& low,
                   const Tensor& master) override;
 
+  // squares.cc
+  void RowSquares(Stream& stream, const Tensor& x,
+                  const Tensor& squares) override;
+  double Sum(Stream& stream, const Tensor& x) override;
+
   // adamw.cc
-  double SumOfSquares(Stream& stream, const Tensor& x) override;
   void AdamW(Stream& stream, const AdamWParams& params,
              const AdamWTensors& tensors) override;
 

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of the table, copied and summed.
-#include <cstring>
+#include <algorithm>
+#include <vector>
 
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels_impl.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/squares.h"
+#include "kernels/squares.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/embedding.cc"
@@ -57,6 +60,9 @@ namespace {
 
 HWY_EXPORT(Backward);
 
+// Rows a thread takes at least; fewer are not worth waking one.
+constexpr int64_t kRowsOfSquares = 64;
+
 }  // namespace
 
 void CpuKernels::EmbeddingForward(Stream& stream, const Tensor& tokens,
@@ -68,7 +74,8 @@ void CpuKernels::EmbeddingForward(Stream& stream, const Tensor& tokens,
 // Threads share the columns, so that no two write one element and each row's
 // terms come in the order of the tokens.
 void CpuKernels::EmbeddingBackward(Stream& stream, const Tensor& tokens,
-                                   const Tensor& d_out, const Tensor& d_table) {
+                                   const Tensor& d_out, const Tensor& d_table,
+                                   const Tensor& squares) {
   if (!stream.ok()) return;
   const int64_t hidden = d_out.dim(1);
   GW_CHECK(d_out.dim(0) == tokens.dim(0) && d_table.dim(1) == hidden);
@@ -76,6 +83,22 @@ void CpuKernels::EmbeddingBackward(Stream& stream, const Tensor& tokens,
   Pool(stream).ParallelFor(hidden, kCacheLine, [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(Backward)(tokens, d_out, begin, end, d_table);
   });
+  if (squares.is_null()) return;
+  const int64_t blocks = SquareBlocks(hidden);
+  GW_CHECK(squares.dim(0) == d_table.dim(0) && squares.dim(1) == blocks);
+  std::vector<int32_t> ids(tokens.data<int32_t>(),
+                           tokens.data<int32_t>() + tokens.dim(0));
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  Pool(stream).ParallelFor(
+      static_cast<int64_t>(ids.size()), kRowsOfSquares,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t id = ids[static_cast<size_t>(i)];
+          SquaresOfRows(d_table.data<float>() + id * hidden, 1, hidden, hidden,
+                        squares.data<double>() + id * blocks, blocks);
+        }
+      });
 }
 
 }  // namespace gradwire

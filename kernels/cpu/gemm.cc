@@ -16,6 +16,8 @@
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/gemm_product.h"
 #include "kernels/cpu/scratch.h"
+#include "kernels/cpu/squares.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -89,10 +91,11 @@ class Gemm::Core {
 
   // A part of a bf16 product by our own kernel.
   void ExecuteOwn(const GemmShape& shape, const GemmPart& part, const void* a,
-                  const void* b, void* c) {
+                  const void* b, void* c, double* squares) {
     scratchpad_.Reserve(1, Bf16GemmScratchBytes(shape, part));
     Bf16GemmRun(shape, part, static_cast<const BFloat16*>(a),
-                static_cast<const BFloat16*>(b), c, scratchpad_.part(0));
+                static_cast<const BFloat16*>(b), c, squares,
+                scratchpad_.part(0));
   }
 
   // bf16 on a machine that multiplies only f32.
@@ -174,7 +177,7 @@ void Gemm::RunOne(int thread, const GemmShape& shape, const void* a,
   }
   Core& core = *cores_[static_cast<size_t>(thread)];
   if (shape.ab == DType::kBF16 && own_bf16_) {
-    core.ExecuteOwn(shape, {0, shape.m, 0, shape.n}, a, b, c);
+    core.ExecuteOwn(shape, {0, shape.m, 0, shape.n}, a, b, c, nullptr);
   } else if (shape.ab == DType::kBF16 && !native_bf16_) {
     core.ExecuteWidened(shape, a, b, c);
   } else {
@@ -183,13 +186,18 @@ void Gemm::RunOne(int thread, const GemmShape& shape, const void* a,
 }
 
 void Gemm::Run(ThreadPool& pool, const GemmShape& shape, const void* a,
-               const void* b, void* c) {
+               const void* b, void* c, double* squares) {
+  GW_CHECK(squares == nullptr || shape.c == DType::kF32);
+  // Where columns may be cut. A sum of squares is made by one thread.
+  const int64_t col_grain = squares == nullptr ? kGrain : kSquareBlock;
   const int threads = pool.num_threads();
   Prepare(threads);
   if (shape.ab == DType::kBF16 && own_bf16_ && shape.k > 0) {
     pool.Run([&](int thread) {
-      const GemmPart part = Bf16GemmPart(shape, threads, thread);
-      cores_[static_cast<size_t>(thread)]->ExecuteOwn(shape, part, a, b, c);
+      const GemmPart part =
+          Bf16GemmPart(shape, squares != nullptr, threads, thread);
+      cores_[static_cast<size_t>(thread)]->ExecuteOwn(shape, part, a, b, c,
+                                                      squares);
     });
     return;
   }
@@ -201,22 +209,28 @@ void Gemm::Run(ThreadPool& pool, const GemmShape& shape, const void* a,
     --row_cuts;
   }
   const int col_cuts = threads / row_cuts;
-  const auto cut = [](int64_t size, int64_t i, int64_t n) {
-    return std::min(size, (size + kGrain - 1) / kGrain * i / n * kGrain);
+  const auto cut = [](int64_t size, int64_t grain, int64_t i, int64_t n) {
+    return std::min(size, (size + grain - 1) / grain * i / n * grain);
   };
   const int64_t ab_bytes = DTypeBytes(shape.ab);
   const int64_t c_bytes = DTypeBytes(shape.c);
   pool.Run([&](int thread) {
     const int64_t r = thread / col_cuts, q = thread % col_cuts;
-    const int64_t row = cut(shape.m, r, row_cuts);
-    const int64_t col = cut(shape.n, q, col_cuts);
+    const int64_t row = cut(shape.m, kGrain, r, row_cuts);
+    const int64_t col = cut(shape.n, col_grain, q, col_cuts);
     GemmShape slice = shape;
-    slice.m = cut(shape.m, r + 1, row_cuts) - row;
-    slice.n = cut(shape.n, q + 1, col_cuts) - col;
+    slice.m = cut(shape.m, kGrain, r + 1, row_cuts) - row;
+    slice.n = cut(shape.n, col_grain, q + 1, col_cuts) - col;
+    char* part = static_cast<char*>(c) + (row * shape.c_row + col) * c_bytes;
     RunOne(thread, slice,
            static_cast<const char*>(a) + row * shape.a_row * ab_bytes,
-           static_cast<const char*>(b) + col * shape.b_col * ab_bytes,
-           static_cast<char*>(c) + (row * shape.c_row + col) * c_bytes);
+           static_cast<const char*>(b) + col * shape.b_col * ab_bytes, part);
+    if (squares == nullptr) return;
+    // While the slice is in a cache.
+    const int64_t blocks = SquareBlocks(shape.n);
+    SquaresOfRows(reinterpret_cast<const float*>(part), slice.m, slice.n,
+                  shape.c_row, squares + row * blocks + col / kSquareBlock,
+                  blocks);
   });
 }
 

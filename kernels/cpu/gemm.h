@@ -52,9 +52,11 @@ class Gemm {
   // On the calling thread, which is number `thread` of its pool.
   void RunOne(int thread, const GemmShape& shape, const void* a, const void* b,
               void* c);
-  // On all threads of the pool.
+  // On all threads of the pool. `squares` is null or [m, SquareBlocks(n)], =:
+  // c's sums of squares, the same bits on any number of threads. REQUIRES: c is
+  // f32 then.
   void Run(ThreadPool& pool, const GemmShape& shape, const void* a,
-           const void* b, void* c);
+           const void* b, void* c, double* squares = nullptr);
 
  private:
   class Core;

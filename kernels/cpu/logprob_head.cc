@@ -22,6 +22,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/logit_rows.h"
 #include "kernels/cpu/softmax_tile.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -349,7 +350,7 @@ void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
 void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                                      const LogprobHeadGrad& grad,
                                      const Tensor& d_hidden,
-                                     const Tensor& d_weight) {
+                                     const WeightGrad& d_weight) {
   if (!stream.ok()) return;
   const DType act = args.hidden.dtype();
   const int64_t tokens = args.hidden.dim(0), hidden = args.hidden.dim(1);
@@ -366,14 +367,19 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
   gemm_->Prepare(pool.num_threads());
   scratch_.Reserve(pool.num_threads(), f32 ? 0 : kBlock * kChunk * 4);
   const LogitGrad logit_grad(args, grad);
-  if (tokens == 0 && !d_weight.is_null()) {
+  const auto squares_of = [&](int64_t id) {
+    return d_weight.squares.is_null()
+               ? nullptr
+               : d_weight.squares.data<double>() + id * SquareBlocks(hidden);
+  };
+  if (tokens == 0 && !d_weight.d_w.is_null()) {
     gemm_->Run(pool,
                {.m = vocab,
                 .n = hidden,
                 .c_row = hidden,
                 .ab = act,
-                .accumulate = grad.accumulate},
-               nullptr, nullptr, d_weight.raw());
+                .accumulate = d_weight.accumulate},
+               nullptr, nullptr, d_weight.d_w.raw(), squares_of(0));
   }
 
   for (int64_t first = 0; first < tokens; first += kTokens) {
@@ -410,7 +416,7 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            .accumulate = id > 0},
                           d_logit, weight.raw(), hidden_sums + begin * hidden);
           });
-      if (d_weight.is_null()) continue;
+      if (d_weight.d_w.is_null()) continue;
       gemm_->Run(pool,
                  {.m = cols,
                   .n = hidden,
@@ -420,9 +426,9 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                   .b_row = hidden,
                   .c_row = hidden,
                   .ab = act,
-                  .accumulate = first > 0 || grad.accumulate},
+                  .accumulate = first > 0 || d_weight.accumulate},
                  workspace, args.hidden.Rows(first, first + rows).raw(),
-                 d_weight.Rows(id, id + cols).raw());
+                 d_weight.d_w.Rows(id, id + cols).raw(), squares_of(id));
     }
     if (f32) continue;
     const Tensor out = d_hidden.Rows(first, first + rows);

@@ -4,6 +4,7 @@
 #include "base/check.h"
 #include "kernels/cpu/cpu_kernels_impl.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 
@@ -48,12 +49,13 @@ void CpuKernels::MatmulBackwardInput(Stream& stream, const Tensor& d_y,
 }
 
 void CpuKernels::MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
-                                      const Tensor& x, const Tensor& d_w,
-                                      bool accumulate) {
+                                      const Tensor& x, const WeightGrad& grad) {
   if (!stream.ok()) return;
   const int64_t m = d_y.dim(0), n = d_y.dim(1), k = x.dim(1);
-  GW_CHECK(x.dim(0) == m && d_w.dim(0) == n && d_w.dim(1) == k);
-  GW_CHECK(d_y.dtype() == x.dtype() && d_w.dtype() == DType::kF32);
+  GW_CHECK(x.dim(0) == m && grad.d_w.dim(0) == n && grad.d_w.dim(1) == k);
+  GW_CHECK(d_y.dtype() == x.dtype() && grad.d_w.dtype() == DType::kF32);
+  GW_CHECK(grad.squares.is_null() || (grad.squares.dim(0) == n &&
+                                      grad.squares.dim(1) == SquareBlocks(k)));
   gemm_->Run(Pool(stream),
              {.m = n,
               .n = k,
@@ -64,8 +66,8 @@ void CpuKernels::MatmulBackwardWeight(Stream& stream, const Tensor& d_y,
               .c_row = k,
               .ab = d_y.dtype(),
               .c = DType::kF32,
-              .accumulate = accumulate},
-             d_y.raw(), x.raw(), d_w.raw());
+              .accumulate = grad.accumulate},
+             d_y.raw(), x.raw(), grad.d_w.raw(), grad.squares.data<double>());
 }
 
 // No packed copies are kept: products of row-major weights run at over nine

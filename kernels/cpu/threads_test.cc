@@ -13,6 +13,7 @@
 #include "device/cpu_device.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/kernels.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -31,6 +32,7 @@ class Numbers {
     for (int64_t i = 0; i < n; ++i) {
       const float value = normal(random_);
       if (dtype == DType::kF32) t.data<float>()[i] = value;
+      if (dtype == DType::kF64) t.data<double>()[i] = value;
       if (dtype == DType::kBF16) t.data<BFloat16>()[i] = BFloat16(value);
       if (dtype == DType::kI16) t.data<int16_t>()[i] = static_cast<int16_t>(i);
       if (dtype == DType::kI32) t.data<int32_t>()[i] = static_cast<int>(i % 5);
@@ -77,16 +79,16 @@ void RmsNormForward(Kernels& k, Stream& s, DType act, Numbers& n) {
 void EmbeddingBackward(Kernels& k, Stream& s, DType act, Numbers& n) {
   k.EmbeddingBackward(s, n.New(DType::kI32, {kTokens}),
                       n.New(act, {kTokens, kHidden}),
-                      n.New(DType::kF32, {5, kHidden}));
+                      n.New(DType::kF32, {5, kHidden}),
+                      n.New(DType::kF64, {5, SquareBlocks(kHidden)}));
 }
 void BiasBackward(Kernels& k, Stream& s, DType act, Numbers& n) {
   k.BiasBackward(s, n.New(act, {kTokens, kHidden}),
                  n.New(DType::kF32, {kHidden}));
 }
-void SumOfSquares(Kernels& k, Stream& s, DType, Numbers& n) {
-  const Tensor x = n.New(DType::kF32, {100003});
-  const double sum = k.SumOfSquares(s, x);
-  std::memcpy(x.raw(), &sum, sizeof(sum));
+void Sum(Kernels& k, Stream& s, DType, Numbers& n) {
+  const Tensor x = n.New(DType::kF64, {200003});
+  x.data<double>()[0] = k.Sum(s, x);
 }
 void AdamW(Kernels& k, Stream& s, DType act, Numbers& n) {
   // In bf16 both the master is split and the moments are rounded.
@@ -112,7 +114,18 @@ void RmsNormBackward(Kernels& k, Stream& s, DType act, Numbers& n) {
 void MatmulBackwardWeight(Kernels& k, Stream& s, DType act, Numbers& n) {
   k.MatmulBackwardWeight(s, n.New(act, {kTokens, kHidden}),
                          n.New(act, {kTokens, 96}),
-                         n.New(DType::kF32, {kHidden, 96}), true);
+                         {n.New(DType::kF32, {kHidden, 96})});
+}
+// The product's own bits aside, which may depend on how oneDNN is called.
+void Squares(Kernels& k, Stream& s, DType act, Numbers& n) {
+  constexpr int64_t kCols = 600;
+  const Tensor squares = n.New(DType::kF64, {kHidden, SquareBlocks(kCols)});
+  const Tensor x = n.New(act, {0, kCols});
+  k.MatmulBackwardWeight(s, n.New(act, {0, kHidden}), x,
+                         {n.New(DType::kF32, {kHidden, kCols}), true, squares});
+  k.EmbeddingBackward(s, n.New(DType::kI32, {kTokens}),
+                      n.New(act, {kTokens, kCols}),
+                      n.New(DType::kF32, {kHidden, kCols}), squares);
 }
 
 TEST(ThreadsTest, TheseOpsDoNotDependOnTheNumberOfThreads) {
@@ -121,7 +134,8 @@ TEST(ThreadsTest, TheseOpsDoNotDependOnTheNumberOfThreads) {
       {"RmsNormForward", RmsNormForward},
       {"EmbeddingBackward", EmbeddingBackward},
       {"BiasBackward", BiasBackward},
-      {"SumOfSquares", SumOfSquares},
+      {"Sum", Sum},
+      {"Squares", Squares},
       {"AdamW", AdamW},
   };
   for (const NamedOp& op : ops) {

@@ -135,7 +135,7 @@ TEST_F(GradientTest, Matmul) {
                           ref::MatmulBackwardInput<Tracked>(c, w, x, false)),
             "");
   EXPECT_EQ(GradientError(w, c, forward,
-                          ref::MatmulBackwardWeight<Tracked>(c, x, w, false)),
+                          ref::MatmulBackwardWeight<Tracked>(c, x, {w, false})),
             "");
 }
 
@@ -229,7 +229,7 @@ TEST_F(GradientTest, LogprobHead) {
   };
   const Tensor lse = Kept(ref::LogprobHeadForward<double>(head, 0).lse);
   const auto gradient = ref::LogprobHeadBackward<Tracked>(
-      head, {c, lse, Tensor()}, Zeros({7, 4}));
+      head, {c, lse, Tensor()}, {Zeros({7, 4})});
   EXPECT_EQ(GradientError(head.hidden, c, forward, gradient.d_hidden), "");
   EXPECT_EQ(GradientError(head.weight, c, forward, gradient.d_weight), "");
 }

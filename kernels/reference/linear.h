@@ -5,7 +5,9 @@
 
 #include <vector>
 
+#include "kernels/kernels.h"
 #include "kernels/reference/number.h"
+#include "kernels/squares.h"
 
 namespace gradwire::reference {
 
@@ -98,9 +100,22 @@ Result<Num> MatmulBackwardInput(const Tensor& d_y, const Tensor& w,
 
 template <class Num>
 Result<Num> MatmulBackwardWeight(const Tensor& d_y, const Tensor& x,
-                                 const Tensor& d_w, bool accumulate) {
-  return Product<Num>(d_y, {1, d_y.dim(1)}, x, {x.dim(1), 1}, x.dim(0), d_w,
-                      accumulate);
+                                 const Kernels::WeightGrad& grad) {
+  return Product<Num>(d_y, {1, d_y.dim(1)}, x, {x.dim(1), 1}, x.dim(0),
+                      grad.d_w, grad.accumulate);
+}
+
+// In float64 whatever the number type: the op's own arithmetic.
+inline Result<double> RowSquares(const Tensor& x) {
+  const int64_t cols = x.dim(1);
+  Result<double> result;
+  for (int64_t i = 0; i < x.dim(0); ++i) {
+    for (int64_t c = 0; c < cols; ++c) {
+      if (c % kSquareBlock == 0) result.push_back(0);
+      result.back() += At(x, i * cols + c) * At(x, i * cols + c);
+    }
+  }
+  return result;
 }
 
 template <class Num>

@@ -119,6 +119,7 @@ class Sum<Tracked> {
 
 // An element of a tensor in host memory.
 inline double At(const Tensor& t, int64_t i) {
+  if (t.dtype() == DType::kF64) return t.data<double>()[i];
   return t.dtype() == DType::kBF16
              ? static_cast<double>(static_cast<float>(t.data<BFloat16>()[i]))
              : static_cast<double>(t.data<float>()[i]);
@@ -129,6 +130,8 @@ inline void Store(const std::vector<double>& from, const Tensor& to) {
   for (size_t i = 0; i < from.size(); ++i) {
     if (to.dtype() == DType::kBF16) {
       to.data<BFloat16>()[i] = BFloat16(static_cast<float>(from[i]));
+    } else if (to.dtype() == DType::kF64) {
+      to.data<double>()[i] = from[i];
     } else {
       to.data<float>()[i] = static_cast<float>(from[i]);
     }

@@ -33,9 +33,14 @@ class ReferenceKernels : public Kernels {
     GatherRows(stream, table, tokens, out);
   }
   void EmbeddingBackward(Stream& stream, const Tensor& tokens,
-                         const Tensor& d_out, const Tensor& d_table) override {
+                         const Tensor& d_out, const Tensor& d_table,
+                         const Tensor& squares) override {
     if (!stream.ok()) return;
     Store(ref::EmbeddingBackward<double>(tokens, d_out, d_table), d_table);
+    for (int64_t t = 0; !squares.is_null() && t < tokens.dim(0); ++t) {
+      const int32_t id = tokens.data<int32_t>()[t];
+      RowSquares(stream, d_table.Rows(id, id + 1), squares.Rows(id, id + 1));
+    }
   }
 
   void RmsNormForward(Stream& stream, const Tensor& x, const Tensor& weight,
@@ -76,9 +81,10 @@ class ReferenceKernels : public Kernels {
     Store(ref::MatmulBackwardInput<double>(d_y, w, d_x, accumulate), d_x);
   }
   void MatmulBackwardWeight(Stream& stream, const Tensor& d_y, const Tensor& x,
-                            const Tensor& d_w, bool accumulate) override {
+                            const WeightGrad& grad) override {
     if (!stream.ok()) return;
-    Store(ref::MatmulBackwardWeight<double>(d_y, x, d_w, accumulate), d_w);
+    Store(ref::MatmulBackwardWeight<double>(d_y, x, grad), grad.d_w);
+    if (!grad.squares.is_null()) RowSquares(stream, grad.d_w, grad.squares);
   }
   void InvalidateWeights(const Tensor&) override {}
 
@@ -161,11 +167,13 @@ class ReferenceKernels : public Kernels {
   }
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
-                           const Tensor& d_weight) override {
+                           const WeightGrad& d_weight) override {
     if (!stream.ok()) return;
     const auto result = ref::LogprobHeadBackward<double>(args, grad, d_weight);
     Store(result.d_hidden, d_hidden);
-    Store(result.d_weight, d_weight);
+    Store(result.d_weight, d_weight.d_w);
+    if (d_weight.squares.is_null()) return;
+    RowSquares(stream, d_weight.d_w, d_weight.squares);
   }
 
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
@@ -201,10 +209,14 @@ class ReferenceKernels : public Kernels {
     Store(ref::Add<double>(x, y), y);
   }
 
-  double SumOfSquares(Stream& stream, const Tensor& x) override {
+  void RowSquares(Stream& stream, const Tensor& x,
+                  const Tensor& squares) override {
+    if (stream.ok()) Store(ref::RowSquares(x), squares);
+  }
+  double Sum(Stream& stream, const Tensor& x) override {
     double sum = 0;
     for (int64_t i = 0; stream.ok() && i < x.num_elements(); ++i) {
-      sum += At(x, i) * At(x, i);
+      sum += At(x, i);
     }
     return sum;
   }

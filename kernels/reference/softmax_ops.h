@@ -186,13 +186,14 @@ struct HeadGradResult {
 template <class Num>
 HeadGradResult<Num> LogprobHeadBackward(const LogprobHead& head,
                                         const Kernels::LogprobHeadGrad& grad,
-                                        const Tensor& d_weight) {
+                                        const Kernels::WeightGrad& weight) {
+  const Tensor& d_weight = weight.d_w;
   const int64_t k = head.targets.dim(1), hidden = head.hidden.dim(1);
   const int64_t vocab = head.weight.dim(0);
   const DType act = head.hidden.dtype();
   HeadGradResult<Num> result;
   std::vector<Sum<Num>> sums(static_cast<size_t>(d_weight.num_elements()));
-  for (size_t i = 0; grad.accumulate && i < sums.size(); ++i) {
+  for (size_t i = 0; weight.accumulate && i < sums.size(); ++i) {
     sums[i].Add(At(d_weight, static_cast<int64_t>(i)));
   }
   for (int64_t t = 0; t < head.hidden.dim(0); ++t) {
