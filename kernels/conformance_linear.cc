@@ -15,9 +15,9 @@ namespace ref = reference;
 struct Size {
   int64_t m, n, k;
 };
-const Size kSizes[] = {{0, 3, 5},      {1, 1, 1},    {3, 2, 1},
-                       {7, 5, 3},      {33, 70, 40}, {130, 64, 9},
-                       {257, 33, 130}, {20, 70, 600}};
+const Size kSizes[] = {{0, 3, 5},      {1, 1, 1},      {3, 2, 1},
+                       {7, 5, 3},      {33, 70, 40},   {130, 64, 9},
+                       {257, 33, 130}, {20, 450, 600}, {9, 450, 640}};
 
 std::string Name(const Size& s) {
   return std::to_string(s.m) + " x " + std::to_string(s.n) + " x " +

@@ -36,6 +36,10 @@ constexpr int64_t kLane = 16;  // columns of a vector
 constexpr int64_t kDeep = 5120;
 // Rows of a that are packed at a time.
 constexpr int64_t kPackedRows = 768;
+// Of a panel of at most this k the next one is brought into the cache early.
+constexpr int64_t kPrefetched = 2048;
+// A c of at least as many values is written past the caches.
+constexpr int64_t kStreamed = 1 << 18;
 // Room between packed rows, so that they do not fall on the same cache sets.
 constexpr int64_t kRowGap = 32;
 
@@ -185,12 +189,42 @@ void CopyRows(const GemmShape& shape, const BFloat16* a, int64_t n,
   }
 }
 
+// Brings a panel into the second-level cache bit by bit, while the tiles of the
+// one before it are computed.
+class PanelPrefetch {
+ public:
+  // In about `calls` calls of Next.
+  PanelPrefetch(const GemmShape& shape, const BFloat16* b, int64_t cols,
+                int64_t calls)
+      : from_(reinterpret_cast<const char*>(b)) {
+    const bool by_columns = shape.b_row == 1;
+    stride_ = 2 * (by_columns ? shape.b_col : shape.b_row);  // in bytes
+    runs_ = by_columns ? cols : shape.k;
+    bytes_ = 2 * (by_columns ? shape.k : cols);
+    step_ = (runs_ + calls - 1) / calls;
+  }
+
+  void Next() {
+    const int64_t end = std::min(runs_, run_ + step_);
+    for (; run_ < end; ++run_) {
+      for (int64_t at = 0; at < bytes_; at += 64) {
+        __builtin_prefetch(from_ + run_ * stride_ + at, 0, 2);
+      }
+    }
+  }
+
+ private:
+  const char* const from_;
+  int64_t runs_, bytes_, stride_, step_, run_ = 0;
+};
+
 // What becomes of a tile of sums.
 struct Output {
   void* c = nullptr;  // the tile's first element
   int64_t row;
   DType dtype;
   bool accumulate;
+  bool stream;     // past the caches; c's vectors are aligned then
   __mmask16 last;  // columns of the tile's last vector
   // Where the squares of the tile's rows go, or null; the first tile of each
   // sum writes it, the others add.
@@ -206,6 +240,10 @@ GW_BF16_INLINE __m512 StoreVector(const Output& out, __m512 sum, int64_t at,
     float* c = static_cast<float*>(out.c) + at;
     if (out.accumulate) {
       sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), sum);
+    }
+    if (out.stream && mask == 0xffff) {
+      _mm512_stream_ps(c, sum);
+      return sum;
     }
     _mm512_mask_storeu_ps(c, mask, sum);
     return sum;
@@ -237,7 +275,8 @@ GW_BF16_TARGET void Tile(const BFloat16* a, int64_t a_row, const uint32_t* b,
     // c is there when the sums are.
     const char* c =
         static_cast<const char*>(out.c) + r * out.row * DTypeBytes(out.dtype);
-    for (int64_t at = 0; at < Vectors * kLane * DTypeBytes(out.dtype);
+    for (int64_t at = 0;
+         !out.stream && at < Vectors * kLane * DTypeBytes(out.dtype);
          at += 64) {
       __builtin_prefetch(c + at, 1);
     }
@@ -309,6 +348,15 @@ int64_t PackedStride(const GemmShape& shape) {
 
 int64_t PanelColumns(const GemmShape& shape) {
   return (shape.k > kDeep ? kVectors / 2 : kVectors) * kLane;
+}
+
+// Whether c goes past the caches: it is written only, by whole cache lines, and
+// is too large to be there still when it is read.
+bool Streams(const GemmShape& shape, const void* c) {
+  return shape.c == DType::kF32 && !shape.accumulate &&
+         shape.c_row % kLane == 0 &&
+         reinterpret_cast<uintptr_t>(c) % (4 * kLane) == 0 &&
+         shape.m * shape.n >= kStreamed;
 }
 
 // Columns [i, i + 1) of `n` panels of about as many vectors each.
@@ -383,6 +431,7 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
                               : std::min(cols, i * PanelColumns(shape));
   };
   const int64_t blocks = SquareBlocks(shape.n);
+  const bool stream = Streams(shape, c);
   for (int64_t first = part.row; first < part.row_end; first += row_step) {
     const int64_t rows = std::min(row_step, part.row_end - first);
     const BFloat16* from = a + first * shape.a_row;
@@ -403,10 +452,16 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
       Output out = {.row = shape.c_row,
                     .dtype = shape.c,
                     .accumulate = shape.accumulate,
+                    .stream = stream,
                     .last = FirstLanes(end - col - (vectors - 1) * kLane),
                     .squares_row = blocks,
                     .begins_squares = col % kSquareBlock == 0};
+      const bool more = i + 1 < panels && shape.k <= kPrefetched;
+      PanelPrefetch next(shape, b + (part.col + start(i + 1)) * shape.b_col,
+                         more ? part.col + start(i + 2) - end : 0,
+                         (rows + kRows - 1) / kRows);
       for (int64_t r = 0; r < rows; r += kRows) {
+        if (more) next.Next();
         const int64_t n = std::min<int64_t>(kRows, rows - r);
         out.c = static_cast<char*>(c) +
                 ((first + r) * shape.c_row + col) * DTypeBytes(shape.c);
@@ -418,6 +473,8 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
       }
     }
   }
+  // Before other threads are told that the part is there.
+  if (stream) _mm_sfence();
 }
 
 }  // namespace gradwire
