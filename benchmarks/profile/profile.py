@@ -41,6 +41,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sequences", type=int, help="default: the model's")
     parser.add_argument("--length", type=int, help="default: the model's")
+    parser.add_argument(
+        "--shared", type=int, default=0, help="tokens that all begin with"
+    )
+    parser.add_argument(
+        "--prompt", type=int, default=0, help="positions without a gradient"
+    )
     return parser.parse_args()
 
 
@@ -63,6 +69,8 @@ def main() -> int:
             f"--threads={args.threads}",
             f"--sequences={args.sequences or model.sequences}",
             f"--length={args.length or model.length}",
+            f"--shared={args.shared}",
+            f"--prompt={args.prompt}",
         ]
         return subprocess.run(command, check=False).returncode
 

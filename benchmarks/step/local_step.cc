@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "benchmarks/step/local_step.h"
 
+#include <algorithm>
 #include <random>
 #include <string>
 #include <utility>
@@ -13,6 +14,8 @@ ABSL_FLAG(std::string, precision, "f32", "f32 or bf16");
 ABSL_FLAG(int, threads, 0, "threads; 0: one for each core");
 ABSL_FLAG(int64_t, sequences, 8, "sequences in the batch");
 ABSL_FLAG(int64_t, length, 256, "tokens of a sequence");
+ABSL_FLAG(int64_t, shared, 0, "first tokens that all sequences share");
+ABSL_FLAG(int64_t, prompt, 0, "first positions without a gradient");
 
 namespace gradwire {
 namespace {
@@ -29,6 +32,13 @@ std::vector<TrainDatum> RandomBatch(int64_t vocab) {
       datum.targets.push_back(id(random));
     }
     datum.weights.assign(n, 1.0f);
+    const auto shared = std::min(
+        n, static_cast<size_t>(absl::GetFlag(FLAGS_shared)));
+    std::copy_n(batch.front().tokens.begin(), shared, datum.tokens.begin());
+    std::copy_n(batch.front().targets.begin(), shared, datum.targets.begin());
+    const auto prompt = std::min(
+        n, static_cast<size_t>(absl::GetFlag(FLAGS_prompt)));
+    std::fill_n(datum.weights.begin(), prompt, 0.0f);
   }
   return batch;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A training step in this process, without a server around it. Its flags:
-// --model, --precision, --threads, --sequences, --length.
+// --model, --precision, --threads, --sequences, --length, --shared, --prompt.
 #pragma once
 
 #include <cstdint>
