@@ -32,12 +32,12 @@ std::vector<TrainDatum> RandomBatch(int64_t vocab) {
       datum.targets.push_back(id(random));
     }
     datum.weights.assign(n, 1.0f);
-    const auto shared = std::min(
-        n, static_cast<size_t>(absl::GetFlag(FLAGS_shared)));
+    const auto shared =
+        std::min(n, static_cast<size_t>(absl::GetFlag(FLAGS_shared)));
     std::copy_n(batch.front().tokens.begin(), shared, datum.tokens.begin());
     std::copy_n(batch.front().targets.begin(), shared, datum.targets.begin());
-    const auto prompt = std::min(
-        n, static_cast<size_t>(absl::GetFlag(FLAGS_prompt)));
+    const auto prompt =
+        std::min(n, static_cast<size_t>(absl::GetFlag(FLAGS_prompt)));
     std::fill_n(datum.weights.begin(), prompt, 0.0f);
   }
   return batch;
