@@ -80,81 +80,124 @@ GW_BF16_INLINE __m512i Interleave(const BFloat16* first, const BFloat16* second,
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// A panel of `cols` columns as [pairs][vectors * 16] pairs, zeros beyond.
-GW_BF16_TARGET inline void PackPanel(const GemmShape& shape, const BFloat16* b,
-                                     int64_t cols, uint32_t* to) {
+// Panels of `cols` columns, [pairs][vectors * 16] pairs, zeros beyond.
+
+// Of a b whose columns are contiguous.
+GW_BF16_TARGET inline void PackColumns(const GemmShape& shape,
+                                       const BFloat16* b, int64_t cols,
+                                       uint32_t* to) {
   const int64_t pairs = (shape.k + 1) / 2;
   const int64_t width = RoundUp(cols, kLane);
   for (int64_t v = 0; v < width; v += kLane) {
     const int64_t n = std::min(kLane, cols - v);
-    if (shape.b_row == 1) {
-      const BFloat16* from = b + v * shape.b_col;
-      for (int64_t p = 0; p < pairs; p += kLane) {
-        __m512i r[16];
+    const BFloat16* from = b + v * shape.b_col;
+    for (int64_t p = 0; p < pairs; p += kLane) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        r[i] = i < n
+                   ? LoadPairs(from + i * shape.b_col + 2 * p, shape.k - 2 * p)
+                   : _mm512_setzero_si512();
+      }
+      Transpose(r);
+      uint32_t* out = to + p * width + v;
+      if (p + kLane <= pairs) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-          r[i] =
-              i < n ? LoadPairs(from + i * shape.b_col + 2 * p, shape.k - 2 * p)
-                    : _mm512_setzero_si512();
+          _mm512_store_si512(out + i * width, r[i]);
         }
-        Transpose(r);
-        uint32_t* out = to + p * width + v;
-        if (p + kLane <= pairs) {
+      } else {
+        alignas(64) uint32_t room[16][16];
 #pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) {
-            _mm512_store_si512(out + i * width, r[i]);
-          }
-        } else {
-          alignas(64) uint32_t room[16][16];
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) _mm512_store_si512(room[i], r[i]);
-          for (int64_t i = 0; i < pairs - p; ++i) {
-            std::memcpy(out + i * width, room[i], sizeof(room[i]));
-          }
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(room[i], r[i]);
+        for (int64_t i = 0; i < pairs - p; ++i) {
+          std::memcpy(out + i * width, room[i], sizeof(room[i]));
         }
-      }
-    } else {
-      const __mmask16 mask = FirstLanes(n);
-      for (int64_t p = 0; p < pairs; ++p) {
-        const BFloat16* row = b + 2 * p * shape.b_row + v;
-        const bool two = 2 * p + 1 < shape.k;
-        _mm512_store_si512(
-            to + p * width + v,
-            Interleave(row, two ? row + shape.b_row : nullptr, mask));
       }
     }
   }
 }
 
-// Rows [row, row + n) of a transposed a, each [k] with a zero behind an odd k,
-// `stride` values apart.
+// Of a b whose rows are contiguous: whole cache lines of two rows at a time.
+GW_BF16_TARGET inline void PackPairsOfRows(const GemmShape& shape,
+                                           const BFloat16* b, int64_t cols,
+                                           uint32_t* to) {
+  const int64_t pairs = (shape.k + 1) / 2;
+  const int64_t width = RoundUp(cols, kLane);
+  // Words i and 32 + i, from i = 0 and from i = 16 on.
+  const __m512i count =
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i first = _mm512_or_si512(
+      count,
+      _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(32)), 16));
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  for (int64_t p = 0; p < pairs; ++p, to += width) {
+    const BFloat16* one = b + 2 * p * shape.b_row;
+    const BFloat16* two = 2 * p + 1 < shape.k ? one + shape.b_row : nullptr;
+    int64_t v = 0;
+    for (; two != nullptr && v + 2 * kLane <= cols; v += 2 * kLane) {
+      const __m512i x = _mm512_loadu_si512(one + v);
+      const __m512i y = _mm512_loadu_si512(two + v);
+      _mm512_store_si512(to + v, _mm512_permutex2var_epi16(x, first, y));
+      _mm512_store_si512(to + v + kLane,
+                         _mm512_permutex2var_epi16(x, second, y));
+    }
+    for (; v < cols; v += kLane) {
+      _mm512_store_si512(to + v,
+                         Interleave(one + v, two == nullptr ? nullptr : two + v,
+                                    FirstLanes(std::min(kLane, cols - v))));
+    }
+  }
+}
+
+GW_BF16_TARGET inline void PackPanel(const GemmShape& shape, const BFloat16* b,
+                                     int64_t cols, uint32_t* to) {
+  if (shape.b_row == 1) {
+    PackColumns(shape, b, cols, to);
+  } else {
+    PackPairsOfRows(shape, b, cols, to);
+  }
+}
+
+// Sixteen rows, or the first `rows` of them, and sixteen pairs of k from pair p
+// on.
+GW_BF16_INLINE void PackBlock(const GemmShape& shape, const BFloat16* a,
+                              int64_t rows, int64_t p, int64_t stride,
+                              BFloat16* to) {
+  const int64_t pairs = (shape.k + 1) / 2;
+  const int64_t count = std::min(kLane, pairs - p);
+  const __mmask16 mask = FirstLanes(rows);
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int64_t k = 2 * (p + i);
+    const BFloat16* from = a + k * shape.a_col;
+    r[i] = i < count
+               ? Interleave(
+                     from, k + 1 < shape.k ? from + shape.a_col : nullptr, mask)
+               : _mm512_setzero_si512();
+  }
+  Transpose(r);
+  const __mmask16 stored = FirstLanes(count);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i < rows) {
+      _mm512_mask_storeu_epi32(to + i * stride + 2 * p, stored, r[i]);
+    }
+  }
+}
+
+// Rows [0, n) of a transposed a, each [k] with a zero behind an odd k, `stride`
+// values apart. Two blocks of rows at a time share the cache lines of a.
 GW_BF16_TARGET inline void PackRows(const GemmShape& shape, const BFloat16* a,
                                     int64_t n, int64_t stride, BFloat16* to) {
   const int64_t pairs = (shape.k + 1) / 2;
-  for (int64_t row = 0; row < n; row += kLane) {
-    const int64_t rows = std::min(kLane, n - row);
-    const __mmask16 mask = FirstLanes(rows);
+  for (int64_t two = 0; two < n; two += 2 * kLane) {
     for (int64_t p = 0; p < pairs; p += kLane) {
-      const int64_t count = std::min(kLane, pairs - p);
-      __m512i r[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const int64_t k = 2 * (p + i);
-        const BFloat16* from = a + k * shape.a_col + row;
-        r[i] = i < count
-                   ? Interleave(from,
-                                k + 1 < shape.k ? from + shape.a_col : nullptr,
-                                mask)
-                   : _mm512_setzero_si512();
-      }
-      Transpose(r);
-      const __mmask16 stored = FirstLanes(count);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        if (i < rows) {
-          _mm512_mask_storeu_epi32(to + (row + i) * stride + 2 * p, stored,
-                                   r[i]);
-        }
+      for (int64_t row = two; row < std::min(n, two + 2 * kLane);
+           row += kLane) {
+        PackBlock(shape, a + row, std::min(kLane, n - row), p, stride,
+                  to + row * stride);
       }
     }
   }

@@ -37,13 +37,14 @@ constexpr int64_t kTokens = 2048;
 
 int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Tokens a thread takes at a time: all threads get as many blocks.
-int64_t BlockTokens(int64_t tokens, int threads) {
-  const int64_t rounds = std::max<int64_t>(
-      1, RoundUp(tokens, kBlock * threads) / (kBlock * threads));
+// Tokens a thread takes at a time, at most `most`: all threads get as many
+// blocks.
+int64_t BlockTokens(int64_t tokens, int threads, int64_t most = kBlock) {
+  const int64_t rounds =
+      std::max<int64_t>(1, RoundUp(tokens, most * threads) / (most * threads));
   return std::min(
-      kBlock, RoundUp(RoundUp(tokens, rounds * threads) / (rounds * threads),
-                      kRowPadding));
+      most, RoundUp(RoundUp(tokens, rounds * threads) / (rounds * threads),
+                    kRowPadding));
 }
 
 // The logits of some tokens and ids.
@@ -333,11 +334,14 @@ void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
                                                     args.weight.dim(0)));
   ThreadPool& pool = Pool(stream);
   gemm_->Prepare(pool.num_threads());
-  scratch_.Reserve(pool.num_threads(), kBlock * kChunk * 4);
-  // The backward's blocks: a product's bits may depend on how many rows it has.
+  // The backward's blocks, since a product's bits may depend on how many rows
+  // it has; if they do not, larger ones, which pack the weight less often.
+  const int64_t most =
+      RowsHaveTheirOwnBits(args.hidden.dtype()) ? 2 * kBlock : kBlock;
+  scratch_.Reserve(pool.num_threads(), most * kChunk * 4);
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const int64_t last = std::min(tokens, first + kTokens);
-    const int64_t block = BlockTokens(last - first, pool.num_threads());
+    const int64_t block = BlockTokens(last - first, pool.num_threads(), most);
     pool.ParallelItems((last - first + block - 1) / block, [&](int64_t item,
                                                                int thread) {
       const int64_t begin = first + item * block;
