@@ -323,6 +323,30 @@ TEST_P(TrainerTest, CallsAccumulate) {
   EXPECT_EQ(Gradients(*twice.trainer), Gradients(*once.trainer));
 }
 
+// The norm comes from sums of squares that the backward has kept up, in one
+// micro-batch or several, with and without a table of its own for the head.
+TEST_P(TrainerTest, TheNormIsThatOfTheGradient) {
+  Rig rig = Make(Small());
+  OptimParams params;
+  params.normalization = GradientNormalization::kNone;
+  for (const uint32_t window : {1u, 2u}) {
+    for (uint32_t call = 0; call < window; ++call) {
+      Logprobs(*rig.trainer, Batch(rig.trainer->config().vocab, window + call),
+               WithBackward());
+    }
+    double squares = 0, elements = 0;
+    for (const auto& gradient : Gradients(*rig.trainer)) {
+      for (const float g : gradient) squares += double{g} * double{g};
+      elements += static_cast<double>(gradient.size());
+    }
+    const auto outcome = rig.trainer->OptimStep(params);
+    ASSERT_TRUE(outcome.ok());
+    const double roundoff = 1.0 / (int64_t{1} << 53);
+    EXPECT_NEAR(outcome->grad_norm, std::sqrt(squares),
+                elements * roundoff * std::sqrt(squares));
+  }
+}
+
 // The accumulator is not zeroed between windows but written anew.
 TEST_P(TrainerTest, AWindowSeesNothingOfTheOneBefore) {
   Rig used = Make(Small()), fresh = Make(Small());
