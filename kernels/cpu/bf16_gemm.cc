@@ -176,10 +176,11 @@ int64_t PanelColumns(const GemmShape& shape) {
   return (shape.k > kDeep ? kVectors / 2 : kVectors) * kLane;
 }
 
-// Whether c goes past the caches: it is written only, by whole cache lines, and
-// is too large to be there still when it is read.
-bool Streams(const GemmShape& shape, const void* c) {
-  return shape.c == DType::kF32 && !shape.accumulate &&
+// Whether c goes past the caches: a gradient, which has sums of squares, that
+// is written only, by whole cache lines, and too large to be there still when
+// it is read.
+bool Streams(const GemmShape& shape, const void* c, const double* squares) {
+  return squares != nullptr && shape.c == DType::kF32 && !shape.accumulate &&
          shape.c_row % kLane == 0 &&
          reinterpret_cast<uintptr_t>(c) % (4 * kLane) == 0 &&
          shape.m * shape.n >= kStreamed;
@@ -257,7 +258,7 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
                               : std::min(cols, i * PanelColumns(shape));
   };
   const int64_t blocks = SquareBlocks(shape.n);
-  const bool stream = Streams(shape, c);
+  const bool stream = Streams(shape, c, squares);
   for (int64_t first = part.row; first < part.row_end; first += row_step) {
     const int64_t rows = std::min(row_step, part.row_end - first);
     const BFloat16* from = a + first * shape.a_row;

@@ -2,6 +2,8 @@
 // Host memory for tiles that live in a core's cache during one op.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -16,6 +18,7 @@ namespace gradwire {
 class Scratch {
  public:
   static constexpr int64_t kAlignment = 64;
+  static constexpr int64_t kHugePage = 2 << 20;
 
   static int64_t RoundUp(int64_t bytes) {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -25,12 +28,20 @@ class Scratch {
   // undefined content; the parts of an earlier call are gone.
   void Reserve(int num_threads, int64_t bytes_per_thread) {
     stride_ = RoundUp(bytes_per_thread);
-    const int64_t bytes = stride_ * num_threads;
+    int64_t bytes = stride_ * num_threads;
     if (bytes <= capacity_) return;
+    // In small pages, lines of a large tile may fall on too few cache sets, by
+    // chance of where the pages lie.
+    const bool huge = bytes >= kHugePage / 4;
+    const int64_t alignment = huge ? kHugePage : kAlignment;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
     data_.reset();
-    data_.reset(static_cast<char*>(
-        std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
+    data_.reset(static_cast<char*>(std::aligned_alloc(
+        static_cast<size_t>(alignment), static_cast<size_t>(bytes))));
     GW_CHECK(data_ != nullptr);
+    if (huge) {
+      madvise(data_.get(), static_cast<size_t>(bytes), MADV_HUGEPAGE);
+    }
     capacity_ = bytes;
   }
 
