@@ -34,7 +34,6 @@ struct Accumulated {
   int64_t sequences = 0;
   // Work that failed half-way has left something behind.
   bool tainted = false;
-  bool empty() const { return ops == 0 && !tainted; }
 };
 
 // Thread rule: one thread at a time.

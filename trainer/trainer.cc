@@ -160,7 +160,7 @@ class TrainerImpl : public Trainer {
   std::unique_ptr<Optimizer> optimizer_;
 
   int64_t weight_version_ = 0;
-  bool has_gradients_ = false;  // their memory has been touched
+  bool has_gradients_ = false;  // a backward has run
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;
   std::vector<std::string> order_;
@@ -230,7 +230,10 @@ int64_t TrainerImpl::FullBytes(int64_t tokens) const {
 MemoryUse TrainerImpl::memory_use() const {
   MemoryUse use;
   use.weights = plan_.weights;
-  if (has_gradients_) use.gradients = plan_.gradients;
+  // A step without a backward zeroes them.
+  if (has_gradients_ || optimizer_->step() > 0) {
+    use.gradients = plan_.gradients;
+  }
   if (optimizer_->step() > 0) use.optimizer = plan_.optimizer;
   use.activations = ranges_->Peak();
   use.workspace = step_->PeakScratchBytes();

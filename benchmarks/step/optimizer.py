@@ -4,10 +4,10 @@
     .venv/bin/python benchmarks/step/optimizer.py --precision f32
 
 Both step as many weights. gradwire's step includes the gradient norm and the
-network; PyTorch's is `step()` alone. GB/s counts
-what AdamW must move, each value once: read gradient, weight and both moments,
-write weight and moments. In bf16 the weight is two halves, as many bytes;
-PyTorch's moments are float32 whatever --moment-precision says.
+network; PyTorch's is `step()` alone. GB/s counts what AdamW must move, each
+value once: read gradient, weight and both moments, write weight and moments.
+In bf16 the weight is two halves, as many bytes; PyTorch's moments are float32
+whatever --moment-precision says.
 """
 
 from __future__ import annotations
