@@ -71,7 +71,8 @@ void CpuKernels::AttentionBackward(Stream& stream, const Attention& args,
                                    const AttentionGrad& grad,
                                    const Tensor& d_qkv) {
   if (!stream.ok()) return;
-  const AttentionTiles tiles(args.shape, args.qkv.dtype());
+  const AttentionTiles tiles(args.shape, args.qkv.dtype(),
+                             gemm_->IsOwn(args.qkv.dtype()));
   GW_CHECK(args.workspace.bytes() >=
            AttentionWorkspaceBytes(args.shape, tiles.act, args.qkv.dim(0)));
   GW_CHECK(d_qkv.dtype() == tiles.act && d_qkv.dim(1) == tiles.qkv_width());

@@ -84,18 +84,19 @@ class AttentionBackwardWorker {
         LoadKeys(key, query + tokens_);
         ComputeTile();
         AddQueryGrad(/*first=*/key == 0);
-        AddKeyGrad(/*first=*/true);
-        for (int64_t i = 0; i < keys_; ++i) {
-          AddTo(d_k_ + i * dim, dim, KeySum(key + i));
-          AddTo(d_v_ + i * dim, dim, ValueSum(key + i));
+        if (t_.own_products) {
+          AddKeyGrad(/*first=*/false, KeySum(key), ValueSum(key), sums_width_);
+        } else {
+          // Products of padded keys: past the sequence are another's sums.
+          AddKeyGrad(/*first=*/true, d_k_, d_v_, dim);
+          AddRows(d_k_, keys_, dim, KeySum(key), sums_width_);
+          AddRows(d_v_, keys_, dim, ValueSum(key), sums_width_);
         }
       }
       StoreQueryGrad();
     }
     if (t_.act == DType::kF32) return;
-    for (int64_t i = 0; i < slice.length; ++i) {
-      StoreKeyGrad(i, KeySum(i), ValueSum(i));
-    }
+    StoreKeyGrad(0, slice.length, KeySum(0), ValueSum(0), sums_width_);
   }
 
   // By block, first pass: d_q of one block of queries.
@@ -119,19 +120,14 @@ class AttentionBackwardWorker {
          query += t_.query_tokens) {
       LoadQueries(query);
       ComputeTile();
-      AddKeyGrad(/*first=*/query == first);
+      AddKeyGrad(/*first=*/query == first, d_k_, d_v_, t_.shape.head_dim);
     }
-    const int64_t dim = t_.shape.head_dim;
-    for (int64_t i = 0; i < keys_; ++i) {
-      StoreKeyGrad(key + i, d_k_ + i * dim, d_v_ + i * dim);
-    }
+    StoreKeyGrad(key, keys_, d_k_, d_v_, t_.shape.head_dim);
   }
 
  private:
-  int64_t rows() const {
-    return AttentionTiles::PadQueries(tokens_) * t_.group;
-  }
-  int64_t cols() const { return AttentionTiles::PadKeys(keys_); }
+  int64_t rows() const { return t_.PadQueries(tokens_) * t_.group; }
+  int64_t cols() const { return t_.PadKeys(keys_); }
   const void* probs() const {
     return narrow_probs_ ? static_cast<void*>(narrow_probs_) : scores_;
   }
@@ -145,16 +141,15 @@ class AttentionBackwardWorker {
   float* ValueSum(int64_t i) const {
     return KeySum(i) + t_.shape.kv_heads * t_.shape.head_dim;
   }
-  char* GradAt(int64_t token, int64_t offset) const {
-    return static_cast<char*>(d_qkv_.raw()) +
-           ((slice_.begin + token) * t_.qkv_width() + offset) * t_.act_bytes();
+  CausalSkip Skip(CausalSkip::Of of) const {
+    return {.of = of, .visible = query_ - key_ + 1, .group = t_.group};
   }
 
   void LoadQueries(int64_t query) {
     query_ = query;
     tokens_ = std::min(t_.query_tokens, slice_.length - query);
     const int64_t dim = t_.shape.head_dim, width = t_.group * dim;
-    const int64_t padded = AttentionTiles::PadQueries(tokens_);
+    const int64_t padded = t_.PadQueries(tokens_);
     const int64_t first = slice_.begin + query;
     t_.Pack(args_.qkv.raw(),
             first * t_.qkv_width() + t_.q_offset(slice_.kv_head),
@@ -178,32 +173,28 @@ class AttentionBackwardWorker {
   void LoadKeys(int64_t key, int64_t limit) {
     key_ = key;
     keys_ = std::min(AttentionTiles::kKeys, limit - key);
-    const AttentionTiles::Rows rows_of_qkv = {keys_, cols(), t_.shape.head_dim,
-                                              t_.qkv_width()};
-    const int64_t row = (slice_.begin + key) * t_.qkv_width();
-    t_.Pack(args_.qkv.raw(), row + t_.k_offset(slice_.kv_head), rows_of_qkv,
-            k_);
-    t_.Pack(args_.qkv.raw(), row + t_.v_offset(slice_.kv_head), rows_of_qkv,
-            v_);
+    block_ = t_.KeysAt(args_.qkv.raw(), slice_.begin + key, slice_.kv_head,
+                       keys_, k_, v_);
   }
 
   // p and d_s of the tile.
   void ComputeTile() {
     const int64_t dim = t_.shape.head_dim;
     const GemmShape shape = {.m = rows(),
-                             .n = cols(),
+                             .n = block_.n,
                              .k = dim,
                              .a_row = dim,
                              .b_row = 1,
-                             .b_col = dim,
+                             .b_col = block_.row,
                              .c_row = cols(),
                              .ab = t_.act};
-    gemm_->RunOne(thread_, shape, q_, k_, scores_);
-    gemm_->RunOne(thread_, shape, d_out_, v_, d_probs_);
-    SoftmaxBackward({.shape = {.tokens = AttentionTiles::PadQueries(tokens_),
+    const CausalSkip skip = Skip(CausalSkip::Of::kResult);
+    gemm_->RunOne(thread_, shape, q_, block_.k, scores_, &skip);
+    gemm_->RunOne(thread_, shape, d_out_, block_.v, d_probs_, &skip);
+    SoftmaxBackward({.shape = {.tokens = t_.PadQueries(tokens_),
                                .group = t_.group,
                                .cols = cols(),
-                               .visible = query_ - key_ + 1,
+                               .visible = skip.visible,
                                .scale = t_.shape.scale},
                      .scores = scores_,
                      .d_probs = d_probs_,
@@ -215,45 +206,60 @@ class AttentionBackwardWorker {
 
   void AddQueryGrad(bool first) {
     const int64_t dim = t_.shape.head_dim;
+    const CausalSkip skip = Skip(CausalSkip::Of::kLeft);
     gemm_->RunOne(thread_,
                   {.m = rows(),
                    .n = dim,
-                   .k = cols(),
+                   .k = block_.n,
                    .a_row = cols(),
-                   .b_row = dim,
+                   .b_row = block_.row,
                    .c_row = dim,
                    .ab = t_.act,
                    .accumulate = !first},
-                  d_scores(), k_, d_q_);
+                  d_scores(), block_.k, d_q_, &skip);
   }
 
-  void AddKeyGrad(bool first) {
+  // To d_k and d_v, f32 [block_.n, head_dim] with `row` elements from row to
+  // row.
+  void AddKeyGrad(bool first, float* d_k, float* d_v, int64_t row) {
     const int64_t dim = t_.shape.head_dim;
-    const GemmShape shape = {.m = cols(),
+    const CausalSkip skip = Skip(CausalSkip::Of::kLeftTransposed);
+    const GemmShape shape = {.m = block_.n,
                              .n = dim,
                              .k = rows(),
                              .a_row = 1,
                              .a_col = cols(),
                              .b_row = dim,
-                             .c_row = dim,
+                             .c_row = row,
                              .ab = t_.act,
                              .accumulate = !first};
-    gemm_->RunOne(thread_, shape, probs(), d_out_, d_v_);
-    gemm_->RunOne(thread_, shape, d_scores(), q_, d_k_);
+    gemm_->RunOne(thread_, shape, probs(), d_out_, d_v, &skip);
+    gemm_->RunOne(thread_, shape, d_scores(), q_, d_k, &skip);
   }
 
   void StoreQueryGrad() {
     const int64_t width = t_.group * t_.shape.head_dim;
-    for (int64_t i = 0; i < tokens_; ++i) {
-      ScaleTo(t_.act, d_q_ + i * width, width, 1.0f,
-              GradAt(query_ + i, t_.q_offset(slice_.kv_head)));
-    }
+    Store(query_, t_.q_offset(slice_.kv_head),
+          {.rows = tokens_, .cols = width, .from = d_q_, .from_row = width});
   }
 
-  void StoreKeyGrad(int64_t token, const float* d_k, const float* d_v) {
+  // Of `keys` keys from `key` on; `row` as for AddKeyGrad.
+  void StoreKeyGrad(int64_t key, int64_t keys, const float* d_k,
+                    const float* d_v, int64_t row) {
     const int64_t dim = t_.shape.head_dim;
-    ScaleTo(t_.act, d_k, dim, 1.0f, GradAt(token, t_.k_offset(slice_.kv_head)));
-    ScaleTo(t_.act, d_v, dim, 1.0f, GradAt(token, t_.v_offset(slice_.kv_head)));
+    Store(key, t_.k_offset(slice_.kv_head),
+          {.rows = keys, .cols = dim, .from = d_k, .from_row = row});
+    Store(key, t_.v_offset(slice_.kv_head),
+          {.rows = keys, .cols = dim, .from = d_v, .from_row = row});
+  }
+
+  // To d_qkv, from a token and an offset in its row on.
+  void Store(int64_t token, int64_t offset, RowsToStore rows) {
+    rows.to =
+        static_cast<char*>(d_qkv_.raw()) +
+        ((slice_.begin + token) * t_.qkv_width() + offset) * t_.act_bytes();
+    rows.to_row = t_.qkv_width();
+    StoreRows(t_.act, rows);
   }
 
   const AttentionTiles& t_;
@@ -269,6 +275,7 @@ class AttentionBackwardWorker {
   // `key_`.
   AttentionSlice slice_ = {};
   int64_t query_ = 0, tokens_ = 0, key_ = 0, keys_ = 0;
+  AttentionTiles::Keys block_ = {};
   char *q_ = nullptr, *d_out_ = nullptr, *k_ = nullptr, *v_ = nullptr;
   float *scores_ = nullptr, *d_probs_ = nullptr;
   BFloat16 *narrow_probs_ = nullptr, *narrow_d_scores_ = nullptr;

@@ -76,7 +76,8 @@ int64_t CpuKernels::AttentionWorkspaceBytes(const AttentionShape& shape,
 void CpuKernels::AttentionForward(Stream& stream, const Attention& args,
                                   const Tensor& out, const Tensor& lse) {
   if (!stream.ok()) return;
-  const AttentionTiles tiles(args.shape, args.qkv.dtype());
+  const AttentionTiles tiles(args.shape, args.qkv.dtype(),
+                             gemm_->IsOwn(args.qkv.dtype()));
   GW_CHECK(args.shape.heads % args.shape.kv_heads == 0);
   GW_CHECK(args.qkv.dim(1) == tiles.qkv_width());
   GW_CHECK(out.dim(1) == tiles.out_width() && out.dtype() == tiles.act);
@@ -92,7 +93,7 @@ void CpuKernels::AttentionForward(Stream& stream, const Attention& args,
     const Item& item = items[static_cast<size_t>(index)];
     const Buffers b(tiles, scratch_.part(thread));
     const int64_t width = tiles.qkv_width();
-    const int64_t padded = AttentionTiles::PadQueries(item.tokens);
+    const int64_t padded = tiles.PadQueries(item.tokens);
     const int64_t rows = padded * group;
     tiles.Pack(qkv,
                (item.begin + item.query) * width + tiles.q_offset(item.kv_head),
@@ -102,26 +103,26 @@ void CpuKernels::AttentionForward(Stream& stream, const Attention& args,
     const int64_t seen = item.query + item.tokens;
     for (int64_t key = 0; key < seen; key += AttentionTiles::kKeys) {
       const int64_t keys = std::min(AttentionTiles::kKeys, seen - key);
-      const int64_t cols = AttentionTiles::PadKeys(keys);
-      const int64_t row = (item.begin + key) * width;
-      tiles.Pack(qkv, row + tiles.k_offset(item.kv_head),
-                 {keys, cols, dim, width}, b.k);
-      tiles.Pack(qkv, row + tiles.v_offset(item.kv_head),
-                 {keys, cols, dim, width}, b.v);
+      const int64_t cols = tiles.PadKeys(keys);
+      const AttentionTiles::Keys block =
+          tiles.KeysAt(qkv, item.begin + key, item.kv_head, keys, b.k, b.v);
+      CausalSkip skip = {.of = CausalSkip::Of::kResult,
+                         .visible = item.query - key + 1,
+                         .group = group};
       gemm_->RunOne(thread,
                     {.m = rows,
-                     .n = cols,
+                     .n = block.n,
                      .k = dim,
                      .a_row = dim,
                      .b_row = 1,
-                     .b_col = dim,
+                     .b_col = block.row,
                      .c_row = cols,
                      .ab = tiles.act},
-                    b.q, b.k, b.scores);
+                    b.q, block.k, b.scores, &skip);
       SoftmaxForward({.shape = {.tokens = padded,
                                 .group = group,
                                 .cols = cols,
-                                .visible = item.query - key + 1,
+                                .visible = skip.visible,
                                 .scale = tiles.shape.scale},
                       .scores = b.scores,
                       .probs = b.probs,
@@ -131,26 +132,35 @@ void CpuKernels::AttentionForward(Stream& stream, const Attention& args,
                       .head_dim = dim});
       const void* probs = b.probs;
       if (probs == nullptr) probs = b.scores;
+      skip.of = CausalSkip::Of::kLeft;
       gemm_->RunOne(thread,
                     {.m = rows,
                      .n = dim,
-                     .k = cols,
+                     .k = block.n,
                      .a_row = cols,
-                     .b_row = dim,
+                     .b_row = block.row,
                      .c_row = dim,
                      .ab = tiles.act,
                      .accumulate = key > 0},
-                    probs, b.v, b.out);
+                    probs, block.v, b.out, &skip);
     }
     for (int64_t r = 0; r < item.tokens * group; ++r) {
       const int64_t token = item.begin + item.query + r / group;
       const int64_t head = item.kv_head * group + r % group;
       lse.data<float>()[token * tiles.shape.heads + head] =
           b.max[r] + std::log(b.sum[r]);
-      ScaleTo(tiles.act, b.out + r * dim, dim, 1.0f / b.sum[r],
-              static_cast<char*>(out.raw()) +
-                  (token * tiles.out_width() + head * dim) * tiles.act_bytes());
     }
+    StoreRows(tiles.act, {.rows = item.tokens,
+                          .cols = group * dim,
+                          .from = b.out,
+                          .from_row = group * dim,
+                          .to = static_cast<char*>(out.raw()) +
+                                ((item.begin + item.query) * tiles.out_width() +
+                                 tiles.q_offset(item.kv_head)) *
+                                    tiles.act_bytes(),
+                          .to_row = tiles.out_width(),
+                          .divisors = b.sum,
+                          .run = dim});
   });
 }
 

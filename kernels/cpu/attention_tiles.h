@@ -2,9 +2,11 @@
 // How attention is cut into tiles, and how tiles are packed.
 //
 // Work on one sequence and one key-value head goes by blocks of queries (rows:
-// token by head of the group) against blocks of keys. Blocks are packed dense
-// and padded with zero rows to multiples of 16 queries and 64 keys, so that few
-// shapes of products exist whatever the lengths of the sequences are.
+// token by head of the group) against blocks of keys. Queries are packed dense.
+// Our own products read keys where they lie and take any number of them; for a
+// library's, which are made for a shape, keys are packed too, and both padded
+// with zero rows to multiples of 16 queries and 64 keys, so that few shapes
+// exist whatever the lengths of the sequences are.
 #pragma once
 
 #include <algorithm>
@@ -23,15 +25,22 @@ struct AttentionTiles {
   static constexpr int64_t kMaxTokens = 128;
   static constexpr int64_t kKeys = 256;
 
-  AttentionTiles(const AttentionShape& s, DType dtype)
+  // `own`: whether the products of `dtype` are our own.
+  AttentionTiles(const AttentionShape& s, DType dtype, bool own)
       : shape(s),
         act(dtype),
+        own_products(own),
         group(s.heads / s.kv_heads),
         query_tokens(std::clamp<int64_t>(
             kRows / group / kTileLanes * kTileLanes, kTileLanes, kMaxTokens)) {}
 
-  static int64_t PadQueries(int64_t n) { return RoundUp(n, kTileLanes); }
-  static int64_t PadKeys(int64_t n) { return RoundUp(n, 4 * kTileLanes); }
+  // Tokens of queries, and columns of a tile of scores.
+  int64_t PadQueries(int64_t n) const {
+    return own_products ? n : RoundUp(n, kTileLanes);
+  }
+  int64_t PadKeys(int64_t n) const {
+    return RoundUp(n, own_products ? kTileLanes : 4 * kTileLanes);
+  }
 
   int64_t rows() const { return query_tokens * group; }
   int64_t act_bytes() const { return DTypeBytes(act); }
@@ -67,8 +76,29 @@ struct AttentionTiles {
     std::memset(out, 0, static_cast<size_t>(rows.padded - rows.n) * bytes);
   }
 
+  // `n` keys and values as products take them: row i is at element i * row.
+  struct Keys {
+    const void *k, *v;
+    int64_t n, row;
+  };
+  // Of token `first` on. The rooms hold PadKeys(n) rows of head_dim.
+  Keys KeysAt(const void* qkv, int64_t first, int64_t kv_head, int64_t n,
+              void* k_room, void* v_room) const {
+    const int64_t k = first * qkv_width() + k_offset(kv_head);
+    const int64_t v = first * qkv_width() + v_offset(kv_head);
+    if (own_products) {
+      const char* base = static_cast<const char*>(qkv);
+      return {base + k * act_bytes(), base + v * act_bytes(), n, qkv_width()};
+    }
+    const Rows rows = {n, PadKeys(n), shape.head_dim, qkv_width()};
+    Pack(qkv, k, rows, k_room);
+    Pack(qkv, v, rows, v_room);
+    return {k_room, v_room, rows.padded, shape.head_dim};
+  }
+
   const AttentionShape shape;
   const DType act;
+  const bool own_products;
   const int64_t group;
   const int64_t query_tokens;
 

@@ -91,10 +91,11 @@ GW_BF16_INLINE __m512d AddSquares(__m256 x, __m512d squares) {
   return _mm512_fmadd_pd(wide, wide, squares);
 }
 
-// Rows x Vectors * 16 sums over all pairs.
+// Rows x Vectors * 16 sums over `pairs` pairs. `b_row`: from one pair of k to
+// the next in b.
 template <int Rows, int Vectors>
 GW_BF16_TARGET void Tile(const BFloat16* a, int64_t a_row, const uint32_t* b,
-                         int64_t pairs, const Output& out) {
+                         int64_t b_row, int64_t pairs, const Output& out) {
   __m512 sums[Rows][Vectors];
 #pragma GCC unroll 6
   for (int r = 0; r < Rows; ++r) {
@@ -109,11 +110,11 @@ GW_BF16_TARGET void Tile(const BFloat16* a, int64_t a_row, const uint32_t* b,
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sums[r][v] = _mm512_setzero_ps();
   }
-  for (int64_t p = 0; p < pairs; ++p) {
+  for (int64_t p = 0; p < pairs; ++p, b += b_row) {
     __m512i columns[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      columns[v] = _mm512_load_si512(b + (p * Vectors + v) * kLane);
+      columns[v] = _mm512_load_si512(b + v * kLane);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
@@ -153,7 +154,7 @@ GW_BF16_TARGET void Tile(const BFloat16* a, int64_t a_row, const uint32_t* b,
 }
 
 using TileFunction = void (*)(const BFloat16*, int64_t, const uint32_t*,
-                              int64_t, const Output&);
+                              int64_t, int64_t, const Output&);
 
 // By rows - 1 and vectors - 1.
 template <int... I>
@@ -184,6 +185,36 @@ bool Streams(const GemmShape& shape, const void* c, const double* squares) {
          shape.c_row % kLane == 0 &&
          reinterpret_cast<uintptr_t>(c) % (4 * kLane) == 0 &&
          shape.m * shape.n >= kStreamed;
+}
+
+// What of a tile has to be computed.
+struct Extent {
+  int64_t first_pair, end_pair;  // of k
+  int64_t vectors;               // of columns, from the first on
+};
+
+// Of the tile of rows [row, row + rows) and columns from `col` on; `whole` is
+// all of it.
+Extent Visible(const CausalSkip& skip, int64_t row, int64_t rows, int64_t col,
+               Extent whole) {
+  // The keys that the tile's last query row sees.
+  const int64_t keys =
+      std::max<int64_t>(0, skip.visible + (row + rows - 1) / skip.group);
+  switch (skip.of) {
+    case CausalSkip::Of::kResult:
+      whole.vectors = std::clamp<int64_t>((keys - col + kLane - 1) / kLane, 0,
+                                          whole.vectors);
+      break;
+    case CausalSkip::Of::kLeft:
+      whole.end_pair = std::min((keys + 1) / 2, whole.end_pair);
+      break;
+    case CausalSkip::Of::kLeftTransposed:
+      // From the first query row on that sees the tile's first key.
+      whole.first_pair = std::clamp<int64_t>(
+          (row + 1 - skip.visible) * skip.group / 2, 0, whole.end_pair);
+      break;
+  }
+  return whole;
 }
 
 // Columns [i, i + 1) of `n` panels of about as many vectors each.
@@ -239,7 +270,8 @@ int64_t Bf16GemmScratchBytes(const GemmShape& shape, const GemmPart& part) {
 
 void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
                  const BFloat16* a, const BFloat16* b, void* c, double* squares,
-                 char* scratch) {
+                 char* scratch, const CausalSkip* skip) {
+  GW_CHECK(skip == nullptr || squares == nullptr);
   GW_CHECK((shape.a_col == 1 || shape.a_row == 1) &&
            (shape.b_row == 1 || shape.b_col == 1));
   const int64_t cols = part.col_end - part.col;
@@ -276,11 +308,12 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
       const int64_t col = part.col + start(i), end = part.col + start(i + 1);
       PackPanel(shape, b + col * shape.b_col, end - col, panel);
       const int64_t vectors = (end - col + kLane - 1) / kLane;
+      const __mmask16 last = FirstLanes(end - col - (vectors - 1) * kLane);
       Output out = {.row = shape.c_row,
                     .dtype = shape.c,
                     .accumulate = shape.accumulate,
                     .stream = stream,
-                    .last = FirstLanes(end - col - (vectors - 1) * kLane),
+                    .last = last,
                     .squares_row = blocks,
                     .begins_squares = col % kSquareBlock == 0};
       const bool more = i + 1 < panels && shape.k <= kPrefetched;
@@ -295,8 +328,18 @@ void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
         if (squares != nullptr) {
           out.squares = squares + (first + r) * blocks + col / kSquareBlock;
         }
-        kTiles[static_cast<size_t>((n - 1) * kVectors + vectors - 1)](
-            from + r * a_row, a_row, panel, pairs, out);
+        Extent part_of = {0, pairs, vectors};
+        if (skip != nullptr) {
+          part_of = Visible(*skip, first + r, n, col, part_of);
+          if (part_of.vectors == 0) continue;
+          out.last = part_of.vectors == vectors
+                         ? last
+                         : static_cast<__mmask16>(0xffff);
+        }
+        kTiles[static_cast<size_t>((n - 1) * kVectors + part_of.vectors - 1)](
+            from + r * a_row + 2 * part_of.first_pair, a_row,
+            panel + part_of.first_pair * vectors * kLane, vectors * kLane,
+            part_of.end_pair - part_of.first_pair, out);
       }
     }
   }
@@ -314,7 +357,7 @@ bool HasBf16Dot() { return false; }
 GemmPart Bf16GemmPart(const GemmShape&, bool, int, int) { return {}; }
 int64_t Bf16GemmScratchBytes(const GemmShape&, const GemmPart&) { return 0; }
 void Bf16GemmRun(const GemmShape&, const GemmPart&, const BFloat16*,
-                 const BFloat16*, void*, double*, char*) {
+                 const BFloat16*, void*, double*, char*, const CausalSkip*) {
   GW_CHECK(false);
 }
 

@@ -36,10 +36,11 @@ GemmPart Bf16GemmPart(const GemmShape& shape, bool squares, int threads,
 int64_t Bf16GemmScratchBytes(const GemmShape& shape, const GemmPart& part);
 
 // Computes a part. `squares` is null or as for Gemm::Run, of all of c;
-// `scratch` is aligned to a cache line. REQUIRES: HasBf16Dot(); shape.ab is
-// bf16; of a's strides one is 1, and of b's.
+// `scratch` is aligned to a cache line; `skip` is null or as for Gemm::RunOne,
+// and is followed to within a tile of the result. REQUIRES: HasBf16Dot();
+// shape.ab is bf16; of a's strides one is 1, and of b's.
 void Bf16GemmRun(const GemmShape& shape, const GemmPart& part,
                  const BFloat16* a, const BFloat16* b, void* c, double* squares,
-                 char* scratch);
+                 char* scratch, const CausalSkip* skip = nullptr);
 
 }  // namespace gradwire

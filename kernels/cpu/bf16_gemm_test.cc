@@ -225,5 +225,85 @@ TEST(Bf16GemmTest, ARowHasTheSameBitsInAnyBatch) {
   }
 }
 
+// The three products of a tile of causal attention, with and without leave to
+// skip what is hidden: `visible` from before the first key to behind the last.
+TEST(Bf16GemmTest, LeavingOutTheHiddenMovesNoBit) {
+  if (!HasBf16Dot()) GTEST_SKIP() << "this processor has no AVX512-BF16";
+  constexpr int64_t kQueries = 22, kKeys = 150, kDim = 35;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  const auto fill = [&](int64_t n) {
+    std::vector<BFloat16> values(static_cast<size_t>(n));
+    for (BFloat16& value : values) value = BFloat16(normal(random));
+    return values;
+  };
+  const auto run = [&](const GemmShape& shape, const std::vector<BFloat16>& a,
+                       const std::vector<BFloat16>& b, const CausalSkip* skip) {
+    std::vector<float> c(static_cast<size_t>(shape.m * shape.n), 0.5f);
+    const GemmPart part = {0, shape.m, 0, shape.n};
+    Scratch scratch;
+    scratch.Reserve(1, Bf16GemmScratchBytes(shape, part));
+    Bf16GemmRun(shape, part, a.data(), b.data(), c.data(), nullptr,
+                scratch.part(0), skip);
+    return c;
+  };
+  for (const int64_t group : {1, 3, 8}) {
+    const int64_t rows = kQueries * group;
+    for (const int64_t visible : {-30, -3, 0, 1, 5, 64, 129, 145, 149, 200}) {
+      SCOPED_TRACE(testing::Message()
+                   << "group " << group << ", visible " << visible);
+      const auto sees = [&](int64_t row, int64_t key) {
+        return key < visible + row / group;
+      };
+      CausalSkip skip = {CausalSkip::Of::kResult, visible, group};
+      const GemmShape scores{.m = rows,
+                             .n = kKeys,
+                             .k = kDim,
+                             .a_row = kDim,
+                             .b_row = 1,
+                             .b_col = kDim,
+                             .c_row = kKeys,
+                             .ab = DType::kBF16};
+      const std::vector<BFloat16> q = fill(rows * kDim);
+      const std::vector<BFloat16> k = fill(kKeys * kDim);
+      const std::vector<float> all = run(scores, q, k, nullptr);
+      const std::vector<float> seen = run(scores, q, k, &skip);
+      std::vector<BFloat16> probs(all.size());
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < kKeys; ++i) {
+          const size_t at = static_cast<size_t>(r * kKeys + i);
+          probs[at] = BFloat16(sees(r, i) ? all[at] : 0.0f);
+          if (sees(r, i)) {
+            ASSERT_EQ(seen[at], all[at]) << "row " << r << ", key " << i;
+          }
+        }
+      }
+      for (const bool accumulate : {false, true}) {
+        skip.of = CausalSkip::Of::kLeft;
+        const GemmShape out{.m = rows,
+                            .n = kDim,
+                            .k = kKeys,
+                            .a_row = kKeys,
+                            .b_row = kDim,
+                            .c_row = kDim,
+                            .ab = DType::kBF16,
+                            .accumulate = accumulate};
+        ASSERT_EQ(run(out, probs, k, &skip), run(out, probs, k, nullptr));
+        skip.of = CausalSkip::Of::kLeftTransposed;
+        const GemmShape d_keys{.m = kKeys,
+                               .n = kDim,
+                               .k = rows,
+                               .a_row = 1,
+                               .a_col = kKeys,
+                               .b_row = kDim,
+                               .c_row = kDim,
+                               .ab = DType::kBF16,
+                               .accumulate = accumulate};
+        ASSERT_EQ(run(d_keys, probs, q, &skip), run(d_keys, probs, q, nullptr));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gradwire

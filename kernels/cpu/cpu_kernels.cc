@@ -15,7 +15,7 @@ CpuKernels::~CpuKernels() = default;
 std::string CpuKernels::description() const { return "cpu " + Gemm::Isa(); }
 
 bool CpuKernels::RowsHaveTheirOwnBits(DType act) const {
-  return act == DType::kBF16 && gemm_->own_bf16();
+  return gemm_->IsOwn(act);
 }
 
 std::unique_ptr<Kernels> NewCpuKernels() {

@@ -91,11 +91,12 @@ class Gemm::Core {
 
   // A part of a bf16 product by our own kernel.
   void ExecuteOwn(const GemmShape& shape, const GemmPart& part, const void* a,
-                  const void* b, void* c, double* squares) {
+                  const void* b, void* c, double* squares,
+                  const CausalSkip* skip) {
     scratchpad_.Reserve(1, Bf16GemmScratchBytes(shape, part));
     Bf16GemmRun(shape, part, static_cast<const BFloat16*>(a),
                 static_cast<const BFloat16*>(b), c, squares,
-                scratchpad_.part(0));
+                scratchpad_.part(0), skip);
   }
 
   // bf16 on a machine that multiplies only f32.
@@ -164,7 +165,7 @@ void Gemm::Prepare(int num_threads) {
 }
 
 void Gemm::RunOne(int thread, const GemmShape& shape, const void* a,
-                  const void* b, void* c) {
+                  const void* b, void* c, const CausalSkip* skip) {
   if (shape.m == 0 || shape.n == 0) return;
   if (shape.k == 0) {
     if (shape.accumulate) return;
@@ -176,8 +177,8 @@ void Gemm::RunOne(int thread, const GemmShape& shape, const void* a,
     return;
   }
   Core& core = *cores_[static_cast<size_t>(thread)];
-  if (shape.ab == DType::kBF16 && own_bf16_) {
-    core.ExecuteOwn(shape, {0, shape.m, 0, shape.n}, a, b, c, nullptr);
+  if (IsOwn(shape.ab)) {
+    core.ExecuteOwn(shape, {0, shape.m, 0, shape.n}, a, b, c, nullptr, skip);
   } else if (shape.ab == DType::kBF16 && !native_bf16_) {
     core.ExecuteWidened(shape, a, b, c);
   } else {
@@ -192,12 +193,12 @@ void Gemm::Run(ThreadPool& pool, const GemmShape& shape, const void* a,
   const int64_t col_grain = squares == nullptr ? kGrain : kSquareBlock;
   const int threads = pool.num_threads();
   Prepare(threads);
-  if (shape.ab == DType::kBF16 && own_bf16_ && shape.k > 0) {
+  if (IsOwn(shape.ab) && shape.k > 0) {
     pool.Run([&](int thread) {
       const GemmPart part =
           Bf16GemmPart(shape, squares != nullptr, threads, thread);
       cores_[static_cast<size_t>(thread)]->ExecuteOwn(shape, part, a, b, c,
-                                                      squares);
+                                                      squares, nullptr);
     });
     return;
   }

@@ -34,6 +34,19 @@ struct GemmShape {
   bool operator==(const GemmShape&) const = default;
 };
 
+// What the causal mask lets a product of attention leave out. Of a tile of
+// scores, query row r sees the keys below visible + r / group.
+struct CausalSkip {
+  enum class Of {
+    kResult,         // c [queries, keys]: what is hidden may stay undefined
+    kLeft,           // a [queries, keys] is 0 where hidden
+    kLeftTransposed  // a [keys, queries] is 0 where hidden
+  };
+  Of of = Of::kResult;
+  int64_t visible = 0;  // may be negative
+  int64_t group = 1;
+};
+
 // Thread rule: Run and Prepare from one thread at a time; RunOne(t) from one
 // thread for each t.
 class Gemm {
@@ -44,14 +57,15 @@ class Gemm {
   // The best instruction set that oneDNN uses here: "avx512_bf16".
   static std::string Isa();
 
-  // Whether bf16 products are our own.
-  bool own_bf16() const { return own_bf16_; }
+  // Whether products of these operands are our own.
+  bool IsOwn(DType ab) const { return ab == DType::kBF16 && own_bf16_; }
 
   // Makes room for threads 0 .. num_threads-1. REQUIRED before RunOne.
   void Prepare(int num_threads);
-  // On the calling thread, which is number `thread` of its pool.
+  // On the calling thread, which is number `thread` of its pool. `skip` is null
+  // or what need not be computed; it may be computed all the same.
   void RunOne(int thread, const GemmShape& shape, const void* a, const void* b,
-              void* c);
+              void* c, const CausalSkip* skip = nullptr);
   // On all threads of the pool. `squares` is null or [m, SquareBlocks(n)], =:
   // c's sums of squares, the same bits on any number of threads. REQUIRES: c is
   // f32 then.

@@ -437,8 +437,9 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
     if (f32) continue;
     const Tensor out = d_hidden.Rows(first, first + rows);
     pool.ParallelFor(rows, 1, [&](int64_t begin, int64_t end) {
-      ScaleTo(act, hidden_sums + begin * hidden, (end - begin) * hidden, 1.0f,
-              out.Rows(begin, end).raw());
+      StoreRows(act, {.cols = (end - begin) * hidden,
+                      .from = hidden_sums + begin * hidden,
+                      .to = out.Rows(begin, end).raw()});
     });
   }
 }

@@ -136,7 +136,7 @@ void CpuKernels::ScatterAddRows(Stream& stream, const Tensor& x,
           AddTo(reinterpret_cast<const float*>(RowAt(x, i)), cols, sums);
         }
       }
-      ScaleTo(x.dtype(), sums, cols, 1.0f, RowAt(out, r));
+      StoreRows(x.dtype(), {.cols = cols, .from = sums, .to = RowAt(out, r)});
     }
   });
 }

@@ -178,24 +178,38 @@ void RowDotsImpl(DType act, const void* a, const void* b, int64_t rows,
   }
 }
 
-void ScaleToImpl(DType act, const float* from, int64_t n, float factor,
-                 void* to) {
-  if (act == DType::kBF16) {
-    ScaleRow(from, n, factor, static_cast<BFloat16*>(to));
-  } else {
-    ScaleRow(from, n, factor, static_cast<float*>(to));
+template <class T>
+void StoreAll(const RowsToStore& x, T* to) {
+  const int64_t run = x.divisors == nullptr ? x.cols : x.run;
+  const float* divisor = x.divisors;
+  for (int64_t r = 0; r < x.rows; ++r) {
+    for (int64_t c = 0; c < x.cols; c += run) {
+      const float factor = divisor == nullptr ? 1.0f : 1.0f / *divisor++;
+      ScaleRow(x.from + r * x.from_row + c, run, factor, to + r * x.to_row + c);
+    }
   }
 }
 
-void AddToImpl(const float* from, int64_t n, float* to) {
+void StoreRowsImpl(DType act, const RowsToStore& x) {
+  if (act == DType::kBF16) {
+    StoreAll(x, static_cast<BFloat16*>(x.to));
+  } else {
+    StoreAll(x, static_cast<float*>(x.to));
+  }
+}
+
+void AddRowsImpl(const float* from, int64_t rows, int64_t cols, float* to,
+                 int64_t to_row) {
   const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    hn::StoreU(hn::Add(hn::LoadU(d, to + i), hn::LoadU(d, from + i)), d,
-               to + i);
+  for (int64_t r = 0; r < rows; ++r, from += cols, to += to_row) {
+    int64_t c = 0;
+    for (; c + lanes <= cols; c += lanes) {
+      hn::StoreU(hn::Add(hn::LoadU(d, to + c), hn::LoadU(d, from + c)), d,
+                 to + c);
+    }
+    for (; c < cols; ++c) to[c] += from[c];
   }
-  for (; i < n; ++i) to[i] += from[i];
 }
 
 }  // namespace
@@ -209,8 +223,8 @@ namespace gradwire {
 HWY_EXPORT(ForwardImpl);
 HWY_EXPORT(BackwardImpl);
 HWY_EXPORT(RowDotsImpl);
-HWY_EXPORT(ScaleToImpl);
-HWY_EXPORT(AddToImpl);
+HWY_EXPORT(StoreRowsImpl);
+HWY_EXPORT(AddRowsImpl);
 
 void SoftmaxForward(const SoftmaxForwardTile& tile) {
   HWY_DYNAMIC_DISPATCH(ForwardImpl)(tile);
@@ -225,12 +239,13 @@ void RowDots(DType act, const void* a, const void* b, int64_t rows,
   HWY_DYNAMIC_DISPATCH(RowDotsImpl)(act, a, b, rows, cols, dots);
 }
 
-void ScaleTo(DType act, const float* from, int64_t n, float factor, void* to) {
-  HWY_DYNAMIC_DISPATCH(ScaleToImpl)(act, from, n, factor, to);
+void StoreRows(DType act, const RowsToStore& rows) {
+  HWY_DYNAMIC_DISPATCH(StoreRowsImpl)(act, rows);
 }
 
-void AddTo(const float* from, int64_t n, float* to) {
-  HWY_DYNAMIC_DISPATCH(AddToImpl)(from, n, to);
+void AddRows(const float* from, int64_t rows, int64_t cols, float* to,
+             int64_t to_row) {
+  HWY_DYNAMIC_DISPATCH(AddRowsImpl)(from, rows, cols, to, to_row);
 }
 
 }  // namespace gradwire

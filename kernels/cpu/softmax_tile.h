@@ -54,10 +54,25 @@ void SoftmaxBackward(const SoftmaxBackwardTile& tile);
 void RowDots(DType act, const void* a, const void* b, int64_t rows,
              int64_t cols, float* dots);
 
-// to = from * factor in act.   from f32 [n]
-void ScaleTo(DType act, const float* from, int64_t n, float factor, void* to);
+// to[r, c] = from[r, c] in act, divided by the divisor of its run of columns if
+// there are any.
+struct RowsToStore {
+  int64_t rows = 1, cols = 0;
+  const float* from = nullptr;  // f32
+  int64_t from_row = 0;         // from row to row, in elements
+  void* to = nullptr;           // act
+  int64_t to_row = 0;
+  const float* divisors = nullptr;  // f32 [rows, cols / run], or null
+  int64_t run = 0;
+};
+void StoreRows(DType act, const RowsToStore& rows);
 
+// to[r, c] += from[r, c].   from f32 [rows, cols], dense
+void AddRows(const float* from, int64_t rows, int64_t cols, float* to,
+             int64_t to_row);
 // to += from.   f32 [n]
-void AddTo(const float* from, int64_t n, float* to);
+inline void AddTo(const float* from, int64_t n, float* to) {
+  AddRows(from, 1, n, to, n);
+}
 
 }  // namespace gradwire
