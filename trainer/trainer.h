@@ -15,6 +15,7 @@
 #include "device/cpu_device.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
+#include "sharding/collectives.h"
 
 namespace gradwire {
 
@@ -32,6 +33,14 @@ struct TrainerOptions {
   // No gradients, optimizer or activations: Forward (without backward or
   // retain), Weight, Reset and Export are all that may be called.
   bool forward_only = false;
+  // The ranks that hold the model together, or null: this one alone. Outlives
+  // the trainer. All ranks create their trainers and make the same calls in the
+  // same order, each with its own datums.
+  Collectives* collectives = nullptr;
+  // Of several ranks: gathered weights of a layer are dropped after its
+  // forward, and gathered again for its backward. Otherwise all of the weights
+  // that products compute with stay gathered between optimizer steps.
+  bool reshard_after_forward = true;
 };
 
 // Bytes by class; made before the first allocation.
@@ -60,6 +69,14 @@ struct TrainDatum {
   std::vector<float> sequence_ratio_mask;   // [n]
 };
 
+// How a call's datums are spread over ranks; empty with one rank. The rank's
+// own datums are given in ascending order of their indices.
+struct BatchShare {
+  // Of all datums of the call: tokens, targets a position, rank.
+  std::vector<int64_t> tokens, k;
+  std::vector<int> rank_of;
+};
+
 struct LossSpec {
   std::string name = "cross_entropy";
   std::map<std::string, double> config;
@@ -67,7 +84,7 @@ struct LossSpec {
 
 // Logprobs of one datum, as they are ready.
 struct DatumLogprobs {
-  int64_t index = 0;
+  int64_t index = 0;  // of the datum in the call, whatever rank has it
   std::vector<float> logprobs;        // [n, k]
   std::vector<float> top_k_logprobs;  // [n, top_k]
   std::vector<int32_t> top_k_indices;
@@ -82,6 +99,8 @@ struct ForwardOptions {
   bool backward = false;
   // Non-empty: retain under this id (not with backward).
   std::string activation_id;
+  // Of several ranks: see BatchShare.
+  BatchShare share;
 };
 
 struct ForwardOutcome {
@@ -138,13 +157,16 @@ class Trainer {
   virtual int64_t weight_version() const = 0;
   virtual int64_t optimizer_step() const = 0;
 
-  // The batch has been validated. Calls `sink` once for each datum, micro-batch
-  // by micro-batch. With options.backward adds dL/dtheta to the accumulator.
+  // The batch has been validated. Calls `sink` once for each datum of this
+  // rank, micro-batch by micro-batch. With options.backward adds dL/dtheta to
+  // the accumulator. Of several ranks, an error of one is an error of all;
+  // metrics are those of the whole call.
   virtual absl::StatusOr<ForwardOutcome> Forward(
       const std::vector<TrainDatum>& data, const ForwardOptions& options,
       const LogprobSink& sink) = 0;
 
-  // `d_logprobs[i]` is [n, k] of datum i, or empty for zero. Consumes the id.
+  // `d_logprobs[i]` is [n, k] of this rank's datum i, or empty for zero.
+  // Consumes the id.
   // Errors: ACTIVATIONS_EXPIRED, ACTIVATIONS_STALE, SHAPE_MISMATCH,
   // NONFINITE_INPUT.
   virtual absl::StatusOr<BackwardOutcome> Backward(
