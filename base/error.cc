@@ -2,6 +2,7 @@
 #include "base/error.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -99,6 +100,35 @@ absl::Status WithErrorMetadata(const absl::Status& status,
   absl::Status copy = status;
   copy.SetPayload(kTypeUrl, absl::Cord(Encode(*detail)));
   return copy;
+}
+
+// Code and message, each ended by a NUL, then the payload as it is.
+std::string StatusToBytes(const absl::Status& status) {
+  std::string bytes;
+  Append(bytes, std::to_string(static_cast<int>(status.code())));
+  Append(bytes, std::string(status.message()));
+  if (auto payload = status.GetPayload(kTypeUrl); payload.has_value()) {
+    bytes += std::string(*payload);
+  }
+  return bytes;
+}
+
+absl::Status StatusFromBytes(const std::string& bytes) {
+  const size_t code_end = bytes.find('\0');
+  const size_t message_end = code_end == std::string::npos
+                                 ? std::string::npos
+                                 : bytes.find('\0', code_end + 1);
+  const int code =
+      message_end == std::string::npos ? 0 : std::atoi(bytes.c_str());
+  if (code < 1 || code > 16) {
+    return absl::InternalError("a status came in no known form");
+  }
+  absl::Status status(static_cast<absl::StatusCode>(code),
+                      bytes.substr(code_end + 1, message_end - code_end - 1));
+  if (message_end + 1 < bytes.size()) {
+    status.SetPayload(kTypeUrl, absl::Cord(bytes.substr(message_end + 1)));
+  }
+  return status;
 }
 
 }  // namespace gradwire

@@ -61,4 +61,9 @@ absl::Status WithErrorMetadata(const absl::Status& status,
                                const std::string& key,
                                const std::string& value);
 
+// A status that is not OK as bytes, detail included, and back: between
+// processes of one build. Bytes that are none become an INTERNAL error.
+std::string StatusToBytes(const absl::Status& status);
+absl::Status StatusFromBytes(const std::string& bytes);
+
 }  // namespace gradwire

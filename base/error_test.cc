@@ -36,6 +36,22 @@ TEST(ErrorTest, MetadataCanBeAddedOnTheWayUp) {
   EXPECT_EQ(detail->metadata.at("empty"), "");
 }
 
+TEST(ErrorTest, GoesThroughBytesAndBack) {
+  const absl::Status status = ErrorBuilder(absl::StatusCode::kAborted, "X")
+                                  .Server()
+                                  .With("empty", "")
+                                  .With("rank", 3)
+                                  .Message("all of it");
+  EXPECT_EQ(StatusFromBytes(StatusToBytes(status)), status);
+  const absl::Status plain = absl::NotFoundError("");
+  EXPECT_EQ(StatusFromBytes(StatusToBytes(plain)), plain);
+  for (const std::string& bytes :
+       {std::string(), std::string("1"), std::string("0\0x\0", 4),
+        std::string("77\0x\0", 5), std::string("a\0x\0", 4)}) {
+    EXPECT_EQ(StatusFromBytes(bytes).code(), absl::StatusCode::kInternal);
+  }
+}
+
 TEST(ErrorTest, OtherStatusesHaveNoDetail) {
   EXPECT_FALSE(GetErrorDetail(absl::InternalError("x")).has_value());
   EXPECT_FALSE(GetErrorDetail(absl::OkStatus()).has_value());

@@ -108,10 +108,12 @@ struct AdamWTensors {
   // (kernels/optimizer_state.h), whose upper half is `weight`.
   Tensor low;
   // f32 [n] or bf16 [n], both the same, updated. In bf16 element i is rounded
-  // stochastically by RoundingBits(RoundingKeyOf(seed, step), i), after the
-  // weight's step has used it as float32.
+  // stochastically by RoundingBits(RoundingKeyOf(seed, step), first + i), after
+  // the weight's step has used it as float32.
   Tensor m, v;
   Tensor grad;  // f32 [n], read
+  // Of element 0, in the model's flat vector; a multiple of 64.
+  int64_t first = 0;
 };
 
 class Kernels {

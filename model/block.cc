@@ -12,7 +12,6 @@ namespace {
 
 Tensor View(const Tensor& flat, int64_t offset,
             std::initializer_list<int64_t> shape) {
-  if (offset < 0) return Tensor();
   int64_t n = 1;
   for (int64_t dim : shape) n *= dim;
   return flat.Rows(offset, offset + n).Reshape(shape);
@@ -96,18 +95,21 @@ void AttentionOfRowsBackward(Stream& stream, Kernels& kernels,
 }  // namespace
 
 BlockParams BlockParamsAt(const ModelConfig& config, const BlockOffsets& at,
-                          const Tensor& flat) {
+                          const Tensor& values, int64_t begin) {
   const int64_t hidden = config.hidden;
+  const auto view = [&](int64_t offset, std::initializer_list<int64_t> shape) {
+    return offset < 0 ? Tensor() : View(values, offset - begin, shape);
+  };
   BlockParams params;
-  params.input_norm = View(flat, at.input_norm, {hidden});
-  params.qkv = View(flat, at.qkv, {config.QkvWidth(), hidden});
-  params.qkv_bias = View(flat, at.qkv_bias, {config.QkvWidth()});
-  params.q_norm = View(flat, at.q_norm, {config.head_dim});
-  params.k_norm = View(flat, at.k_norm, {config.head_dim});
-  params.o = View(flat, at.o, {hidden, config.AttentionWidth()});
-  params.post_norm = View(flat, at.post_norm, {hidden});
-  params.gate_up = View(flat, at.gate_up, {2 * config.ffn, hidden});
-  params.down = View(flat, at.down, {hidden, config.ffn});
+  params.input_norm = view(at.input_norm, {hidden});
+  params.qkv = view(at.qkv, {config.QkvWidth(), hidden});
+  params.qkv_bias = view(at.qkv_bias, {config.QkvWidth()});
+  params.q_norm = view(at.q_norm, {config.head_dim});
+  params.k_norm = view(at.k_norm, {config.head_dim});
+  params.o = view(at.o, {hidden, config.AttentionWidth()});
+  params.post_norm = view(at.post_norm, {hidden});
+  params.gate_up = view(at.gate_up, {2 * config.ffn, hidden});
+  params.down = view(at.down, {hidden, config.ffn});
   return params;
 }
 
@@ -117,6 +119,7 @@ BlockSquares BlockSquaresAt(const ModelConfig& config, const ParamTable& table,
     return View(flat, table.SquaresOffset(offset), {rows, SquareBlocks(cols)});
   };
   BlockSquares squares;
+  if (flat.is_null()) return squares;
   squares.qkv = view(at.qkv, config.QkvWidth(), config.hidden);
   squares.o = view(at.o, config.hidden, config.AttentionWidth());
   squares.gate_up = view(at.gate_up, 2 * config.ffn, config.hidden);

@@ -10,12 +10,13 @@
 
 namespace gradwire {
 
-// Views into the flat compute weights (act) or the flat gradient (f32).
+// Views into compute weights (act) or gradients (f32).
 struct BlockParams {
   Tensor input_norm, qkv, qkv_bias, q_norm, k_norm, o, post_norm, gate_up, down;
 };
+// Of `values`, which begin with element `begin` of the flat vector.
 BlockParams BlockParamsAt(const ModelConfig& config, const BlockOffsets& at,
-                          const Tensor& flat);
+                          const Tensor& values, int64_t begin);
 
 // A row is a token, or several: tokens whose sequences have been the same up to
 // and with them share one. Only attention knows tokens.
@@ -68,7 +69,7 @@ void BlockForward(Stream& stream, Kernels& kernels, const BlockContext& context,
 struct BlockSquares {
   Tensor qkv, o, gate_up, down;
 };
-// Views into those of all parameters.
+// Views into those of all parameters; null if `flat` is.
 BlockSquares BlockSquaresAt(const ModelConfig& config, const ParamTable& table,
                             const BlockOffsets& at, const Tensor& flat);
 

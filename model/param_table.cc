@@ -102,6 +102,13 @@ ParamTable::ParamTable(const ModelConfig& config) {
   num_elements_ = align();
 }
 
+std::vector<int64_t> ParamTable::unit_begins() const {
+  std::vector<int64_t> begins = {embedding_};
+  for (const BlockOffsets& block : blocks_) begins.push_back(block.input_norm);
+  begins.push_back(final_norm_);
+  return begins;
+}
+
 int64_t ParamTable::SquaresOffset(int64_t offset) const {
   const auto row = std::lower_bound(
       rows_.begin(), rows_.end(), offset,

@@ -56,6 +56,9 @@ class ParamTable {
   int64_t embedding() const { return embedding_; }    // [vocab, hidden]
   int64_t final_norm() const { return final_norm_; }  // [hidden]
   int64_t head() const { return head_; }              // [vocab, hidden]
+  // Where what is used together begins: the embedding, each block, the final
+  // norm with the head. Multiples of 64.
+  std::vector<int64_t> unit_begins() const;
   // Length of the flat vector, gaps included.
   int64_t num_elements() const { return num_elements_; }
   // Sums of squares of all parameters.

@@ -22,4 +22,9 @@ struct MicroBatch {
 std::vector<MicroBatch> PlanBatch(const std::vector<TrainDatum>& data,
                                   int64_t token_budget);
 
+// The most micro-batches that any of `world` ranks makes of its datums: all of
+// them take part in so many.
+int64_t MostMicroBatches(const BatchShare& share, int world,
+                         int64_t token_budget);
+
 }  // namespace gradwire

@@ -106,7 +106,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
                        ? 0
                        : 2 * Bytes(n, ActBytes(options.moment_precision));
   plan.workspace = ScratchBytes(config, options.precision, largest) +
-                   Arena::AlignedBytes(inputs.kernel_workspace_bytes);
+                   Arena::AlignedBytes(inputs.kernel_workspace_bytes) +
+                   inputs.gathered_bytes;
   const int64_t rest =
       plan.weights + plan.gradients + plan.optimizer + plan.workspace;
   const ActivationBytes one =

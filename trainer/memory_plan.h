@@ -34,8 +34,10 @@ int64_t FullLayers(const ActivationBytes& bytes, int64_t layers,
                    int64_t free_bytes);
 
 struct MemoryInputs {
-  int64_t flat_elements = 0;
-  int64_t squares = 0;  // ParamTable::num_squares
+  int64_t flat_elements = 0;  // that this rank holds
+  int64_t squares = 0;        // sums of squares of the gradient
+  // For units gathered from other ranks, and gradients on their way to them.
+  int64_t gathered_bytes = 0;
   // Of the kernels, for the largest micro-batch, by number of tokens.
   int64_t kernel_workspace_bytes = 0;
   // That the head keeps of a micro-batch of the usual size.

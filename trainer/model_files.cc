@@ -92,21 +92,26 @@ absl::Status CheckTensors(const HfWeights& files, const ParamTable& table,
 }
 
 absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
+                            const ShardLayout& layout, int rank,
                             FlatWeights& weights,
                             const std::function<void(double)>& on_progress) {
   std::vector<float> staging(
       std::min<int64_t>(kStagingElements, table.num_elements()));
   int64_t done = 0;
   for (const ParamRow& row : table.rows()) {
-    for (int64_t begin = 0; begin < row.num_elements;) {
-      const int64_t count = std::min<int64_t>(
-          static_cast<int64_t>(staging.size()), row.num_elements - begin);
-      GW_RETURN_IF_ERROR(
-          files.ReadFloats(row.hf_name, begin, count, staging.data()));
-      GW_RETURN_IF_ERROR(
-          weights.Write(row.offset + begin, count, staging.data()));
-      begin += count;
-      done += count;
+    for (const ShardPiece& piece :
+         layout.Pieces(row.offset, row.offset + row.num_elements)) {
+      done += piece.size();
+      if (piece.rank != rank) continue;
+      for (int64_t at = 0; at < piece.size();) {
+        const int64_t count = std::min<int64_t>(
+            static_cast<int64_t>(staging.size()), piece.size() - at);
+        GW_RETURN_IF_ERROR(files.ReadFloats(
+            row.hf_name, piece.begin - row.offset + at, count, staging.data()));
+        GW_RETURN_IF_ERROR(
+            weights.Write(piece.offset + at, count, staging.data()));
+        at += count;
+      }
       on_progress(static_cast<double>(done) /
                   static_cast<double>(table.num_parameters()));
     }
@@ -114,34 +119,65 @@ absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
   return absl::OkStatus();
 }
 
+namespace {
+
+// Hands the parameters to `append` in the table's order, without ever holding
+// more than a unit of them.
+absl::Status ReadParameters(
+    const ParamTable& table, const ShardLayout& layout, UnitWeights& weights,
+    Device& device, Stream& stream,
+    const std::function<void(const char* data, int64_t bytes)>& append) {
+  std::vector<char> staging;
+  auto row = table.rows().begin();
+  for (int unit = 0; unit < layout.num_units(); ++unit) {
+    const ShardUnit& u = layout.unit(unit);
+    const AcquiredUnit held(weights, stream, unit);
+    for (; row != table.rows().end() && row->offset < u.end; ++row) {
+      for (int64_t begin = 0; append && begin < row->num_elements;) {
+        const int64_t count =
+            std::min(kStagingElements, row->num_elements - begin);
+        const int64_t at = row->offset - u.begin + begin;
+        const Tensor part = held.values().Rows(at, at + count);
+        staging.resize(part.bytes());
+        device.CopyToHost(stream, part, staging.data());
+        append(staging.data(), part.bytes());
+        begin += count;
+      }
+    }
+  }
+  return stream.Finish();
+}
+
+}  // namespace
+
 absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
                                                const ParamTable& table,
-                                               const Tensor& weights,
+                                               const ShardLayout& layout,
+                                               UnitWeights& weights,
                                                Device& device, Stream& stream,
                                                const std::string& directory) {
-  const bool f32 = weights.dtype() == DType::kF32;
+  if (directory.empty()) {
+    GW_RETURN_IF_ERROR(
+        ReadParameters(table, layout, weights, device, stream, nullptr));
+    return ExportOutcome();
+  }
+  const bool f32 = source.dtype == DType::kF32;
   auto pending = PendingDirectory::Create(directory);
-  if (!pending.ok()) return pending.status();
+  if (!pending.ok()) {
+    // The other ranks wait for what this one holds.
+    GW_RETURN_IF_ERROR(
+        ReadParameters(table, layout, weights, device, stream, nullptr));
+    return pending.status();
+  }
 
   std::vector<SafetensorsWriter::Row> rows;
   for (const ParamRow& row : table.rows()) {
     rows.push_back({row.hf_name, f32 ? "F32" : "BF16", row.shape});
   }
   SafetensorsWriter writer(pending->path() + "/model.safetensors", rows);
-  std::vector<char> staging;
-  for (const ParamRow& row : table.rows()) {
-    for (int64_t begin = 0; begin < row.num_elements;) {
-      const int64_t count =
-          std::min(kStagingElements, row.num_elements - begin);
-      const Tensor part =
-          weights.Rows(row.offset + begin, row.offset + begin + count);
-      staging.resize(part.bytes());
-      device.CopyToHost(stream, part, staging.data());
-      writer.Append(staging.data(), part.bytes());
-      begin += count;
-    }
-  }
-  GW_RETURN_IF_ERROR(stream.Finish());
+  GW_RETURN_IF_ERROR(ReadParameters(
+      table, layout, weights, device, stream,
+      [&](const char* data, int64_t bytes) { writer.Append(data, bytes); }));
   GW_RETURN_IF_ERROR(writer.Finish());
 
   nlohmann::ordered_json config =

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "base/status.h"
+#include "kernels/squares.h"
 
 namespace gradwire {
 namespace {
@@ -62,6 +64,12 @@ double Optimizer::SumOfSquares() {
     device_.Zero(stream_, state_.gradient);
     device_.Zero(stream_, state_.squares);
   }
+  if (!sharding_.agreement.alone()) {
+    const int64_t n = state_.gradient.num_elements();
+    kernels_.RowSquares(stream_, state_.gradient.Reshape({1, n}),
+                        state_.squares.Reshape({1, SquareBlocks(n)}));
+    return kernels_.Sum(stream_, state_.squares);
+  }
   for (const ParamRow& row : table_.rows()) {
     if (row.shape.size() > 1) continue;
     kernels_.RowSquares(
@@ -76,9 +84,47 @@ double Optimizer::SumOfSquares() {
 double Optimizer::SumOfSquares(ParamGroup group) {
   double sum = 0;
   for (const ParamRow& row : table_.rows()) {
-    if (row.group == group) sum += kernels_.Sum(stream_, SquaresOf(row));
+    if (row.group == group) sum += SumOfSquares(row);
   }
   return sum;
+}
+
+double Optimizer::SumOfSquares(const ParamRow& row) {
+  if (sharding_.agreement.alone()) return kernels_.Sum(stream_, SquaresOf(row));
+  double sum = 0;
+  for (const ShardPiece& piece :
+       sharding_.layout.Pieces(row.offset, row.offset + row.num_elements)) {
+    if (piece.rank != sharding_.rank) continue;
+    const int64_t n = piece.size();
+    const Tensor squares = state_.squares.Rows(0, SquareBlocks(n));
+    kernels_.RowSquares(
+        stream_,
+        state_.gradient.Rows(piece.offset, piece.offset + n).Reshape({1, n}),
+        squares.Reshape({1, SquareBlocks(n)}));
+    sum += kernels_.Sum(stream_, squares);
+  }
+  return sum;
+}
+
+void Optimizer::Update(const AdamWParams& params) {
+  const auto part = [](const Tensor& t, const ShardPiece& piece) {
+    return t.is_null() ? t : t.Rows(piece.offset, piece.offset + piece.size());
+  };
+  const ShardLayout& layout = sharding_.layout;
+  // With one rank all units are one piece.
+  const int pieces = sharding_.agreement.alone() ? 1 : layout.num_units();
+  for (int unit = 0; unit < pieces; ++unit) {
+    const ShardPiece piece =
+        sharding_.agreement.alone()
+            ? ShardPiece{.end = state_.weight.num_elements()}
+            : layout.Owned(unit, sharding_.rank);
+    if (piece.size() == 0) continue;
+    AdamWTensors tensors = {part(state_.weight, piece), part(state_.low, piece),
+                            part(state_.m, piece), part(state_.v, piece),
+                            part(state_.gradient, piece)};
+    tensors.first = piece.begin;
+    kernels_.AdamW(stream_, params, tensors);
+  }
 }
 
 absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
@@ -94,7 +140,15 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
   if (!outcome.skipped) {
     const double scale =
         1.0 / static_cast<double>(Divisor(params, accumulated_));
-    const double norm = std::sqrt(SumOfSquares()) * scale;
+    std::vector<double> squares = {SumOfSquares()};
+    if (params.norm_metrics == GradientNormMetrics::kDetailed) {
+      for (const auto& [group, name] : kGroups) {
+        squares.push_back(SumOfSquares(group));
+      }
+    }
+    GW_RETURN_IF_ERROR(stream_.Finish());
+    GW_RETURN_IF_ERROR(sharding_.agreement.Sum(squares));
+    const double norm = std::sqrt(squares[0]) * scale;
     if (!std::isfinite(norm)) {
       Clear();
       GW_RETURN_IF_ERROR(stream_.Finish());
@@ -112,10 +166,8 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
       outcome.clip_factor =
           std::min(1.0, params.grad_clip_norm / (norm + 1e-6));
     }
-    if (params.norm_metrics == GradientNormMetrics::kDetailed) {
-      for (const auto& [group, name] : kGroups) {
-        outcome.metrics[name] = std::sqrt(SumOfSquares(group)) * scale;
-      }
+    for (size_t i = 1; i < squares.size(); ++i) {
+      outcome.metrics[kGroups[i - 1].second] = std::sqrt(squares[i]) * scale;
     }
     AdamWParams adam;
     adam.learning_rate = static_cast<float>(params.learning_rate);
@@ -125,9 +177,7 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
     adam.weight_decay = static_cast<float>(params.weight_decay);
     adam.grad_scale = static_cast<float>(scale * outcome.clip_factor);
     adam.step = step_ + 1;
-    kernels_.AdamW(
-        stream_, adam,
-        {state_.weight, state_.low, state_.m, state_.v, state_.gradient});
+    Update(adam);
     GW_RETURN_IF_ERROR(stream_.Finish());
     accumulated_ = Accumulated();
     ++step_;

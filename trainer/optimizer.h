@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient accumulator and AdamW over the flat vectors of one model.
+// The gradient accumulator and AdamW over the flat vectors of one model, or
+// over this rank's shards of them.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +10,22 @@
 #include "device/device.h"
 #include "kernels/kernels.h"
 #include "model/param_table.h"
+#include "sharding/layout.h"
+#include "trainer/agreement.h"
 #include "trainer/trainer.h"
 
 namespace gradwire {
 
-// Flat vectors of table.num_elements().
+// What this rank holds: vectors of layout.shard_elements(), the flat vectors
+// with one rank.
 struct FlatState {
   Tensor weight;    // act: the master in f32, its upper half in bf16
   Tensor low;       // i16: the lower half; null in f32 or without training
   Tensor gradient;  // f32, or null without training
   // f64 [table.num_squares()]: the gradient's sums of squares; null without
   // training. A backward keeps up those of matrices, a step makes the others.
+  // Of several ranks: [SquareBlocks(layout.shard_elements())], a step makes all
+  // of them.
   Tensor squares;
   Tensor m, v;  // f32 or bf16, or null without training
 };
@@ -39,10 +45,18 @@ struct Accumulated {
 // Thread rule: one thread at a time.
 class Optimizer {
  public:
-  Optimizer(const ParamTable& table, const FlatState& state, Device& device,
-            Kernels& kernels, Stream& stream)
+  // `rank`: this one's, of layout.world().
+  struct Sharding {
+    const ShardLayout& layout;
+    int rank;
+    Agreement& agreement;
+  };
+  Optimizer(const ParamTable& table, const FlatState& state,
+            const Sharding& sharding, Device& device, Kernels& kernels,
+            Stream& stream)
       : table_(table),
         state_(state),
+        sharding_(sharding),
         device_(device),
         kernels_(kernels),
         stream_(stream) {}
@@ -67,13 +81,16 @@ class Optimizer {
     return state_.squares.Rows(row.squares_offset,
                                row.squares_offset + row.num_squares);
   }
-  // The gradient's sum of squares.
+  // The gradient's sum of squares, of this rank's part.
   double SumOfSquares();
   // Its part in `group`, after SumOfSquares().
   double SumOfSquares(ParamGroup group);
+  double SumOfSquares(const ParamRow& row);
+  void Update(const AdamWParams& params);
 
   const ParamTable& table_;
   const FlatState state_;
+  const Sharding sharding_;
   Device& device_;
   Kernels& kernels_;
   Stream& stream_;

@@ -2,6 +2,7 @@
 #include "trainer/train_step.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "base/status.h"
@@ -83,19 +84,69 @@ absl::StatusOr<std::unique_ptr<TrainStep>> TrainStep::Create(
   return step;
 }
 
-Tensor TrainStep::Global(const Tensor& flat, int64_t offset,
-                         int64_t rows) const {
+Tensor TrainStep::View(int unit, const Tensor& values, int64_t offset,
+                       int64_t rows) const {
   const int64_t hidden = options_.config->hidden;
-  Tensor view = flat.Rows(offset, offset + rows * hidden);
+  const int64_t at = offset - options_.layout->unit(unit).begin;
+  Tensor view = values.Rows(at, at + rows * hidden);
   return rows == 1 ? view : view.Reshape({rows, hidden});
 }
 
+Tensor TrainStep::HeadView(const Tensor& values) const {
+  return View(tied() ? 0 : last_unit(), values, options_.table->head(),
+              options_.config->vocab);
+}
+
 Tensor TrainStep::Squares(int64_t offset) const {
+  if (options_.squares.is_null()) return Tensor();
   const int64_t vocab = options_.config->vocab;
   const int64_t blocks = SquareBlocks(options_.config->hidden);
   const int64_t at = options_.table->SquaresOffset(offset);
   return options_.squares.Rows(at, at + vocab * blocks)
       .Reshape({vocab, blocks});
+}
+
+void TrainStep::VisitForward(
+    const std::function<void(const Held& weights)>& visit) {
+  UnitWeights& weights = *options_.weights;
+  for (int unit = 0; unit <= last_unit(); ++unit) {
+    const AcquiredUnit held(weights, *stream_, unit);
+    std::optional<AcquiredUnit> head;
+    if (unit == last_unit() && tied()) head.emplace(weights, *stream_, 0);
+    if (unit < last_unit()) weights.Prefetch(*stream_, unit + 1);
+    visit({unit, held.values(), head ? head->values() : held.values()});
+  }
+}
+
+void TrainStep::VisitBackward(
+    bool accumulate,
+    const std::function<void(const Held& weights, const HeldGradient& grad)>&
+        visit) {
+  UnitWeights& weights = *options_.weights;
+  UnitGradients& gradients = *options_.gradients;
+  gradients.Start(accumulate);
+  const auto begin = [&](int unit) {
+    const UnitGradients::Place place = gradients.Begin(*stream_, unit);
+    if (!place.accumulate) ClearSums(unit, place.values);
+    return place;
+  };
+  // Of a tied head, whose gradient the embedding's is added to.
+  UnitGradients::Place first;
+  if (tied()) first = begin(0);
+  for (int unit = last_unit(); unit > 0; --unit) {
+    const AcquiredUnit held(weights, *stream_, unit);
+    std::optional<AcquiredUnit> head;
+    if (unit == last_unit() && tied()) head.emplace(weights, *stream_, 0);
+    if (unit > 1) weights.Prefetch(*stream_, unit - 1);
+    const UnitGradients::Place place = begin(unit);
+    visit({unit, held.values(), head ? head->values() : held.values()},
+          {place, head ? first : place});
+    gradients.End(*stream_, unit);
+  }
+  if (!tied()) first = begin(0);
+  visit({}, {first, first});
+  gradients.End(*stream_, 0);
+  gradients.Finish(*stream_);
 }
 
 StoredActivations TrainStep::LayOut(char* memory, const PackedInputs& inputs,
@@ -206,35 +257,43 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
     return layer == config.layers ? stored->residual
                                   : stored->layers[layer].input;
   };
-  kernels_.EmbeddingForward(
-      stream, bound.tokens,
-      Global(options_.weights, table.embedding(), config.vocab), input_of(0));
-  for (int64_t layer = 0; layer < config.layers; ++layer) {
+  VisitForward([&](const Held& weights) {
+    if (weights.unit == 0) {
+      kernels_.EmbeddingForward(
+          stream, bound.tokens,
+          View(0, weights.values, table.embedding(), config.vocab),
+          input_of(0));
+      return;
+    }
+    if (weights.unit == last_unit()) {
+      kernels_.RmsNormForward(
+          stream, input_of(config.layers),
+          View(weights.unit, weights.values, table.final_norm(), 1),
+          static_cast<float>(config.rms_eps), bound.scratch.normed, bound.rstd);
+      LogprobHead head;
+      head.hidden = bound.scratch.normed;
+      head.weight = HeadView(weights.head);
+      head.targets = bound.targets;
+      LogprobHeadOutput out;
+      out.logprobs = bound.logprobs;
+      out.lse = stored == nullptr ? bound.lse : stored->lse;
+      if (stored != nullptr) out.kept = stored->head;
+      out.top_k_logprobs = bound.top_k_logprobs;
+      out.top_k_indices = bound.top_k_indices;
+      kernels_.LogprobHeadForward(stream, head, out, bound.head_workspace);
+      return;
+    }
+    const int64_t layer = weights.unit - 1;
     BlockActivations acts = bound.spare;
     if (stored != nullptr && layer < stored->full_layers) {
       acts = stored->layers[layer];
     }
     acts.input = input_of(layer);
     BlockForward(stream, kernels_, bound.context,
-                 BlockParamsAt(config, table.blocks()[layer], options_.weights),
+                 BlockParamsAt(config, table.blocks()[layer], weights.values,
+                               options_.layout->unit(weights.unit).begin),
                  acts, bound.scratch, input_of(layer + 1));
-  }
-  kernels_.RmsNormForward(stream, input_of(config.layers),
-                          Global(options_.weights, table.final_norm(), 1),
-                          static_cast<float>(config.rms_eps),
-                          bound.scratch.normed, bound.rstd);
-  LogprobHead head;
-  head.hidden = bound.scratch.normed;
-  head.weight = Global(options_.weights, table.head(), config.vocab);
-  head.targets = bound.targets;
-  LogprobHeadOutput out;
-  out.logprobs = bound.logprobs;
-  out.lse = stored == nullptr ? bound.lse : stored->lse;
-  if (stored != nullptr) out.kept = stored->head;
-  out.top_k_logprobs = bound.top_k_logprobs;
-  out.top_k_indices = bound.top_k_indices;
-  kernels_.LogprobHeadForward(stream, head, out, bound.head_workspace);
-
+  });
   HeadResults results;
   results.logprobs.resize(bound.logprobs.num_elements());
   device_.CopyToHost(stream, bound.logprobs, results.logprobs.data());
@@ -258,16 +317,17 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
 void TrainStep::HeadBackward(const PackedInputs& inputs,
                              const StoredActivations& stored,
                              const std::vector<float>& d_logprobs,
-                             bool accumulate, Bound& bound) {
+                             const Held& weights,
+                             const UnitGradients::Place& place, Bound& bound) {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
   Stream& stream = *stream_;
-  const Kernels::WeightGrad d_weight = {
-      Global(options_.gradients, options_.table->head(), config.vocab),
-      accumulate, Squares(options_.table->head())};
+  const Kernels::WeightGrad d_weight = {HeadView(place.values),
+                                        place.accumulate,
+                                        Squares(options_.table->head())};
   LogprobHead head;
   head.hidden = bound.scratch.normed;
-  head.weight = Global(options_.weights, options_.table->head(), config.vocab);
+  head.weight = HeadView(weights.head);
   head.targets = bound.targets;
   Kernels::LogprobHeadGrad grad;
   grad.d_logprobs = bound.d_logprobs;
@@ -322,20 +382,29 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
   kernels_.ScatterRows(stream, d_hidden, grad.kept_rows, bound.scratch.hidden);
 }
 
-void TrainStep::ClearSums() {
+void TrainStep::ClearSums(int unit, const Tensor& values) {
   const ParamTable& table = *options_.table;
+  const ShardUnit& u = options_.layout->unit(unit);
+  int64_t end = u.begin;  // of the parameter before
+  const auto clear_gap = [&](int64_t next) {
+    device_.Zero(*stream_, values.Rows(end - u.begin, next - u.begin));
+  };
   for (const ParamRow& row : table.rows()) {
+    if (row.offset < u.begin || row.offset >= u.end) continue;
+    clear_gap(row.offset);
+    end = row.offset + row.num_elements;
     // The embedding's gradient is added to the head's if they are one.
     const bool summed =
-        row.shape.size() == 1 ||
-        (row.offset == table.embedding() && table.embedding() != table.head());
+        row.shape.size() == 1 || (row.offset == table.embedding() && !tied());
     if (!summed) continue;
-    device_.Zero(*stream_, options_.gradients.Rows(
-                               row.offset, row.offset + row.num_elements));
+    const int64_t at = row.offset - u.begin;
+    device_.Zero(*stream_, values.Rows(at, at + row.num_elements));
+    if (options_.squares.is_null()) continue;
     device_.Zero(*stream_,
                  options_.squares.Rows(row.squares_offset,
                                        row.squares_offset + row.num_squares));
   }
+  clear_gap(u.end);
 }
 
 absl::Status TrainStep::Backward(const PackedInputs& inputs,
@@ -346,42 +415,62 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   const ParamTable& table = *options_.table;
   Bound bound = Bind(inputs, 0);
   Stream& stream = *stream_;
-  const Tensor final_norm = Global(options_.weights, table.final_norm(), 1);
-  kernels_.RmsNormForward(stream, stored.residual, final_norm,
-                          static_cast<float>(config.rms_eps),
-                          bound.scratch.normed, bound.rstd);
-  if (!accumulate) ClearSums();
-  HeadBackward(inputs, stored, d_logprobs, accumulate, bound);
-  device_.Zero(stream, bound.d_residual);
-  kernels_.RmsNormBackward(
-      stream, {bound.scratch.hidden, stored.residual, final_norm, bound.rstd},
-      bound.d_residual, Global(options_.gradients, table.final_norm(), 1));
-  for (int64_t layer = config.layers - 1; layer >= 0; --layer) {
-    const BlockParams weights =
-        BlockParamsAt(config, table.blocks()[layer], options_.weights);
+  VisitBackward(accumulate, [&](const Held& weights, const HeldGradient& grad) {
+    const int unit = weights.unit;
+    if (unit == last_unit()) {
+      const Tensor norm = View(unit, weights.values, table.final_norm(), 1);
+      kernels_.RmsNormForward(stream, stored.residual, norm,
+                              static_cast<float>(config.rms_eps),
+                              bound.scratch.normed, bound.rstd);
+      HeadBackward(inputs, stored, d_logprobs, weights, grad.head, bound);
+      device_.Zero(stream, bound.d_residual);
+      kernels_.RmsNormBackward(
+          stream, {bound.scratch.hidden, stored.residual, norm, bound.rstd},
+          bound.d_residual,
+          View(unit, grad.values.values, table.final_norm(), 1));
+      return;
+    }
+    if (unit == 0) {
+      for (int64_t t = 0; t < inputs.num_rows(); ++t) {
+        if (inputs.tokens[t] == config.padding_token) {
+          device_.Zero(stream, bound.d_residual.Rows(t, t + 1));
+        }
+      }
+      kernels_.EmbeddingBackward(
+          stream, bound.tokens, bound.d_residual,
+          View(0, grad.values.values, table.embedding(), config.vocab),
+          Squares(table.embedding()));
+      return;
+    }
+    const int64_t layer = unit - 1;
+    const int64_t begin = options_.layout->unit(unit).begin;
+    const BlockOffsets& at = table.blocks()[layer];
+    const BlockParams params = BlockParamsAt(config, at, weights.values, begin);
     BlockActivations acts = stored.layers[layer];
     if (layer >= stored.full_layers) {
       acts = bound.spare;
       acts.input = stored.layers[layer].input;
-      BlockForward(stream, kernels_, bound.context, weights, acts,
-                   bound.scratch, bound.residual_a);
+      BlockForward(stream, kernels_, bound.context, params, acts, bound.scratch,
+                   bound.residual_a);
     }
-    BlockBackward(
-        stream, kernels_, bound.context, weights, acts, bound.scratch,
-        {BlockParamsAt(config, table.blocks()[layer], options_.gradients),
-         BlockSquaresAt(config, table, table.blocks()[layer], options_.squares),
-         bound.d_residual, accumulate});
-  }
-  for (int64_t t = 0; t < inputs.num_rows(); ++t) {
-    if (inputs.tokens[t] == config.padding_token) {
-      device_.Zero(stream, bound.d_residual.Rows(t, t + 1));
-    }
-  }
-  kernels_.EmbeddingBackward(
-      stream, bound.tokens, bound.d_residual,
-      Global(options_.gradients, table.embedding(), config.vocab),
-      Squares(table.embedding()));
+    BlockBackward(stream, kernels_, bound.context, params, acts, bound.scratch,
+                  {BlockParamsAt(config, at, grad.values.values, begin),
+                   BlockSquaresAt(config, table, at, options_.squares),
+                   bound.d_residual, grad.values.accumulate});
+  });
   return stream.Finish();
+}
+
+absl::Status TrainStep::JoinForward() {
+  VisitForward([](const Held&) {});
+  return stream_->Finish();
+}
+
+absl::Status TrainStep::JoinBackward(bool accumulate) {
+  VisitBackward(accumulate, [&](const Held&, const HeldGradient& grad) {
+    if (!grad.values.accumulate) device_.Zero(*stream_, grad.values.values);
+  });
+  return stream_->Finish();
 }
 
 }  // namespace gradwire

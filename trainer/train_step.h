@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,6 +15,8 @@
 #include "model/block.h"
 #include "model/config.h"
 #include "model/param_table.h"
+#include "sharding/layout.h"
+#include "sharding/units.h"
 #include "trainer/memory_plan.h"
 #include "trainer/pack.h"
 
@@ -38,13 +41,17 @@ struct HeadResults {
 // Thread rule: one thread at a time.
 class TrainStep {
  public:
-  // Tensors are flat vectors by the table; `weights` act, `gradients` f32,
-  // `squares` f64. All must outlive the step. `scratch_bytes` as planned.
+  // The units are the table's; `gradients` is null without training. All must
+  // outlive the step. `scratch_bytes` as planned.
   struct Options {
     const ModelConfig* config;
     const ParamTable* table;
+    const ShardLayout* layout;
     Precision precision;
-    Tensor weights, gradients, squares;
+    UnitWeights* weights;
+    UnitGradients* gradients;
+    // f64 [table->num_squares()], or null: not kept.
+    Tensor squares;
     int64_t max_tokens;
     int64_t max_positions;
     int64_t scratch_bytes;
@@ -68,6 +75,11 @@ class TrainStep {
                         const StoredActivations& stored,
                         const std::vector<float>& d_logprobs, bool accumulate);
 
+  // Takes part in a forward, and a backward, of other ranks for which this one
+  // has no micro-batch: its gradient is zero.
+  absl::Status JoinForward();
+  absl::Status JoinBackward(bool accumulate);
+
   Stream& stream() { return *stream_; }
   int64_t PeakScratchBytes() const { return scratch_.peak_bytes(); }
 
@@ -85,14 +97,40 @@ class TrainStep {
     Tensor head_workspace;
   };
   Bound Bind(const PackedInputs& inputs, int64_t top_k);
+  // Values of a unit, and of the one that holds the head if the unit is the
+  // last: the same, or the first if the head is the embedding.
+  struct Held {
+    int unit = 0;
+    Tensor values, head;
+  };
+  // The order of units, for ranks with and without work: all of them gather and
+  // reduce in it.
+  void VisitForward(const std::function<void(const Held& weights)>& visit);
+  struct HeldGradient {
+    UnitGradients::Place values, head;
+  };
+  void VisitBackward(
+      bool accumulate,
+      const std::function<void(const Held& weights, const HeldGradient& grad)>&
+          visit);
+  bool tied() const {
+    return options_.table->head() == options_.table->embedding();
+  }
+  int last_unit() const { return options_.layout->num_units() - 1; }
+
   // The head's backward, over the rows that have a gradient: -> scratch.hidden.
   void HeadBackward(const PackedInputs& inputs, const StoredActivations& stored,
-                    const std::vector<float>& d_logprobs, bool accumulate,
-                    Bound& bound);
-  // Zeroes the gradients that a backward only ever adds to.
-  void ClearSums();
-  Tensor Global(const Tensor& flat, int64_t offset, int64_t rows) const;
-  // Those of a [vocab, hidden] matrix.
+                    const std::vector<float>& d_logprobs, const Held& weights,
+                    const UnitGradients::Place& grad, Bound& bound);
+  // Zeroes what a backward only ever adds to in a unit's gradient, and the gaps
+  // between parameters.
+  void ClearSums(int unit, const Tensor& values);
+  // Of `rows` rows of hidden values at `offset` of the flat vector, which a
+  // unit's `values` hold.
+  Tensor View(int unit, const Tensor& values, int64_t offset,
+              int64_t rows) const;
+  Tensor HeadView(const Tensor& values) const;
+  // Those of a [vocab, hidden] matrix, or null.
   Tensor Squares(int64_t offset) const;
 
   const Options options_;

@@ -41,6 +41,8 @@ struct TrainerOptions {
   // forward, and gathered again for its backward. Otherwise all of the weights
   // that products compute with stay gathered between optimizer steps.
   bool reshard_after_forward = true;
+  // Ranks that share this machine's memory.
+  int ranks_on_host = 1;
 };
 
 // Bytes by class; made before the first allocation.

@@ -109,16 +109,18 @@ struct States {
   int16_t* low;  // null if Weight is float
   Moment *m, *v;
   const float* grad;
+  int64_t index;  // of the first, in the flat vector
 
   States From(int64_t i) const {
-    return {weight + i, low == nullptr ? nullptr : low + i, m + i, v + i,
-            grad + i};
+    return {weight + i, low == nullptr ? nullptr : low + i,
+            m + i,      v + i,
+            grad + i,   index + i};
   }
 };
 
-// One vector of elements, the first of which is number `index`.
+// One vector of elements.
 template <class S>
-HWY_INLINE void UpdateVector(const Factors& f, const S& at, int64_t index) {
+HWY_INLINE void UpdateVector(const Factors& f, const S& at) {
   const D d;
   const V g = hn::Mul(hn::LoadU(d, at.grad), f.grad_scale);
   const V m = hn::MulAdd(f.rest1, g, hn::Mul(f.beta1, LoadF32(d, at.m)));
@@ -127,7 +129,7 @@ HWY_INLINE void UpdateVector(const Factors& f, const S& at, int64_t index) {
   const V root = hn::Sqrt(hn::Mul(v, f.correct2));
   const V change = hn::Div(hn::Mul(f.rate, m), hn::Add(root, f.eps));
   const V w = hn::Sub(hn::Mul(LoadMaster(at.weight, at.low), f.keep), change);
-  StoreMoments(f, m, v, index, at.m, at.v);
+  StoreMoments(f, m, v, at.index, at.m, at.v);
   StoreMaster(w, at.weight, at.low);
 }
 
@@ -138,7 +140,7 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
   int64_t i = begin;
   for (; i + lanes <= end; i += lanes) {
-    UpdateVector(factors, states.From(i), i);
+    UpdateVector(factors, states.From(i));
   }
   if (i == end) return;
   // The last few, in copies as long as a vector.
@@ -149,7 +151,7 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
   float grad[kLanes] = {};
   const auto rest = states.From(i);
   const States<Weight, Moment> copy = {
-      weight, rest.low == nullptr ? nullptr : low, m, v, grad};
+      weight, rest.low == nullptr ? nullptr : low, m, v, grad, rest.index};
   const auto move = [n = end - i](const auto& from, const auto& to) {
     std::copy_n(from.weight, n, to.weight);
     if (from.low != nullptr) std::copy_n(from.low, n, to.low);
@@ -158,7 +160,7 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
   };
   move(rest, copy);
   std::copy_n(rest.grad, end - i, grad);
-  UpdateVector(factors, copy, i);
+  UpdateVector(factors, copy);
   move(copy, rest);
 }
 
@@ -169,7 +171,7 @@ void UpdateStates(const Factors& factors, const AdamWTensors& tensors,
       factors,
       {tensors.weight.data<Weight>(), tensors.low.data<int16_t>(),
        tensors.m.data<Moment>(), tensors.v.data<Moment>(),
-       tensors.grad.data<float>()},
+       tensors.grad.data<float>(), tensors.first},
       begin, end);
 }
 

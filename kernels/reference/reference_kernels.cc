@@ -252,7 +252,7 @@ class ReferenceKernels : public Kernels {
       for (int64_t i = 0; i < to.num_elements(); ++i) {
         to.data<BFloat16>()[i] = StochasticBFloat16(
             static_cast<float>((*moments)[static_cast<size_t>(i)]),
-            (RoundingBits(key, i) >> shift) & 0xffffu);
+            (RoundingBits(key, tensors.first + i) >> shift) & 0xffffu);
       }
     }
   }
