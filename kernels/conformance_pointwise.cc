@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/conformance.h"
@@ -287,8 +288,13 @@ TEST_P(KernelsConformanceTest, AdamW) {
 // Moments before rounding that no order of operations can change: factors that
 // are powers of two, and gradients whose squares float32 holds or is far from
 // holding. Then every backend must give the same bits.
+//
+// The bits go by an element's place in the whole model, also where its number
+// outgrows 32 bits.
 TEST_P(KernelsConformanceTest, AdamWRoundsMomentsStochastically) {
-  for (const int64_t n : {1, 37, 70001}) {
+  const std::pair<int64_t, int64_t> cases[] = {
+      {1, 0}, {37, 192}, {70001, 0}, {70001, (int64_t{3} << 32) - 640}};
+  for (const auto& [n, first] : cases) {
     AdamWParams params;
     params.learning_rate = 1e-2f;
     params.beta1 = 0.0f;
@@ -315,13 +321,14 @@ TEST_P(KernelsConformanceTest, AdamWRoundsMomentsStochastically) {
     for (const Operand& changed : {m, v, grad}) Upload(changed);
     for (int64_t i = 0; i < n; ++i) {
       const float g = grad.host.data<float>()[i];
-      const uint32_t random = RoundingBits(key, i);
+      const uint32_t random = RoundingBits(key, first + i);
       m.host.data<BFloat16>()[i] = StochasticBFloat16(g, random & 0xffff);
       v.host.data<BFloat16>()[i] =
           StochasticBFloat16(0.25f * (g * g), random >> 16);
     }
-    kernels().AdamW(stream(), params,
-                    {master.device, Tensor(), m.device, v.device, grad.device});
+    kernels().AdamW(
+        stream(), params,
+        {master.device, Tensor(), m.device, v.device, grad.device, first});
     ExpectSame("m", Fetch(m.device), m.host);
     ExpectSame("v", Fetch(v.device), v.host);
   }

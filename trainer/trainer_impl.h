@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// The trainer's state; trainer.cc makes it, trainer_forward.cc and
+// trainer_backward.cc work with it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/safetensors.h"
+#include "device/arena.h"
+#include "model/param_table.h"
+#include "sharding/gathered_weights.h"
+#include "sharding/layout.h"
+#include "sharding/units.h"
+#include "trainer/activation_store.h"
+#include "trainer/agreement.h"
+#include "trainer/batch_plan.h"
+#include "trainer/flat_weights.h"
+#include "trainer/losses.h"
+#include "trainer/optimizer.h"
+#include "trainer/pack.h"
+#include "trainer/train_step.h"
+#include "trainer/trainer.h"
+
+namespace gradwire {
+
+// Activations of a micro-batch and their place in the activation memory.
+struct Kept {
+  int64_t offset = -1;  // -1: nowhere
+  StoredActivations stored;
+};
+
+struct RetainedMicroBatch {
+  MicroBatch plan;
+  PackedInputs inputs;
+  std::vector<float> logprobs;
+  Kept kept;
+};
+
+struct Retained {
+  int64_t weight_version = 0;
+  std::vector<RetainedMicroBatch> batches;
+  // Of the rank that has most.
+  int64_t most_batches = 0;
+  // The call's index of each datum of this rank.
+  std::vector<int64_t> index_of;
+};
+
+class TrainerImpl : public Trainer {
+ public:
+  TrainerImpl(const TrainerOptions& options, std::string config_json,
+              const ModelConfig& config, CpuDevice& device, Kernels& kernels)
+      : options_(options),
+        config_json_(std::move(config_json)),
+        config_(config),
+        table_(config_),
+        device_(device),
+        kernels_(kernels),
+        rank_(options.collectives == nullptr ? 0 : options.collectives->rank()),
+        layout_(
+            table_.unit_begins(), table_.num_elements(),
+            options.collectives == nullptr ? 1 : options.collectives->world()) {
+  }
+
+  absl::Status Plan();
+  absl::Status Load(const HfWeights& files,
+                    const std::function<void(double)>& on_progress);
+
+  const ModelConfig& config() const override { return config_; }
+  const ParamTable& table() const { return table_; }
+  const MemoryPlan& plan() const override { return plan_; }
+  MemoryUse memory_use() const override;
+  int64_t num_parameters() const override { return table_.num_parameters(); }
+  int64_t weight_version() const override { return weight_version_; }
+  int64_t optimizer_step() const override { return optimizer_->step(); }
+
+  absl::StatusOr<ForwardOutcome> Forward(const std::vector<TrainDatum>& data,
+                                         const ForwardOptions& options,
+                                         const LogprobSink& sink) override;
+  absl::StatusOr<BackwardOutcome> Backward(
+      const std::string& activation_id,
+      const std::vector<std::vector<float>>& d_logprobs,
+      bool allow_stale) override;
+  void Release(const std::string& activation_id) override;
+  absl::StatusOr<OptimOutcome> OptimStep(const OptimParams& params) override;
+  void ZeroGrad() override;
+  int64_t Reset() override;
+  absl::StatusOr<ExportOutcome> Export(const std::string& directory) override;
+  absl::StatusOr<std::vector<float>> Gradient(
+      const std::string& hf_name) override;
+  absl::StatusOr<std::vector<float>> Weight(
+      const std::string& hf_name) override;
+
+ private:
+  // Takes activation memory for a micro-batch, in full if it can be had, and of
+  // the head as well if `spare_bytes` are left then. With `must` it evicts what
+  // other operations have retained, the newest first (their backwards come
+  // last), until at least the layers' inputs fit.
+  Kept Take(const PackedInputs& inputs, int64_t spare_bytes, bool must);
+  // What a micro-batch takes in full, without the head.
+  int64_t FullBytes(int64_t tokens) const;
+  void Give(Kept& kept);
+  bool EvictOne();
+
+  // What all micro-batches of a call have in common.
+  struct Call {
+    const std::vector<TrainDatum>& data;
+    const ForwardOptions& options;
+    const LogprobSink& sink;
+    std::vector<int64_t> index_of;
+    LossTotals totals;
+  };
+  absl::Status RunMicroBatch(Call& call, const MicroBatch& batch,
+                             RetainedMicroBatch* retained, int64_t spare_bytes);
+  // The call's indices of this rank's datums.
+  std::vector<int64_t> IndexOf(const ForwardOptions& options,
+                               size_t num_datums) const;
+  bool alone() const { return layout_.world() == 1; }
+  UnitPlaces Places() const;
+  absl::Status CreateUnits();
+  // A parameter whose pieces `read` reads on the ranks that hold them.
+  absl::StatusOr<std::vector<float>> Collect(
+      const ParamRow& row,
+      const std::function<absl::Status(const ShardPiece&, float*)>& read);
+  absl::Status CheckGradients(
+      const Retained& retained,
+      const std::vector<std::vector<float>>& d_logprobs) const;
+  // Adds to the accumulator, or begins it.
+  absl::Status RunBackward(const PackedInputs& inputs,
+                           const StoredActivations& stored,
+                           const std::vector<float>& d_logprobs);
+  // Take part in other ranks' work without any of one's own.
+  absl::Status JoinBackward();
+  absl::Status JoinMicroBatch(bool backward);
+  // The first rank's error, or the totals of all.
+  absl::Status AgreeOn(const absl::Status& status, LossTotals& totals);
+  // Errors: those of Backward that can be said before it begins.
+  absl::StatusOr<Retained*> FindRetained(
+      const std::string& activation_id,
+      const std::vector<std::vector<float>>& d_logprobs, bool allow_stale);
+  // `batch` is null if this rank only takes part; `index_of` are the call's
+  // indices of its datums.
+  absl::Status BackwardMicroBatch(
+      RetainedMicroBatch* batch, const int64_t* index_of,
+      const std::vector<std::vector<float>>& d_logprobs, bool stale,
+      double& surrogate, bool& recomputed);
+  absl::StatusOr<FlatWeights> Weights() {
+    return FlatWeights::Create(state_.weight, state_.low, device_, kernels_,
+                               step_->stream());
+  }
+
+  const TrainerOptions options_;
+  const std::string config_json_;
+  const ModelConfig config_;
+  const ParamTable table_;
+  CpuDevice& device_;
+  Kernels& kernels_;
+  const int rank_;
+  const ShardLayout layout_;
+
+  MemoryPlan plan_;
+  Arena parameters_;
+  std::unique_ptr<DeviceBuffer> activations_;
+  std::unique_ptr<UnitWeights> unit_weights_;
+  std::unique_ptr<UnitGradients> unit_gradients_;  // null: forward only
+  int64_t gathered_bytes_ = 0;
+  std::unique_ptr<RangeAllocator> ranges_;
+  std::unique_ptr<TrainStep> step_;
+  std::unique_ptr<Agreement> agreement_;
+  FlatState state_;
+  std::unique_ptr<Optimizer> optimizer_;
+
+  int64_t weight_version_ = 0;
+  bool has_gradients_ = false;  // a backward has run
+  // By id; `order_` from oldest to newest.
+  std::map<std::string, Retained> retained_;
+  std::vector<std::string> order_;
+};
+
+// Whether a gradient is exactly zero.
+bool AllZero(const std::vector<float>& values);
+
+// OK, or NONFINITE_OUTPUT naming the first datum and position. `index_of`: the
+// call's indices of the micro-batch's datums.
+absl::Status CheckFinite(const PackedInputs& inputs, const int64_t* index_of,
+                         const std::vector<float>& logprobs);
+
+}  // namespace gradwire
