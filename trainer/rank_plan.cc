@@ -28,4 +28,13 @@ std::vector<int> AssignRanks(const std::vector<int64_t>& tokens,
   return rank_of;
 }
 
+double QuadraticCost(const ModelConfig& config, int64_t num_parameters) {
+  // A tied embedding is counted once, as the head.
+  const int64_t in_products =
+      num_parameters -
+      (config.tied_embeddings ? 0 : config.vocab * config.hidden);
+  return static_cast<double>(config.layers * config.AttentionWidth()) /
+         static_cast<double>(std::max<int64_t>(1, in_products));
+}
+
 }  // namespace gradwire

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "model/config.h"
+
 namespace gradwire {
 
 // The rank of each datum, such that all ranks' costs are about the same: a
@@ -14,5 +16,14 @@ namespace gradwire {
 // on nothing but its arguments.
 std::vector<int> AssignRanks(const std::vector<int64_t>& tokens,
                              double quadratic, int world);
+
+// `quadratic` of a model. Of forward and backward together, with a causal mask
+// and A = heads * head_dim, a sequence of n tokens costs
+//   products    6 P n             P: parameters that take part in products, so
+//                                 not the embedding but the head
+//   attention   6 layers A n^2    2 products of [n, A] with [A, n] or [n, n]
+//                                 forward and 4 backward, half of each masked
+// operations, whose ratio is n + (layers A / P) n^2.
+double QuadraticCost(const ModelConfig& config, int64_t num_parameters);
 
 }  // namespace gradwire

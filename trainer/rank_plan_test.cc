@@ -68,5 +68,33 @@ TEST(AssignRanksTest, IsBalanced) {
   }
 }
 
+// Against a count of the multiplications, term by term.
+TEST(QuadraticCostTest, IsAttentionOverProducts) {
+  ModelConfig config;
+  config.vocab = 1000;
+  config.hidden = 64;
+  config.ffn = 160;
+  config.layers = 3;
+  config.heads = 4;
+  config.kv_heads = 2;
+  config.head_dim = 16;
+  const int64_t block = config.hidden * config.QkvWidth() +
+                        config.AttentionWidth() * config.hidden +
+                        3 * config.hidden * config.ffn;
+  const int64_t head = config.vocab * config.hidden;
+  const double n = 512;
+  const double products =
+      6.0 * static_cast<double>(config.layers * block + head) * n;
+  const double attention = static_cast<double>(config.layers) * 6 * 2 *
+                           static_cast<double>(config.AttentionWidth()) * n *
+                           n / 2;
+  const double expected = attention / products / n;
+  EXPECT_NEAR(QuadraticCost(config, config.layers * block + 2 * head), expected,
+              1e-12);
+  config.tied_embeddings = true;
+  EXPECT_NEAR(QuadraticCost(config, config.layers * block + head), expected,
+              1e-12);
+}
+
 }  // namespace
 }  // namespace gradwire
