@@ -1,60 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
 // A rank: dials its supervisor, loads the model, executes commands. It ends
 // with its stream.
-#include <grpcpp/grpcpp.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
-#include <memory>
 #include <string>
-#include <thread>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
-#include "absl/synchronization/mutex.h"
 #include "base/log.h"
 #include "device/cpu_device.h"
-#include "gradwire/v1/rank.grpc.pb.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "nlohmann/json.hpp"
 #include "server/default_precision.h"
+#include "server/rank_cpus.h"
+#include "server/rank_link.h"
 #include "server/rank_worker.h"
 #include "server/version.h"
 
 ABSL_FLAG(std::string, supervisor, "",
           "where the supervisor listens: unix:...");
 ABSL_FLAG(std::string, job_id, "", "the job this rank is of");
+ABSL_FLAG(int, rank, 0, "which of the job's ranks this is");
+ABSL_FLAG(int, world_size, 1, "how many ranks the job has");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0 = one for each core");
+ABSL_FLAG(std::string, cpus, "",
+          "CPUs to compute on, such as 0,1,4; default: all");
 ABSL_FLAG(bool, describe, false,
           "print as JSON what a job would compute with here, and end");
 
 namespace gradwire {
 namespace {
 
-// Received and not yet executed.
-class Commands {
- public:
-  void Push(v1::RankCommand command) {
-    absl::MutexLock lock(&mu_);
-    queue_.push_back(std::move(command));
-    changed_.Signal();
-  }
-  v1::RankCommand Pop() {
-    absl::MutexLock lock(&mu_);
-    while (queue_.empty()) changed_.Wait(&mu_);
-    v1::RankCommand command = std::move(queue_.front());
-    queue_.pop_front();
-    return command;
-  }
-
- private:
-  absl::Mutex mu_;
-  absl::CondVar changed_;
-  std::deque<v1::RankCommand> queue_;
-};
+constexpr int kBadConfiguration = 2;
 
 // For `gradwire doctor`.
 void Describe() {
@@ -81,41 +61,33 @@ int Main() {
     spdlog::error(
         "gradwire_rank is started by gradwired, which gives it an address and "
         "a token");
-    return 2;
+    return kBadConfiguration;
   }
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(-1);
-  arguments.SetMaxSendMessageSize(-1);
-  auto channel =
-      grpc::CreateCustomChannel(absl::GetFlag(FLAGS_supervisor),
-                                grpc::InsecureChannelCredentials(), arguments);
-  auto stub = v1::RankService::NewStub(channel);
-  grpc::ClientContext context;
-  auto stream = stub->Connect(&context);
-  v1::RankEvent hello;
-  hello.mutable_hello()->set_job_id(absl::GetFlag(FLAGS_job_id));
-  hello.mutable_hello()->set_pid(getpid());
-  hello.mutable_hello()->set_join_token(token);
+  // Before the first thread, for all of them.
+  if (absl::Status pinned = PinToCpus(absl::GetFlag(FLAGS_cpus));
+      !pinned.ok()) {
+    spdlog::error("{}", std::string(pinned.message()));
+    return kBadConfiguration;
+  }
+  RankLinkOptions options;
+  options.supervisor = absl::GetFlag(FLAGS_supervisor);
+  options.hello.set_job_id(absl::GetFlag(FLAGS_job_id));
+  options.hello.set_rank(absl::GetFlag(FLAGS_rank));
+  options.hello.set_world_size(absl::GetFlag(FLAGS_world_size));
+  options.hello.set_pid(getpid());
+  options.hello.set_version(kVersion);
+  options.hello.set_join_token(token);
   unsetenv("GRADWIRE_JOIN_TOKEN");
-  stream->Write(hello);
-
-  Commands commands;
-  std::thread reader([&] {
-    v1::RankCommand command;
-    while (stream->Read(&command)) commands.Push(std::move(command));
-    // Without a supervisor there is nobody to work for, whatever the worker is
-    // in the middle of.
-    spdlog::info("the supervisor's stream has ended");
-    _exit(0);
-  });
-  RankWorker worker(absl::GetFlag(FLAGS_threads),
-                    [&](const v1::RankEvent& e) { stream->Write(e); });
-  while (worker.Execute(commands.Pop())) {
+  auto link = RankLink::Dial(options);
+  if (!link.ok()) {
+    spdlog::error("{}", std::string(link.status().message()));
+    return EXIT_FAILURE;
   }
-  // The load has failed and was reported; the supervisor ends the stream.
-  stream->WritesDone();
-  reader.join();
-  return 0;
+  RankWorker worker(absl::GetFlag(FLAGS_threads), link->get());
+  while (worker.Execute((*link)->NextCommand())) {
+  }
+  // The load has failed and was reported.
+  (*link)->AwaitEnd();
 }
 
 }  // namespace

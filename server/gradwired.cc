@@ -28,9 +28,14 @@ ABSL_FLAG(std::string, port_file, "",
           "file that tells the addresses once the server accepts requests");
 ABSL_FLAG(std::string, launch, "local",
           "how ranks are started: local (by this server)");
-ABSL_FLAG(int, threads, 0, "CPU threads of each rank; 0: one for each core");
+ABSL_FLAG(int, threads, 0,
+          "CPU threads of each rank; 0: an equal share of the cores");
 ABSL_FLAG(std::string, rank_binary, "",
           "the rank's program; default: gradwire_rank beside this one");
+ABSL_FLAG(double, rank_timeout_seconds, 30,
+          "how long a rank may give no sign of life");
+ABSL_FLAG(double, collective_timeout_seconds, 120,
+          "how long ranks may wait for each other in one collective");
 ABSL_FLAG(double, drain_seconds, 10,
           "how long running operations may take after SIGTERM");
 ABSL_FLAG(double, gap_timeout_seconds, 600,
@@ -115,6 +120,9 @@ int Main() {
   options.result_retention_seconds =
       absl::GetFlag(FLAGS_result_retention_seconds);
   options.max_queued_ops = absl::GetFlag(FLAGS_max_queued_ops);
+  options.rank_timeout_seconds = absl::GetFlag(FLAGS_rank_timeout_seconds);
+  options.collective_timeout_seconds =
+      absl::GetFlag(FLAGS_collective_timeout_seconds);
   options.rank_binary = absl::GetFlag(FLAGS_rank_binary);
   if (options.rank_binary.empty()) {
     std::error_code ignored;

@@ -104,6 +104,25 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
                       wire.SerializeAsString());
 }
 
+absl::Status FromGrpcStatus(const grpc::Status& status) {
+  const auto code = static_cast<absl::StatusCode>(status.error_code());
+  google::rpc::Status wire;
+  google::rpc::ErrorInfo info;
+  if (status.ok() || !wire.ParseFromString(status.error_details()) ||
+      wire.details().empty() || !wire.details(0).UnpackTo(&info)) {
+    return absl::Status(code, status.error_message());
+  }
+  ErrorBuilder error(code, info.reason());
+  for (const auto& [key, value] : info.metadata()) {
+    if (key != "category") {
+      error.With(key, value);
+    } else if (value != "USER") {
+      error.Server();
+    }
+  }
+  return error.Message(status.error_message());
+}
+
 v1::OperationError ToOperationError(const absl::Status& status) {
   const ErrorDetail detail = DetailOf(status);
   v1::OperationError error;

@@ -16,6 +16,9 @@ namespace gradwire {
 // the server for its cause.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
+// What ToGrpcStatus was given; of any other status, code and message.
+absl::Status FromGrpcStatus(const grpc::Status& status);
+
 v1::OperationError ToOperationError(const absl::Status& status);
 // Never OK: a code that is no failure becomes UNKNOWN.
 absl::Status FromOperationError(const v1::OperationError& error);

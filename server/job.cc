@@ -20,7 +20,6 @@ Job::Job(std::string job_id, const v1::JobSpec& spec,
     : id_(std::move(job_id)),
       spec_(spec),
       environment_(environment),
-      token_(RandomHex(16)),
       created_(Clock::now()) {
   job_.set_job_id(id_);
   *job_.mutable_spec() = spec_;
@@ -32,67 +31,63 @@ Job::Job(std::string job_id, const v1::JobSpec& spec,
 Job::~Job() {
   Stop();
   if (executor_.joinable()) executor_.join();
-  process_.reset();
+  ranks_.reset();
+}
+
+std::shared_ptr<RankGroup> Job::ranks() const {
+  absl::MutexLock lock(&mu_);
+  return ranks_;
 }
 
 void Job::Stop() {
-  absl::MutexLock lock(&mu_);
-  if (stopping_) return;
-  stopping_ = true;
-  FailOperations();
-  if (process_ != nullptr) process_->Kill();
-  work_.SignalAll();
-  state_changed_.SignalAll();
+  std::shared_ptr<RankGroup> ranks;
+  {
+    absl::MutexLock lock(&mu_);
+    if (stopping_) return;
+    stopping_ = true;
+    FailOperations();
+    ranks = ranks_;
+    work_.SignalAll();
+    state_changed_.SignalAll();
+  }
+  if (ranks != nullptr) ranks->Stop();
 }
 
 void Job::Start() {
-  std::vector<std::string> argv = {
-      environment_->rank_binary, "--supervisor=" + environment_->rank_address,
-      "--job_id=" + id_,
-      "--threads=" + std::to_string(spec_.threads() > 0
-                                        ? spec_.threads()
-                                        : environment_->threads)};
-  auto process = RankProcess::Start(
-      argv, {{"GRADWIRE_JOIN_TOKEN", token_}}, [this](absl::Status status) {
-        environment_->metrics->SetRankUp(id_, false);
-        bool told = false;
-        {
-          absl::MutexLock lock(&mu_);
-          process_ended_ = true;
-          told = stopping_ || job_.state() == v1::JOB_STATE_DELETING;
-          state_changed_.SignalAll();
-        }
-        if (told) {
-          spdlog::info("job {}: its rank has stopped", id_);
-        } else {
-          Apply({JobEvent::kRankExited, {}, 0, status});
-        }
-      });
-  if (!process.ok()) {
-    {
-      absl::MutexLock lock(&mu_);
-      process_ended_ = true;
-    }
-    Apply({JobEvent::kStartFailed, {}, 0, process.status()});
-    return;
-  }
+  executor_ = std::thread([this] { Run(); });
+  StartRanks();
+}
+
+void Job::StartRanks() {
+  RankGroupOptions options;
+  options.job_id = id_;
+  options.world_size = world_size();
+  options.join_token = RandomHex(32);
+  options.rank_binary = environment_->rank_binary;
+  options.rank_address = environment_->rank_address;
+  options.threads =
+      spec_.threads() > 0 ? spec_.threads() : environment_->threads;
+  options.rank_timeout = environment_->rank_timeout;
+  options.metrics = environment_->metrics;
+  auto ranks = std::make_shared<RankGroup>(
+      options, [this](GroupEvent event) { OnRanks(std::move(event)); });
   {
     absl::MutexLock lock(&mu_);
-    process_ = *std::move(process);
-    // Deleted or stopped before there was a process to end.
-    if (stopping_ || job_.state() == v1::JOB_STATE_DELETING) process_->Kill();
+    if (stopping_ || job_.state() != v1::JOB_STATE_CREATING) return;
+    ranks_ = ranks;
+    ranks_ended_ = false;
   }
-  executor_ = std::thread([this] { Run(); });
-  Apply({JobEvent::kStarted, {}, 0, absl::OkStatus()});
+  Apply({JobEvent::kStarted});
+  ranks->Start();
 }
 
 void Job::Delete() {
-  Apply({JobEvent::kDelete, {}, 0, absl::OkStatus()});
+  Apply({JobEvent::kDelete});
   {
     absl::MutexLock lock(&mu_);
-    while (!process_ended_) state_changed_.WaitWithTimeout(&mu_, kTick);
+    while (!ranks_ended_) state_changed_.WaitWithTimeout(&mu_, kTick);
   }
-  Apply({JobEvent::kStopped, {}, 0, absl::OkStatus()});
+  Apply({JobEvent::kStopped});
   Stop();
 }
 
@@ -104,24 +99,29 @@ void Job::Changed() {
 }
 
 void Job::Apply(const JobEvent& event) {
-  absl::MutexLock lock(&mu_);
-  const bool was_ready = job_.ready();
-  if (event.kind == JobEvent::kProgress) {
-    *job_.mutable_last_progress_time() = WallNow();
-  }
-  for (JobAction action : Decide(event, job_)) {
-    switch (action) {
-      case JobAction::kFailOperations:
-        FailOperations();
-        break;
-      case JobAction::kStopRank:
-        if (process_ != nullptr) process_->Kill();
-        break;
-      case JobAction::kStartRank:
-      case JobAction::kReportStopped:
-        break;
+  std::shared_ptr<RankGroup> to_stop;
+  {
+    absl::MutexLock lock(&mu_);
+    const bool was_ready = job_.ready();
+    if (event.kind == JobEvent::kProgress) {
+      *job_.mutable_last_progress_time() = WallNow();
     }
+    for (JobAction action : Decide(event, job_)) {
+      switch (action) {
+        case JobAction::kFailOperations:
+          FailOperations();
+          break;
+        case JobAction::kStopRanks:
+          to_stop = ranks_;
+          break;
+      }
+    }
+    Tell(was_ready);
   }
+  if (to_stop != nullptr) to_stop->Stop();
+}
+
+void Job::Tell(bool was_ready) {
   if (job_.ready() && !was_ready) {
     job_.set_seconds_to_ready(
         std::chrono::duration<double>(Clock::now() - created_).count());

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// One trainer job: its rank, its handles and their operations.
+// One trainer job: its ranks, its handles and their operations.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -24,7 +26,7 @@
 #include "server/metrics.h"
 #include "server/op_queue.h"
 #include "server/operation.h"
-#include "server/rank_process.h"
+#include "server/rank_group.h"
 #include "server/session_table.h"
 
 namespace gradwire {
@@ -36,8 +38,12 @@ struct JobEnvironment {
   std::string rank_binary;
   // Where ranks dial: "unix:...".
   std::string rank_address;
-  // Default of JobSpec.threads; 0 = all cores.
+  // Default of JobSpec.threads; 0 = an equal share of the cores.
   int threads = 0;
+  // A rank that is silent for so long is hung.
+  absl::Duration rank_timeout = absl::Seconds(30);
+  // How long ranks wait for each other in one collective.
+  absl::Duration collective_timeout = absl::Seconds(120);
   // Snapshots of a job lie in <jobs_directory>/<job>/snapshots/<name>.
   std::string jobs_directory;
   OpQueue::Limits queue;
@@ -46,14 +52,6 @@ struct JobEnvironment {
   std::atomic<bool> draining{false};
   // Told of every change of a job's state; called with the job's mutex held.
   std::function<void(const v1::Job&)> on_change;
-};
-
-// Sends commands to the connected rank. Write blocks; false: the stream is
-// broken.
-class RankStream {
- public:
-  virtual ~RankStream() = default;
-  virtual bool Write(const v1::RankCommand& command) = 0;
 };
 
 // Thread rule: all methods from any thread.
@@ -67,9 +65,9 @@ class Job {
   const v1::JobSpec& spec() const { return spec_; }
 
   void Start();
-  // Returns when no process is left.
+  // Returns when no rank is left.
   void Delete();
-  // Ends the rank and what waits; the job is of no use afterwards.
+  // Ends the ranks and what waits; the job is of no use afterwards.
   void Stop();
   v1::Job Get() const;
   // Waits until the job has changed since `version` (0: at once) or `timeout`
@@ -132,11 +130,8 @@ class Job {
   v1::Operation Cancel(const OperationPtr& op);
   void Acknowledge(const OperationPtr& op);
 
-  // The rank's side. Connect: false if the token is not this rank's, or one is
-  // connected.
-  bool Connect(const std::string& token, int64_t pid, RankStream* stream);
-  void OnRankEvent(const v1::RankEvent& event);
-  void Disconnect();
+  // The ranks that the job has now, for their streams.
+  std::shared_ptr<RankGroup> ranks() const;
 
   bool busy() const;
   bool ready() const;
@@ -154,24 +149,34 @@ class Job {
   struct Activation {
     std::string session_id;
     std::vector<DatumShape> shapes;
+    std::vector<int> rank_of;
     Clock::time_point delivered;
     std::chrono::milliseconds ttl;
     int pins = 0;
   };
 
+  int world_size() const { return std::max(1, spec_.world_size()); }
+  // The rank of each datum; empty if there is one rank.
+  std::vector<int> Assign(const std::vector<DatumShape>& shapes) const
+      ABSL_LOCKS_EXCLUDED(mu_);
+  // Makes the group and starts it. Nothing happens if the job is to end.
+  void StartRanks() ABSL_LOCKS_EXCLUDED(mu_);
   void Run();
-  void Send(std::vector<v1::RankCommand> commands);
-  std::vector<v1::RankCommand> Begin(const OperationPtr& op)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Dispatch Load() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Dispatch Begin(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What is sent next, or nothing.
+  std::optional<Dispatch> NextDispatch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Housekeep(Clock::time_point now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Apply(const JobEvent& event) ABSL_LOCKS_EXCLUDED(mu_);
+  // Tells the log, the metrics and all who wait what the job's state is now.
+  void Tell(bool was_ready) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Changed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void FailOperations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Finish(const OperationPtr& op, v1::OperationState state,
               const absl::Status& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void OnLogprobs(const v1::RankLogprobs& logprobs)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void OnDone(const v1::RankDone& done) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnRanks(GroupEvent event) ABSL_LOCKS_EXCLUDED(mu_);
+  void OnLogprobs(GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnDone(const GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Measure(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status Unready() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckHandle(const Handle& handle, v1::OperationKind kind) const
@@ -190,7 +195,6 @@ class Job {
   const std::string id_;
   const v1::JobSpec spec_;
   JobEnvironment* const environment_;
-  const std::string token_;
   const Clock::time_point created_;
 
   mutable absl::Mutex mu_;
@@ -202,10 +206,14 @@ class Job {
   v1::Job job_;
   v1::Profile profile_;
 
-  bool connected_ = false;
-  bool load_sent_ = false;
-  std::unique_ptr<RankProcess> process_;
-  bool process_ended_ = false;
+  // Its methods are called without mu_.
+  std::shared_ptr<RankGroup> ranks_;
+  // No rank is left, or none has been started.
+  bool ranks_ended_ = true;
+  // All ranks are there, and wait to be told what to load.
+  bool load_due_ = false;
+  // Of AssignRanks; rank 0's word.
+  double quadratic_ = 0;
 
   std::map<std::string, std::unique_ptr<Handle>> handles_;
   Handle* current_ = nullptr;
@@ -213,7 +221,7 @@ class Job {
   std::map<std::pair<std::string, int64_t>, v1::CreateModelResponse>
       created_models_;
   std::set<std::pair<std::string, int64_t>> creating_;
-  // Sent to the rank before any other operation; no number of their own.
+  // Sent to the ranks before any other operation; no number of their own.
   std::deque<OperationPtr> control_;
   // Sent, in order.
   std::deque<std::pair<int64_t, OperationPtr>> in_flight_;
@@ -221,10 +229,6 @@ class Job {
   std::map<std::string, Activation> activations_;
   // Ended operations with results, oldest first.
   std::deque<OperationPtr> results_;
-
-  // Held while writing; the stream is null when no rank is connected.
-  absl::Mutex write_mu_ ABSL_ACQUIRED_BEFORE(mu_);
-  RankStream* stream_ ABSL_GUARDED_BY(write_mu_) = nullptr;
 
   std::thread executor_;
 };

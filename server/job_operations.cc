@@ -4,8 +4,21 @@
 #include "base/status.h"
 #include "server/grpc_status.h"
 #include "server/job.h"
+#include "trainer/rank_plan.h"
 
 namespace gradwire {
+
+std::vector<int> Job::Assign(const std::vector<DatumShape>& shapes) const {
+  if (world_size() == 1) return {};
+  std::vector<int64_t> tokens;
+  for (const DatumShape& shape : shapes) tokens.push_back(shape.n);
+  double quadratic = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    quadratic = quadratic_;
+  }
+  return AssignRanks(tokens, quadratic, world_size());
+}
 
 absl::Status Job::CheckSubmit(const std::string& model_id, int64_t seq,
                               v1::OperationKind kind) const {
@@ -23,6 +36,9 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
                                          const std::string& activation_id,
                                          double retain_ttl_seconds,
                                          std::vector<DatumShape> shapes) {
+  // Of backwards, as their forwards had it.
+  std::vector<int> rank_of;
+  if (request.command.has_forward()) rank_of = Assign(shapes);
   absl::MutexLock lock(&mu_);
   GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
   if (handle->queue.Find(seq) == nullptr) {
@@ -38,6 +54,7 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   op->session_id = handle->session_id;
   op->seq = seq;
   op->kind = kind;
+  op->rank_of = std::move(rank_of);
   op->digest = request.digest;
   op->bytes = request.bytes;
   op->tokens = request.tokens;
@@ -72,6 +89,7 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
     Activation& activation = activations_[activation_id];
     activation.session_id = op->session_id;
     activation.shapes = op->shapes;
+    activation.rank_of = op->rank_of;
     activation.ttl = retain_ttl_seconds > 0
                          ? std::chrono::milliseconds(
                                static_cast<int64_t>(retain_ttl_seconds * 1000))
@@ -80,6 +98,7 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   } else if (auto it = activations_.find(activation_id);
              it != activations_.end()) {
     ++it->second.pins;
+    op->rank_of = it->second.rank_of;
   }
   environment_->metrics->SetQueue(id_, handle->queue.queued(),
                                   handle->queue.queued_bytes());

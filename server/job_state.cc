@@ -2,6 +2,7 @@
 #include "server/job_state.h"
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "base/error.h"
 #include "server/grpc_status.h"
@@ -38,10 +39,19 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
         job.set_state(v1::JOB_STATE_PENDING);
       }
       return {};
-    case JobEvent::kStartFailed:
-      if (IsEnded(job.state())) return {};
-      Fail(event.status, job);
-      return {JobAction::kFailOperations};
+    case JobEvent::kRanksJoined: {
+      if (IsEnded(job.state()) || job.state() == v1::JOB_STATE_RUNNING) {
+        return {};
+      }
+      const bool all = event.joined == event.world_size;
+      job.set_status_reason(all ? "" : "RANKS_MISSING");
+      job.set_status_message(all ? ""
+                                 : absl::StrCat(event.joined, " of ",
+                                                event.world_size,
+                                                " ranks have come."));
+      job.set_progress(static_cast<double>(event.joined) / event.world_size);
+      return {};
+    }
     case JobEvent::kProgress:
       if (IsEnded(job.state()) || job.ready()) return {};
       job.set_state(v1::JOB_STATE_RUNNING);
@@ -55,15 +65,10 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       job.set_progress(1);
       job.set_ready(true);
       return {};
-    case JobEvent::kModelFailed:
+    case JobEvent::kRanksFailed:
       if (IsEnded(job.state())) return {};
       Fail(event.status, job);
-      return {JobAction::kFailOperations, JobAction::kStopRank};
-    case JobEvent::kRankExited:
-      // In DELETING the process was told to go; its end comes as kStopped.
-      if (IsEnded(job.state())) return {};
-      Fail(event.status, job);
-      return {JobAction::kFailOperations};
+      return {JobAction::kFailOperations, JobAction::kStopRanks};
     case JobEvent::kDelete:
       if (job.state() == v1::JOB_STATE_DELETING ||
           job.state() == v1::JOB_STATE_DELETED) {
@@ -73,8 +78,7 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       job.set_ready(false);
       job.set_status_reason("DELETED");
       job.set_status_message("The job was deleted.");
-      return {JobAction::kFailOperations, JobAction::kStopRank,
-              JobAction::kReportStopped};
+      return {JobAction::kFailOperations, JobAction::kStopRanks};
     case JobEvent::kStopped:
       if (job.state() == v1::JOB_STATE_DELETING) {
         job.set_state(v1::JOB_STATE_DELETED);

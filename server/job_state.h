@@ -13,27 +13,25 @@ namespace gradwire {
 // What can happen to a job.
 struct JobEvent {
   enum Kind {
-    kStarted,      // the rank's process runs
-    kStartFailed,  // it could not be started: `status`
+    kStarted,      // its ranks are under way
+    kRanksJoined,  // `joined` of `world_size` ranks are there
     kProgress,     // `phase`, `progress`
     kReady,        // the first forward would succeed
-    kModelFailed,  // the rank cannot serve the model: `status`
-    kRankExited,   // the rank's process is gone: `status`
+    kRanksFailed,  // they cannot start, or load, or go on: `status`
     kDelete,       // a client asked
-    kStopped,      // after kStopRank: no process is left
+    kStopped,      // after kStopRanks: no rank is left
   };
   Kind kind;
   v1::JobPhase phase = v1::JOB_PHASE_UNSPECIFIED;
   double progress = 0;
-  absl::Status status;
+  absl::Status status = absl::OkStatus();
+  int joined = 0, world_size = 1;
 };
 
 // What the owner of the job must do, in order.
 enum class JobAction {
-  kStartRank,
-  kStopRank,
   kFailOperations,  // all of them, with the job's error
-  kReportStopped,   // there is no process: send kStopped
+  kStopRanks,
 };
 
 // Changes `job` (state, phase, ready, progress, reason, error) by `event`.
@@ -41,7 +39,7 @@ enum class JobAction {
 // caller's.
 std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job);
 
-// A new job: CREATING. The first action is kStartRank.
+// A new job: CREATING.
 void StartJob(v1::Job& job);
 
 // "running"; "ready".

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/job_table.h"
 
+#include <tuple>
+
 #include "absl/strings/numbers.h"
 #include "base/error.h"
 #include "base/status.h"
@@ -9,6 +11,8 @@
 
 namespace gradwire {
 namespace {
+
+constexpr int64_t kMostRanks = 1024;
 
 absl::Status Unsupported(const std::string& field, const std::string& value,
                          const std::string& limit) {
@@ -45,34 +49,23 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
       CheckPrecision("precision", spec.precision(), "the device's default"));
   GW_RETURN_IF_ERROR(
       CheckPrecision("moment_precision", spec.moment_precision(), "f32"));
-  const std::pair<const char*, int64_t> counts[] = {
-      {"world_size", spec.world_size()},
-      {"max_context_length", spec.max_context_length()},
-      {"activation_bytes", spec.activation_bytes()},
-      {"micro_batch_tokens", spec.micro_batch_tokens()},
-      {"threads", spec.threads()},
+  constexpr int64_t kMost = int64_t{1} << 50;
+  constexpr int64_t kMostThreads = 1024;
+  const std::tuple<const char*, int64_t, int64_t> counts[] = {
+      {"world_size", spec.world_size(), kMostRanks},
+      {"max_context_length", spec.max_context_length(), kMost},
+      {"activation_bytes", spec.activation_bytes(), kMost},
+      {"micro_batch_tokens", spec.micro_batch_tokens(), kMost},
+      {"threads", spec.threads(), kMostThreads},
   };
-  for (const auto& [field, value] : counts) {
-    constexpr int64_t kMost = int64_t{1} << 50;
-    if (value >= 0 && value <= kMost) continue;
+  for (const auto& [field, value, most] : counts) {
+    if (value >= 0 && value <= most) continue;
     return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                         "OPTION_OUT_OF_RANGE")
         .With("field", field)
         .With("value", value)
-        .With("limit", value < 0 ? 0 : kMost)
+        .With("limit", value < 0 ? 0 : most)
         .Message(std::string(field) + " is out of range; 0 means the default.");
-  }
-  constexpr int32_t kMostThreads = 1024;
-  if (spec.threads() > kMostThreads) {
-    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
-                        "OPTION_OUT_OF_RANGE")
-        .With("field", "threads")
-        .With("value", spec.threads())
-        .With("limit", kMostThreads)
-        .Message("threads is out of range; 0 means the default.");
-  }
-  if (spec.world_size() > 1) {
-    return Unsupported("world_size", std::to_string(spec.world_size()), "1");
   }
   if (spec.lora().max_rank() != 0) {
     return Unsupported("lora.max_rank", std::to_string(spec.lora().max_rank()),

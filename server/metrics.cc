@@ -153,6 +153,9 @@ struct Metrics::State {
       "gradwire_nonfinite_total", "Values that were not finite, by place.");
   Family<Gauge>& rank_up =
       MakeGauge("gradwire_rank_up", "Whether a rank is connected.");
+  Family<Gauge>& heartbeat_age =
+      MakeGauge("gradwire_rank_heartbeat_age_seconds",
+                "Time since a rank's last sign of life.");
   Family<Gauge>& device_memory =
       MakeGauge("gradwire_device_memory_bytes", "The memory plan, by kind.");
   Family<Gauge>& memory_used =
@@ -236,9 +239,19 @@ void Metrics::RemoveJob(const std::string& job_id) {
   state_->counters.erase(job_id);
 }
 
-void Metrics::SetRankUp(const std::string& job_id, bool up) {
-  state_->OfJob(state_->rank_up, job_id, {{"rank", job_id + "/0"}})
+void Metrics::SetRankUp(const std::string& job_id, int rank, bool up) {
+  state_
+      ->OfJob(state_->rank_up, job_id,
+              {{"rank", job_id + "/" + std::to_string(rank)}})
       .Set(up ? 1 : 0);
+}
+
+void Metrics::SetHeartbeatAge(const std::string& job_id, int rank,
+                              double seconds) {
+  state_
+      ->OfJob(state_->heartbeat_age, job_id,
+              {{"rank", job_id + "/" + std::to_string(rank)}})
+      .Set(seconds);
 }
 
 void Metrics::SetMemory(const std::string& job_id, const v1::MemoryPlan& plan) {

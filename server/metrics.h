@@ -23,7 +23,8 @@ class Metrics {
   void SetJobState(const std::string& job_id, const std::string& state,
                    const std::string& phase);
   void RemoveJob(const std::string& job_id);
-  void SetRankUp(const std::string& job_id, bool up);
+  void SetRankUp(const std::string& job_id, int rank, bool up);
+  void SetHeartbeatAge(const std::string& job_id, int rank, double seconds);
   void SetMemory(const std::string& job_id, const v1::MemoryPlan& plan);
   void SetMemoryUse(const std::string& job_id, const v1::MemoryUse& use);
   void SetQueue(const std::string& job_id, int64_t ops, int64_t bytes);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One sequenced operation: its request until it has been sent to the rank, its
-// state, its results.
+// One sequenced operation: its request until it has been sent to the ranks,
+// its state, its results.
 #pragma once
 
 #include <chrono>
@@ -23,7 +23,7 @@ struct DatumShape {
   int64_t k = 1;
 };
 
-// What is sent to the rank: batches of at most a few MiB, then the command.
+// What is sent to the ranks: batches of at most a few MiB, then the command.
 struct OperationRequest {
   std::vector<v1::DatumChunk> datums;
   std::vector<v1::GradientChunk> gradients;
@@ -50,13 +50,15 @@ struct Operation {
   // Of Backward and ReleaseActivations the id they name; of Forward with
   // retain, the id it makes.
   std::string activation_id;
-  // Of the datums behind activation_id.
+  // Of the datums of the call, or of those behind activation_id.
   std::vector<DatumShape> shapes;
+  // Of several ranks: who has which of them.
+  std::vector<int> rank_of;
 
   OperationRequest request;  // empty once sent
   v1::Operation record;      // state, error, result, times
 
-  // Results of forward and forward_backward, in the order of arrival.
+  // Results of forward and forward_backward, in the order of datums.
   std::vector<v1::LogprobItem> logprobs;
   v1::CommitRecord logprobs_commit;  // once done
   bool acknowledged = false;

@@ -14,34 +14,11 @@
 extern char** environ;
 
 namespace gradwire {
-namespace {
-
-absl::Status ExitStatus(int wait_status) {
-  ErrorBuilder error(absl::StatusCode::kAborted, "RANK_EXITED");
-  error.Server().With("rank", 0);
-  std::string how;
-  if (WIFSIGNALED(wait_status)) {
-    const int signal = WTERMSIG(wait_status);
-    error.With("signal", signal);
-    how = "was ended by signal " + std::to_string(signal) + " (" +
-          strsignal(signal) + ")";
-    if (signal == SIGKILL) {
-      how += "; if nobody sent it, the machine ran out of memory";
-    }
-  } else {
-    error.With("exit_code", WEXITSTATUS(wait_status));
-    how = "ended with status " + std::to_string(WEXITSTATUS(wait_status));
-  }
-  return error.Message("The rank's process " + how +
-                       ". The weights it held are lost: create another job.");
-}
-
-}  // namespace
 
 absl::StatusOr<std::unique_ptr<RankProcess>> RankProcess::Start(
     const std::vector<std::string>& argv,
     const std::map<std::string, std::string>& environment,
-    std::function<void(absl::Status)> on_exit) {
+    std::function<void(int)> on_exit) {
   std::vector<char*> arguments;
   for (const std::string& arg : argv) {
     arguments.push_back(const_cast<char*>(arg.c_str()));
@@ -98,7 +75,7 @@ absl::StatusOr<std::unique_ptr<RankProcess>> RankProcess::Start(
   return process;
 }
 
-void RankProcess::Watch(std::function<void(absl::Status)> on_exit) {
+void RankProcess::Watch(const std::function<void(int)>& on_exit) {
   // Seen but not reaped: Kill() must not meet another process of this id.
   siginfo_t info;
   while (waitid(P_PID, pid_, &info, WEXITED | WNOWAIT) != 0 && errno == EINTR) {
@@ -110,7 +87,7 @@ void RankProcess::Watch(std::function<void(absl::Status)> on_exit) {
     }
     exited_ = true;
   }
-  on_exit(ExitStatus(wait_status));
+  on_exit(wait_status);
 }
 
 void RankProcess::Kill() {

@@ -22,12 +22,12 @@ class RankProcess {
  public:
   // Starts `argv` in a process group of its own, with `environment` added to
   // this process's. `on_exit` is called once, from a thread of this object,
-  // with RANK_EXITED naming signal or status.
+  // with the status that waitpid gives.
   // Errors: INTERNAL RANK_START_FAILED.
   static absl::StatusOr<std::unique_ptr<RankProcess>> Start(
       const std::vector<std::string>& argv,
       const std::map<std::string, std::string>& environment,
-      std::function<void(absl::Status)> on_exit);
+      std::function<void(int wait_status)> on_exit);
   // Kills what still runs and waits for it.
   ~RankProcess();
 
@@ -36,7 +36,7 @@ class RankProcess {
 
  private:
   RankProcess() = default;
-  void Watch(std::function<void(absl::Status)> on_exit);
+  void Watch(const std::function<void(int wait_status)>& on_exit);
 
   pid_t pid_ = -1;
   absl::Mutex mu_;

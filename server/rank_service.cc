@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/error.h"
+#include "base/log.h"
+#include "base/status.h"
 #include "server/grpc_status.h"
+#include "server/rank_hello.h"
 #include "server/services.h"
 
 namespace gradwire {
@@ -10,32 +13,47 @@ using RankRpc = grpc::ServerReaderWriter<v1::RankCommand, v1::RankEvent>;
 
 class GrpcRankStream : public RankStream {
  public:
-  explicit GrpcRankStream(RankRpc* stream) : stream_(stream) {}
+  GrpcRankStream(grpc::ServerContext* call, RankRpc* stream)
+      : call_(call), stream_(stream) {}
   bool Write(const v1::RankCommand& command) override {
     return stream_->Write(command);
   }
+  void Cancel() override { call_->TryCancel(); }
 
  private:
+  grpc::ServerContext* const call_;
   RankRpc* const stream_;
 };
 
 }  // namespace
 
-grpc::Status RankServiceImpl::Connect(grpc::ServerContext*, RankRpc* stream) {
+absl::Status RankServiceImpl::Serve(grpc::ServerContext* call,
+                                    RankRpc* stream) {
   v1::RankEvent event;
-  const bool hello = stream->Read(&event) && event.has_hello();
-  auto job = context_.jobs->Get(event.hello().job_id());
-  GrpcRankStream writer(stream);
-  if (!hello || !job.ok() ||
-      !(*job)->Connect(event.hello().join_token(), event.hello().pid(),
-                       &writer)) {
-    return ToGrpcStatus(
-        ErrorBuilder(absl::StatusCode::kPermissionDenied, "RANK_REFUSED")
-            .Message("This rank was not started for a job of this server."));
+  if (!stream->Read(&event) || !event.has_hello()) {
+    return ErrorBuilder(absl::StatusCode::kPermissionDenied, "RANK_REFUSED")
+        .Message("A rank's first message must be its hello.");
   }
-  while (stream->Read(&event)) (*job)->OnRankEvent(event);
-  (*job)->Disconnect();
-  return grpc::Status::OK;
+  const v1::RankHello hello = std::move(*event.mutable_hello());
+  auto job = context_.jobs->Get(hello.job_id());
+  const std::shared_ptr<RankGroup> ranks = job.ok() ? (*job)->ranks() : nullptr;
+  if (ranks == nullptr) return RankJobUnknown(hello);
+  GrpcRankStream writer(call, stream);
+  GW_RETURN_IF_ERROR(ranks->Join(hello, &writer));
+  while (stream->Read(&event) &&
+         ranks->OnEvent(hello.rank(), std::move(event))) {
+  }
+  return ranks->Leave(hello.rank());
+}
+
+grpc::Status RankServiceImpl::Connect(grpc::ServerContext* call,
+                                      RankRpc* stream) {
+  const absl::Status status = Serve(call, stream);
+  if (const auto detail = GetErrorDetail(status)) {
+    spdlog::warn("the stream of a rank at {} ends: {}: {}", call->peer(),
+                 detail->reason, std::string(status.message()));
+  }
+  return ToGrpcStatus(status);
 }
 
 }  // namespace gradwire

@@ -16,8 +16,11 @@
 #include "server/decode_options.h"
 #include "server/default_precision.h"
 #include "server/grpc_status.h"
+#include "server/rank_group_join.h"
+#include "server/rank_share.h"
 #include "server/version.h"
 #include "trainer/losses.h"
+#include "trainer/rank_plan.h"
 
 namespace gradwire {
 namespace {
@@ -101,9 +104,8 @@ void CopyMetrics(const std::map<std::string, double>& metrics, Map& out) {
 
 }  // namespace
 
-RankWorker::RankWorker(int threads,
-                       std::function<void(const v1::RankEvent&)> send)
-    : send_(std::move(send)), device_(threads), kernels_(NewCpuKernels()) {}
+RankWorker::RankWorker(int threads, RankLink* link)
+    : link_(*link), device_(threads), kernels_(NewCpuKernels()) {}
 
 bool RankWorker::Execute(const v1::RankCommand& command) {
   if (command.has_datums()) {
@@ -128,7 +130,7 @@ bool RankWorker::Execute(const v1::RankCommand& command) {
   done.set_weight_version(trainer_->weight_version());
   done.set_optimizer_step(trainer_->optimizer_step());
   *done.mutable_memory_use() = ToProto(trainer_->memory_use(), other_bytes_);
-  send_(event);
+  link_.Send(event);
   return true;
 }
 
@@ -161,11 +163,26 @@ absl::Status RankWorker::Run(const v1::RankCommand& command,
   }
 }
 
+absl::StatusOr<std::unique_ptr<Collectives>> RankWorker::JoinGroup(
+    const v1::RankLoad& load) {
+  RankGroupJoin join;
+  join.rank = rank_;
+  join.world = world_;
+  join.timeout = absl::Seconds(load.collective_timeout_seconds());
+  join.exchange = [&](const std::string& mine) {
+    constexpr int kWorldGroup = 0;
+    return link_.ExchangeAddresses(kWorldGroup, mine, join.timeout);
+  };
+  return JoinRankGroup(join);
+}
+
 bool RankWorker::Load(const v1::RankLoad& load) {
+  rank_ = load.rank();
+  world_ = load.world_size();
   const auto fail = [&](const absl::Status& status) {
     v1::RankEvent event;
     *event.mutable_failed() = ToOperationError(status);
-    send_(event);
+    link_.Send(event);
     return false;
   };
   const auto progress = [&](v1::JobPhase phase, double share) {
@@ -188,6 +205,11 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   options.activation_bytes = load.spec().activation_bytes();
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
   options.forward_only = load.spec().forward_only();
+  if (world_ > 1) link_.Send(progress(v1::JOB_PHASE_COLLECTIVES, 0));
+  auto collectives = JoinGroup(load);
+  if (!collectives.ok()) return fail(collectives.status());
+  collectives_ = *std::move(collectives);
+  options.collectives = collectives_.get();
   other_bytes_ = ProcessBytes("VmRSS");
   double reported = 0;
   auto trainer = Trainer::Create(
@@ -202,16 +224,16 @@ bool RankWorker::Load(const v1::RankLoad& load) {
             mib(plan.available));
         v1::RankEvent event = progress(v1::JOB_PHASE_LOADING, 0);
         *event.mutable_progress()->mutable_memory() = ToProto(plan);
-        send_(event);
+        link_.Send(event);
       },
       [&](double share) {
         if (share < 1 && share - reported < 0.05) return;
         reported = share;
-        send_(progress(v1::JOB_PHASE_LOADING, share));
+        link_.Send(progress(v1::JOB_PHASE_LOADING, share));
       });
   if (!trainer.ok()) return fail(trainer.status());
   trainer_ = *std::move(trainer);
-  send_(progress(v1::JOB_PHASE_WARMING, 0));
+  link_.Send(progress(v1::JOB_PHASE_WARMING, 0));
   auto profile = WarmUp(load);
   if (!profile.ok()) return fail(profile.status());
   v1::RankEvent ready;
@@ -221,18 +243,25 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   }
   *ready.mutable_ready()->mutable_profile() = *std::move(profile);
   *ready.mutable_ready()->mutable_memory() = ToProto(trainer_->plan());
-  send_(ready);
+  ready.mutable_ready()->set_quadratic(
+      QuadraticCost(trainer_->config(), trainer_->num_parameters()));
+  link_.Send(ready);
   return true;
 }
 
 absl::StatusOr<v1::Profile> RankWorker::WarmUp(const v1::RankLoad& load) {
-  // Ready means that a forward succeeds.
+  // Ready means that a forward succeeds: one datum for each rank.
   TrainDatum datum;
   datum.tokens = {0};
   datum.targets = {0};
+  ForwardOptions options;
+  for (int rank = 0; world_ > 1 && rank < world_; ++rank) {
+    options.share.tokens.push_back(1);
+    options.share.k.push_back(1);
+    options.share.rank_of.push_back(rank);
+  }
   GW_RETURN_IF_ERROR(
-      trainer_->Forward({datum}, ForwardOptions(), [](DatumLogprobs) {})
-          .status());
+      trainer_->Forward({datum}, options, [](DatumLogprobs) {}).status());
   const ModelConfig& config = trainer_->config();
   v1::Profile profile;
   profile.set_job_id(load.job_id());
@@ -246,7 +275,7 @@ absl::StatusOr<v1::Profile> RankWorker::WarmUp(const v1::RankLoad& load) {
   profile.set_trainable(!load.spec().forward_only());
   profile.set_mode(load.spec().forward_only() ? "forward_only" : "full");
   profile.set_max_context_length(trainer_->plan().max_context);
-  profile.set_world_size(1);
+  profile.set_world_size(world_);
   profile.set_device(kernels_->description() + ", " +
                      std::to_string(device_.pool().num_threads()) + " threads");
   for (const LossInfo& info : LossTable()) {
@@ -285,31 +314,43 @@ absl::Status RankWorker::Forward(int64_t command_id,
   limits.max_context = trainer_->plan().max_context;
   std::vector<TrainDatum> data;
   std::vector<bool> matrix;
+  // Of the rank's datums, in the whole call.
+  std::vector<int64_t> indices =
+      OwnDatums(command.rank_of(), rank_, command.rank_of_size());
   for (v1::DatumChunk& chunk : datums_) {
     for (const v1::Datum& datum : chunk.datums()) {
+      if (world_ == 1) indices.push_back(static_cast<int64_t>(data.size()));
       GW_ASSIGN_OR_RETURN(
           TrainDatum decoded,
-          DecodeDatum(datum, static_cast<int64_t>(data.size()), info, limits));
+          DecodeDatum(datum, indices.at(data.size()), info, limits));
       data.push_back(std::move(decoded));
       matrix.push_back(
           datum.loss_fn_inputs().at("target_tokens").shape_size() == 2);
     }
     chunk.Clear();
   }
+  options.share.tokens.assign(command.tokens().begin(), command.tokens().end());
+  options.share.k.assign(command.k().begin(), command.k().end());
+  options.share.rank_of.assign(command.rank_of().begin(),
+                               command.rank_of().end());
   v1::RankEvent event;
   event.mutable_logprobs()->set_command_id(command_id);
   GW_ASSIGN_OR_RETURN(
       ForwardOutcome outcome,
       trainer_->Forward(data, options, [&](DatumLogprobs datum) {
         const bool flush = datum.last_of_micro_batch;
-        *event.mutable_logprobs()->mutable_chunk()->add_items() = ToItem(
-            datum, data[datum.index], matrix[datum.index], options.top_k);
+        const auto own = static_cast<size_t>(
+            std::lower_bound(indices.begin(), indices.end(), datum.index) -
+            indices.begin());
+        *event.mutable_logprobs()->mutable_chunk()->add_items() =
+            ToItem(datum, data[own], matrix[own], options.top_k);
         if (!flush) return;
-        send_(event);
+        link_.Send(event);
         event.mutable_logprobs()->clear_chunk();
       }));
   v1::ForwardResult& result = *done.mutable_forward();
-  result.set_datum_count(static_cast<int64_t>(data.size()));
+  result.set_datum_count(world_ == 1 ? static_cast<int64_t>(data.size())
+                                     : command.rank_of_size());
   CopyMetrics(outcome.metrics, *result.mutable_metrics());
   result.set_retained(outcome.retained);
   result.set_retained_layers(static_cast<int32_t>(outcome.retained_layers));
@@ -318,13 +359,16 @@ absl::Status RankWorker::Forward(int64_t command_id,
 
 absl::Status RankWorker::Backward(const v1::RankBackward& command,
                                   v1::RankDone& done) {
-  std::vector<std::vector<float>> d_logprobs(command.datum_count());
+  const std::vector<int64_t> indices =
+      OwnDatums(command.rank_of(), rank_, command.datum_count());
+  std::vector<std::vector<float>> d_logprobs(indices.size());
   for (const v1::GradientChunk& chunk : gradients_) {
     for (const v1::GradientItem& item : chunk.items()) {
       // Checked by the supervisor against the forward's shapes.
       const std::string& bytes = item.d_logprobs().data();
-      if (item.datum_index() < 0 ||
-          item.datum_index() >= command.datum_count() ||
+      const auto own =
+          std::lower_bound(indices.begin(), indices.end(), item.datum_index());
+      if (own == indices.end() || *own != item.datum_index() ||
           bytes.size() % sizeof(float) != 0) {
         return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                             "SHAPE_MISMATCH")
@@ -332,7 +376,8 @@ absl::Status RankWorker::Backward(const v1::RankBackward& command,
             .With("datum_index", item.datum_index())
             .Message("A gradient does not fit its datum.");
       }
-      std::vector<float>& d = d_logprobs[item.datum_index()];
+      std::vector<float>& d =
+          d_logprobs[static_cast<size_t>(own - indices.begin())];
       d.resize(bytes.size() / sizeof(float));
       std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(d.data()));
     }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rank's end of its stream to the supervisor: executes commands in order.
+// One rank's work: executes the supervisor's commands in order.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,14 +9,16 @@
 #include "device/cpu_device.h"
 #include "gradwire/v1/rank.pb.h"
 #include "kernels/kernels.h"
+#include "server/rank_link.h"
 #include "trainer/trainer.h"
 
 namespace gradwire {
 
-// Thread rule: one thread at a time. `send` is called from within Execute.
+// Thread rule: one thread at a time.
 class RankWorker {
  public:
-  RankWorker(int threads, std::function<void(const v1::RankEvent&)> send);
+  // `link` outlives the worker.
+  RankWorker(int threads, RankLink* link);
 
   // False: the rank is of no use and should exit (a load that failed).
   bool Execute(const v1::RankCommand& command);
@@ -33,9 +34,15 @@ class RankWorker {
                             v1::RankDone& done);
   absl::Status Run(const v1::RankCommand& command, v1::RankDone& done);
 
-  const std::function<void(const v1::RankEvent&)> send_;
+  absl::StatusOr<std::unique_ptr<Collectives>> JoinGroup(
+      const v1::RankLoad& load);
+
+  RankLink& link_;
   CpuDevice device_;
   std::unique_ptr<Kernels> kernels_;
+  int rank_ = 0;
+  int world_ = 1;
+  std::unique_ptr<Collectives> collectives_;
   std::unique_ptr<Trainer> trainer_;
   // Resident before the trainer's first allocation.
   int64_t other_bytes_ = 0;

@@ -161,6 +161,10 @@ class RankServiceImpl final : public v1::RankService::Service {
                            stream) override;
 
  private:
+  absl::Status Serve(
+      grpc::ServerContext* call,
+      grpc::ServerReaderWriter<v1::RankCommand, v1::RankEvent>* stream);
+
   ServiceContext& context_;
 };
 

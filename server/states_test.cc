@@ -141,8 +141,8 @@ using Actions = std::vector<JobAction>;
 v1::Job Running() {
   v1::Job job;
   StartJob(job);
-  Decide({JobEvent::kStarted, {}, 0, {}}, job);
-  Decide({JobEvent::kReady, {}, 1, {}}, job);
+  Decide({JobEvent::kStarted}, job);
+  Decide({JobEvent::kReady}, job);
   return job;
 }
 
@@ -157,26 +157,48 @@ TEST(DecideTest, AJobStartsLoadsAndIsReady) {
   v1::Job job;
   StartJob(job);
   EXPECT_EQ(job.state(), v1::JOB_STATE_CREATING);
-  Decide({JobEvent::kStarted, {}, 0, {}}, job);
+  Decide({JobEvent::kStarted}, job);
   EXPECT_EQ(job.state(), v1::JOB_STATE_PENDING);
-  Decide({JobEvent::kProgress, v1::JOB_PHASE_LOADING, 0.5, {}}, job);
+  Decide({JobEvent::kProgress, v1::JOB_PHASE_LOADING, 0.5}, job);
   EXPECT_EQ(job.state(), v1::JOB_STATE_RUNNING);
   EXPECT_EQ(job.progress(), 0.5);
   EXPECT_FALSE(job.ready());
-  Decide({JobEvent::kReady, {}, 1, {}}, job);
+  Decide({JobEvent::kReady}, job);
   EXPECT_TRUE(job.ready());
   EXPECT_EQ(job.phase(), v1::JOB_PHASE_READY);
 }
 
+TEST(DecideTest, AJobWaitsForItsRanks) {
+  v1::Job job;
+  StartJob(job);
+  Decide({JobEvent::kStarted}, job);
+  JobEvent joined{JobEvent::kRanksJoined};
+  joined.world_size = 3;
+  for (const int count : {1, 2, 1}) {
+    joined.joined = count;
+    Decide(joined, job);
+    EXPECT_EQ(job.state(), v1::JOB_STATE_PENDING);
+    EXPECT_EQ(job.status_reason(), "RANKS_MISSING");
+    EXPECT_EQ(job.status_message(),
+              std::to_string(count) + " of 3 ranks have come.");
+  }
+  joined.joined = 3;
+  Decide(joined, job);
+  EXPECT_EQ(job.state(), v1::JOB_STATE_PENDING);
+  EXPECT_EQ(job.status_reason(), "");
+  EXPECT_EQ(job.status_message(), "");
+}
+
 TEST(DecideTest, ADeadRankFailsTheJobOnce) {
   v1::Job job = Running();
-  EXPECT_EQ(Decide({JobEvent::kRankExited, {}, 0, Exit()}, job),
-            Actions{JobAction::kFailOperations});
+  const JobEvent exit{JobEvent::kRanksFailed, {}, 0, Exit()};
+  EXPECT_EQ(Decide(exit, job),
+            (Actions{JobAction::kFailOperations, JobAction::kStopRanks}));
   EXPECT_EQ(job.state(), v1::JOB_STATE_FAILED);
   EXPECT_EQ(job.status_reason(), "RANK_EXITED");
   EXPECT_EQ(job.error().metadata().at("signal"), "9");
   EXPECT_FALSE(job.ready());
-  EXPECT_TRUE(Decide({JobEvent::kReady, {}, 1, {}}, job).empty());
+  EXPECT_TRUE(Decide({JobEvent::kReady}, job).empty());
   EXPECT_FALSE(job.ready()) << "a late event changes nothing";
 }
 
@@ -186,19 +208,19 @@ TEST(DecideTest, ARefusedModelKeepsItsReason) {
   const absl::Status refused =
       ErrorBuilder(absl::StatusCode::kUnimplemented, "MODEL_UNSUPPORTED")
           .Message("no");
-  EXPECT_EQ(Decide({JobEvent::kModelFailed, {}, 0, refused}, job),
-            (Actions{JobAction::kFailOperations, JobAction::kStopRank}));
-  Decide({JobEvent::kRankExited, {}, 0, Exit()}, job);
+  Decide({JobEvent::kRanksFailed, {}, 0, refused}, job);
+  Decide({JobEvent::kRanksFailed, {}, 0, Exit()}, job);
   EXPECT_EQ(job.status_reason(), "MODEL_UNSUPPORTED");
 }
 
 TEST(DecideTest, DeletionEndsEverythingOnce) {
   v1::Job job = Running();
-  EXPECT_EQ(Decide({JobEvent::kDelete, {}, 0, {}}, job).size(), 3u);
+  EXPECT_EQ(Decide({JobEvent::kDelete}, job),
+            (Actions{JobAction::kFailOperations, JobAction::kStopRanks}));
   EXPECT_EQ(job.state(), v1::JOB_STATE_DELETING);
-  EXPECT_TRUE(Decide({JobEvent::kRankExited, {}, 0, Exit()}, job).empty());
-  EXPECT_TRUE(Decide({JobEvent::kDelete, {}, 0, {}}, job).empty());
-  Decide({JobEvent::kStopped, {}, 0, {}}, job);
+  EXPECT_TRUE(Decide({JobEvent::kRanksFailed, {}, 0, Exit()}, job).empty());
+  EXPECT_TRUE(Decide({JobEvent::kDelete}, job).empty());
+  Decide({JobEvent::kStopped}, job);
   EXPECT_EQ(job.state(), v1::JOB_STATE_DELETED);
 }
 

@@ -6,6 +6,7 @@
 #include <grpcpp/resource_quota.h>
 
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "base/error.h"
@@ -49,17 +50,22 @@ std::chrono::milliseconds Millis(double seconds) {
 
 absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
     const SupervisorOptions& options) {
-  const std::pair<const char*, double> numbers[] = {
-      {"threads", options.threads},
-      {"gap_timeout_seconds", options.gap_timeout_seconds},
-      {"result_retention_seconds", options.result_retention_seconds},
-      {"max_queued_ops", static_cast<double>(options.max_queued_ops)}};
-  for (const auto& [flag, value] : numbers) {
-    if (value >= 0 && value <= 1e7) continue;
+  // Ranks beat once a second.
+  constexpr double kLeastTimeout = 2;
+  const std::tuple<const char*, double, double> numbers[] = {
+      {"threads", options.threads, 0},
+      {"gap_timeout_seconds", options.gap_timeout_seconds, 0},
+      {"result_retention_seconds", options.result_retention_seconds, 0},
+      {"max_queued_ops", static_cast<double>(options.max_queued_ops), 0},
+      {"rank_timeout_seconds", options.rank_timeout_seconds, kLeastTimeout},
+      {"collective_timeout_seconds", options.collective_timeout_seconds, 1}};
+  for (const auto& [flag, value, least] : numbers) {
+    if (value >= least && value <= 1e7) continue;
     return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                         "OPTION_OUT_OF_RANGE")
         .With("field", flag)
         .With("value", value)
+        .With("limit", least)
         .Message("--" + std::string(flag) + " is out of range.");
   }
   GW_RETURN_IF_ERROR(ParseLoopback("listen", options.listen).status());
@@ -74,6 +80,9 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   environment.rank_binary = options.rank_binary;
   environment.rank_address = "unix:" + server->state_dir_->socket();
   environment.threads = options.threads;
+  environment.rank_timeout = absl::Seconds(options.rank_timeout_seconds);
+  environment.collective_timeout =
+      absl::Seconds(options.collective_timeout_seconds);
   environment.jobs_directory = server->state_dir_->jobs();
   environment.queue.max_ops = options.max_queued_ops;
   environment.queue.gap_timeout = Millis(options.gap_timeout_seconds);

@@ -28,6 +28,8 @@ struct SupervisorOptions {
   double gap_timeout_seconds = 600;
   double result_retention_seconds = 3600;
   int64_t max_queued_ops = 64;
+  double rank_timeout_seconds = 30;
+  double collective_timeout_seconds = 120;
 };
 
 class Supervisor {

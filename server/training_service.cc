@@ -267,10 +267,11 @@ grpc::Status TrainingServiceImpl::ForwardBackward(
     request.command.mutable_forward()->set_backward(true);
     request.digest = RequestDigest(v1::OPERATION_KIND_FORWARD_BACKWARD, header,
                                    request.digest);
-    GW_ASSIGN_OR_RETURN(OperationPtr op,
-                        target.job->Submit(header.model_id(), header.seq_id(),
-                                           v1::OPERATION_KIND_FORWARD_BACKWARD,
-                                           std::move(request), ""));
+    GW_ASSIGN_OR_RETURN(
+        OperationPtr op,
+        target.job->Submit(header.model_id(), header.seq_id(),
+                           v1::OPERATION_KIND_FORWARD_BACKWARD,
+                           std::move(request), "", 0, upload.TakeShapes()));
     Fill(target.job, op, reply);
     return absl::OkStatus();
   };

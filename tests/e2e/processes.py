@@ -27,6 +27,30 @@ def ranks_of(pid):
     return found
 
 
+def arguments_of(pid):
+    line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    return line.decode().split("\0")
+
+
+def ranks_by_number(pid):
+    """The ranks that `pid` has started, whatever program they are."""
+    found = {}
+    for folder in pathlib.Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) != pid or fields[0] == "Z":
+                continue
+            for argument in arguments_of(folder.name):
+                if argument.startswith("--rank="):
+                    rank = int(argument.removeprefix("--rank="))
+                    found[rank] = int(folder.name)
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
 class Watched:
     """A process that need not be a child."""
 
@@ -70,6 +94,7 @@ class Server:
         ports = json.loads(port_file.read_text())
         self.address = ports["grpc"]
         self.metrics_address = ports["metrics"]
+        self.rank_address = ports.get("rank")
 
     def __enter__(self):
         return self

@@ -804,7 +804,8 @@ def test_a_job_id_means_one_job(stubs, models):
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ({"world_size": 2}, "UNSUPPORTED_OPTION"),
+        ({"world_size": -1}, "OPTION_OUT_OF_RANGE"),
+        ({"world_size": 1025}, "OPTION_OUT_OF_RANGE"),
         ({"preemptible": True}, "UNSUPPORTED_OPTION"),
         ({"precision": "fp4"}, "PRECISION_UNKNOWN"),
         ({"moment_precision": "fp8"}, "PRECISION_UNKNOWN"),

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ranks answer, and what becomes of operations with it.
+#include <algorithm>
+
+#include "base/error.h"
+#include "google/protobuf/util/time_util.h"
+#include "server/grpc_status.h"
+#include "server/job.h"
+#include "server/job_errors.h"
+#include "server/payload_digest.h"
+
+namespace gradwire {
+
+void Job::OnLogprobs(GroupEvent& event) {
+  for (const auto& [id, op] : in_flight_) {
+    if (id != event.command_id) continue;
+    std::move(event.logprobs.begin(), event.logprobs.end(),
+              std::back_inserter(op->logprobs));
+    op->changed.SignalAll();
+  }
+}
+
+void Job::OnDone(const GroupEvent& event) {
+  const v1::RankDone& done = event.done;
+  if (in_flight_.empty() || in_flight_.front().first != done.command_id()) {
+    return;
+  }
+  OperationPtr op = in_flight_.front().second;
+  in_flight_.pop_front();
+  const bool stepped = done.optimizer_step() != job_.optimizer_step();
+  job_.set_weight_version(done.weight_version());
+  job_.set_optimizer_step(done.optimizer_step());
+  *job_.mutable_memory_use() = done.memory_use();
+  *job_.mutable_memory_use_max() = event.most_memory;
+  environment_->metrics->SetMemoryUse(id_, done.memory_use());
+  if (done.has_error()) {
+    Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
+  } else {
+    v1::Operation& record = op->record;
+    switch (done.result_case()) {
+      case v1::RankDone::kForward: {
+        *record.mutable_forward() = done.forward();
+        record.mutable_forward()->set_weight_version(done.weight_version());
+        record.mutable_forward()->set_optimizer_step(done.optimizer_step());
+        PayloadDigest digest;
+        for (const v1::LogprobItem& item : op->logprobs) digest.Add(item);
+        digest.Fill(&op->logprobs_commit);
+        break;
+      }
+      case v1::RankDone::kBackward:
+        *record.mutable_backward() = done.backward();
+        record.mutable_backward()->set_weight_version(done.weight_version());
+        record.mutable_backward()->set_optimizer_step(done.optimizer_step());
+        break;
+      case v1::RankDone::kOptimStep:
+        *record.mutable_optim_step() = done.optim_step();
+        break;
+      case v1::RankDone::kZeroGrad:
+        *record.mutable_zero_grad() = done.zero_grad();
+        break;
+      case v1::RankDone::kSnapshot:
+        *record.mutable_snapshot() = done.snapshot();
+        record.mutable_snapshot()->set_weight_version(done.weight_version());
+        record.mutable_snapshot()->set_optimizer_step(done.optimizer_step());
+        break;
+      case v1::RankDone::kRelease:
+        *record.mutable_release() = done.release();
+        break;
+      default:
+        break;
+    }
+    if (op->kind == v1::OPERATION_KIND_UNLOAD_MODEL) {
+      record.mutable_unload();
+      if (auto handle = FindHandle(op->model_id); handle.ok()) {
+        (*handle)->unloaded = true;
+        Fence(**handle, Unloaded());
+      }
+      activations_.clear();
+    } else if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) {
+      record.set_queue_position(static_cast<int32_t>(done.dropped_ops()));
+    }
+    Finish(op, v1::OPERATION_STATE_DONE, absl::OkStatus());
+  }
+  if (stepped) Changed();
+  work_.SignalAll();
+}
+
+void Job::Finish(const OperationPtr& op, v1::OperationState state,
+                 const absl::Status& error) {
+  op->ended = Clock::now();
+  op->request = OperationRequest();
+  const bool done = state == v1::OPERATION_STATE_DONE;
+  if (auto it = activations_.find(op->activation_id);
+      it != activations_.end() && op->kind != v1::OPERATION_KIND_UNSPECIFIED) {
+    Activation& activation = it->second;
+    --activation.pins;
+    activation.delivered = op->ended;
+    const bool forward = op->kind == v1::OPERATION_KIND_FORWARD;
+    if (forward && done) {
+      op->record.mutable_forward()->set_activation_id(op->activation_id);
+      *op->record.mutable_forward()->mutable_expires() =
+          google::protobuf::util::TimeUtil::NanosecondsToTimestamp(
+              absl::ToUnixNanos(absl::Now()) +
+              std::chrono::nanoseconds(activation.ttl).count());
+    } else if (forward || done) {
+      activations_.erase(it);
+    }
+  }
+  if (!done) {
+    *op->record.mutable_error() = ToOperationError(error);
+    std::vector<v1::LogprobItem>().swap(op->logprobs);
+  }
+  op->record.set_state(state);
+  *op->record.mutable_end_time() = WallNow();
+  op->changed.SignalAll();
+  if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) return;
+  results_.push_back(op);
+  environment_->sessions->Publish(op->session_id, op->record);
+  Measure(op);
+}
+
+void Job::FailOperations() {
+  absl::Status error = absl::OkStatus();
+  if (job_.has_error()) {
+    error = FromOperationError(job_.error());
+  } else {
+    error = stopping_
+                ? ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_STOPPED")
+                      .Server()
+                      .Message("The server stopped before the operation ended.")
+                : ErrorBuilder(absl::StatusCode::kAborted, "JOB_DELETED")
+                      .With("job_id", id_)
+                      .Message(
+                          "The job was deleted before the operation "
+                          "ended.");
+  }
+  for (auto& [id, op] : in_flight_) {
+    Finish(op, v1::OPERATION_STATE_FAILED, error);
+  }
+  in_flight_.clear();
+  for (const OperationPtr& op : control_) {
+    Finish(op, v1::OPERATION_STATE_FAILED, error);
+  }
+  control_.clear();
+  for (auto& [id, handle] : handles_) Fence(*handle, error);
+  activations_.clear();
+}
+
+void Job::Measure(const OperationPtr& op) {
+  const auto seconds = [](Clock::duration d) {
+    return std::chrono::duration<double>(d).count();
+  };
+  const v1::Operation& record = op->record;
+  const bool ok = record.state() == v1::OPERATION_STATE_DONE;
+  const bool ran = op->started != Clock::time_point();
+  std::string outcome = "ok";
+  if (record.state() == v1::OPERATION_STATE_CANCELLED) {
+    outcome = "cancelled";
+  } else if (!ok) {
+    outcome =
+        record.error().category() == "USER" ? "user_error" : "server_error";
+  }
+  Metrics::OperationMeasure measure;
+  measure.job_id = id_;
+  measure.op = KindName(op->kind);
+  measure.outcome = outcome;
+  measure.queue_seconds = ran ? seconds(op->started - op->submitted) : 0;
+  measure.execution_seconds = ran ? seconds(op->ended - op->started) : 0;
+  measure.tokens = ok ? op->tokens : 0;
+  measure.reason = record.error().reason();
+  environment_->metrics->CountOperation(measure);
+  if (ok && record.has_optim_step()) {
+    environment_->metrics->SetStep(
+        id_, record.optim_step().optimizer_step(),
+        record.optim_step().grad_norm(),
+        record.optim_step().effective().learning_rate());
+  }
+  if (ok && record.has_forward()) {
+    auto loss = record.forward().metrics().find("loss:sum");
+    if (loss != record.forward().metrics().end() &&
+        op->kind == v1::OPERATION_KIND_FORWARD_BACKWARD) {
+      environment_->metrics->SetLoss(id_, loss->second);
+    }
+  }
+}
+
+}  // namespace gradwire
