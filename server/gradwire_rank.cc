@@ -10,22 +10,35 @@
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
+#include "absl/status/statusor.h"
+#include "base/error.h"
 #include "base/log.h"
 #include "device/cpu_device.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "nlohmann/json.hpp"
 #include "server/default_precision.h"
 #include "server/rank_cpus.h"
+#include "server/rank_hello.h"
 #include "server/rank_link.h"
 #include "server/rank_worker.h"
 #include "server/version.h"
 
 ABSL_FLAG(std::string, supervisor, "",
-          "where the supervisor listens: unix:...");
+          "where the supervisor listens: HOST:PORT or unix:...");
 ABSL_FLAG(std::string, job_id, "", "the job this rank is of");
 ABSL_FLAG(int, rank, 0, "which of the job's ranks this is");
 ABSL_FLAG(int, world_size, 1, "how many ranks the job has");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0 = one for each core");
+ABSL_FLAG(
+    std::string, join_token_file, "",
+    "file with the job's secret; default: what GRADWIRE_JOIN_TOKEN holds");
+ABSL_FLAG(double, dial_timeout_seconds, 600,
+          "how long to try while the supervisor, or its job, is not there yet");
+ABSL_FLAG(std::string, rank_tls_cert, "", "PEM file: this rank's certificate");
+ABSL_FLAG(std::string, rank_tls_key, "", "PEM file: its private key");
+ABSL_FLAG(std::string, rank_tls_ca, "",
+          "PEM file: the authority that signs the supervisor's certificate");
+ABSL_FLAG(bool, rank_insecure, false, "dial over a network without TLS");
 ABSL_FLAG(std::string, cpus, "",
           "CPUs to compute on, such as 0,1,4; default: all");
 ABSL_FLAG(bool, describe, false,
@@ -51,16 +64,33 @@ void Describe() {
   std::printf("%s\n", description.dump().c_str());
 }
 
+absl::StatusOr<std::string> JoinToken() {
+  if (absl::GetFlag(FLAGS_supervisor).empty()) {
+    return absl::InvalidArgumentError(
+        "gradwire_rank needs --supervisor, and is best started by gradwired; "
+        "see docs/sharding.md");
+  }
+  const std::string path = absl::GetFlag(FLAGS_join_token_file);
+  if (!path.empty()) return ReadJoinToken(path);
+  const char* token = std::getenv("GRADWIRE_JOIN_TOKEN");
+  if (token == nullptr) {
+    return absl::InvalidArgumentError(
+        "a rank needs GRADWIRE_JOIN_TOKEN or --join_token_file");
+  }
+  const std::string copy = token;
+  // Not for everybody who may look at this process.
+  unsetenv("GRADWIRE_JOIN_TOKEN");
+  return copy;
+}
+
 int Main() {
   if (absl::GetFlag(FLAGS_describe)) {
     Describe();
     return 0;
   }
-  const char* token = std::getenv("GRADWIRE_JOIN_TOKEN");
-  if (token == nullptr || absl::GetFlag(FLAGS_supervisor).empty()) {
-    spdlog::error(
-        "gradwire_rank is started by gradwired, which gives it an address and "
-        "a token");
+  const auto token = JoinToken();
+  if (!token.ok()) {
+    spdlog::error("{}", std::string(token.status().message()));
     return kBadConfiguration;
   }
   // Before the first thread, for all of them.
@@ -76,16 +106,29 @@ int Main() {
   options.hello.set_world_size(absl::GetFlag(FLAGS_world_size));
   options.hello.set_pid(getpid());
   options.hello.set_version(kVersion);
-  options.hello.set_join_token(token);
-  unsetenv("GRADWIRE_JOIN_TOKEN");
+  options.hello.set_join_token(*token);
+  options.dial_timeout =
+      absl::Seconds(absl::GetFlag(FLAGS_dial_timeout_seconds));
+  options.tls.cert = absl::GetFlag(FLAGS_rank_tls_cert);
+  options.tls.key = absl::GetFlag(FLAGS_rank_tls_key);
+  options.tls.ca = absl::GetFlag(FLAGS_rank_tls_ca);
+  options.tls.insecure = absl::GetFlag(FLAGS_rank_insecure);
   auto link = RankLink::Dial(options);
   if (!link.ok()) {
-    spdlog::error("{}", std::string(link.status().message()));
+    const auto detail = GetErrorDetail(link.status());
+    spdlog::error("rank {} of job {} cannot join: {}{}",
+                  absl::GetFlag(FLAGS_rank), absl::GetFlag(FLAGS_job_id),
+                  detail ? detail->reason + ": " : "",
+                  std::string(link.status().message()));
     return EXIT_FAILURE;
   }
-  RankWorker worker(absl::GetFlag(FLAGS_threads), link->get());
-  while (worker.Execute((*link)->NextCommand())) {
-  }
+  // The first command is to load, and says what the job was given.
+  v1::RankCommand command = (*link)->NextCommand();
+  RankWorker worker(absl::GetFlag(FLAGS_threads) > 0
+                        ? absl::GetFlag(FLAGS_threads)
+                        : command.load().spec().threads(),
+                    link->get());
+  while (worker.Execute(command)) command = (*link)->NextCommand();
   // The load has failed and was reported.
   (*link)->AwaitEnd();
 }

@@ -27,7 +27,21 @@ ABSL_FLAG(std::string, metrics_listen, "127.0.0.1:9700",
 ABSL_FLAG(std::string, port_file, "",
           "file that tells the addresses once the server accepts requests");
 ABSL_FLAG(std::string, launch, "local",
-          "how ranks are started: local (by this server)");
+          "how ranks are started: local (by this server), or external (by a "
+          "cluster's scheduler; see docs/sharding.md)");
+ABSL_FLAG(std::string, rank_listen, "",
+          "with --launch=external, HOST:PORT where ranks dial; port 0 takes a "
+          "free one");
+ABSL_FLAG(std::string, join_token_file, "",
+          "with --launch=external, file with the secret that ranks must know, "
+          "at least 32 characters");
+ABSL_FLAG(std::string, rank_tls_cert, "",
+          "PEM file: this server's certificate towards ranks");
+ABSL_FLAG(std::string, rank_tls_key, "", "PEM file: its private key");
+ABSL_FLAG(std::string, rank_tls_ca, "",
+          "PEM file: the authority that signs ranks' certificates");
+ABSL_FLAG(bool, rank_insecure, false,
+          "let ranks come over a network without TLS");
 ABSL_FLAG(int, threads, 0,
           "CPU threads of each rank; 0: an equal share of the cores");
 ABSL_FLAG(std::string, rank_binary, "",
@@ -132,11 +146,13 @@ int Main() {
          "gradwire_rank")
             .string();
   }
-  if (absl::GetFlag(FLAGS_launch) != "local") {
-    spdlog::error("--launch={} is not supported; use local",
-                  absl::GetFlag(FLAGS_launch));
-    return kBadConfiguration;
-  }
+  options.launch = absl::GetFlag(FLAGS_launch);
+  options.rank_listen = absl::GetFlag(FLAGS_rank_listen);
+  options.join_token_file = absl::GetFlag(FLAGS_join_token_file);
+  options.rank_tls.cert = absl::GetFlag(FLAGS_rank_tls_cert);
+  options.rank_tls.key = absl::GetFlag(FLAGS_rank_tls_key);
+  options.rank_tls.ca = absl::GetFlag(FLAGS_rank_tls_ca);
+  options.rank_tls.insecure = absl::GetFlag(FLAGS_rank_insecure);
   const double drain = absl::GetFlag(FLAGS_drain_seconds);
   if (!(drain >= 0 && drain <= 86400)) {
     spdlog::error("--drain_seconds must be from 0 to 86400");
@@ -160,6 +176,9 @@ int Main() {
   spdlog::info("gradwired {} serves on {}, metrics on {}, state in {}, {}",
                kVersion, (*server)->address(), (*server)->metrics_address(),
                options.state_dir, (*server)->device());
+  if (!(*server)->rank_address().empty()) {
+    spdlog::info("ranks dial {}", (*server)->rank_address());
+  }
   int received = 0;
   do {
     sigwait(&signals, &received);

@@ -62,8 +62,12 @@ void Job::StartRanks() {
   RankGroupOptions options;
   options.job_id = id_;
   options.world_size = world_size();
-  options.join_token = RandomHex(32);
-  options.rank_binary = environment_->rank_binary;
+  if (environment_->external) {
+    options.join_token = environment_->join_token;
+  } else {
+    options.join_token = RandomHex(32);
+    options.rank_binary = environment_->rank_binary;
+  }
   options.rank_address = environment_->rank_address;
   options.threads =
       spec_.threads() > 0 ? spec_.threads() : environment_->threads;

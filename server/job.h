@@ -36,6 +36,9 @@ struct JobEnvironment {
   SessionTable* sessions = nullptr;
   Metrics* metrics = nullptr;
   std::string rank_binary;
+  // Ranks are started by somebody else, and know this token.
+  bool external = false;
+  std::string join_token;
   // Where ranks dial: "unix:...".
   std::string rank_address;
   // Default of JobSpec.threads; 0 = an equal share of the cores.

@@ -12,6 +12,7 @@
 #include "absl/strings/numbers.h"
 #include "base/error.h"
 #include "base/status.h"
+#include "server/host_port.h"
 
 namespace gradwire {
 namespace {
@@ -29,21 +30,6 @@ int Answer(mg_connection* connection, int code, const char* meaning,
 constexpr char kText[] = "text/plain; charset=utf-8";
 
 }  // namespace
-
-absl::StatusOr<HostPort> ParseHostPort(const std::string& address) {
-  HostPort out;
-  const size_t colon = address.rfind(':');
-  if (colon != std::string::npos) out.host = address.substr(0, colon);
-  if (colon == std::string::npos || out.host.empty() ||
-      !absl::SimpleAtoi(address.substr(colon + 1), &out.port) || out.port < 0 ||
-      out.port > 65535) {
-    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "ADDRESS_INVALID")
-        .With("value", address.substr(0, 128))
-        .Message("'" + address.substr(0, 128) +
-                 "' is no address; give HOST:PORT, as in 127.0.0.1:7700.");
-  }
-  return out;
-}
 
 absl::StatusOr<std::unique_ptr<OpsHttp>> OpsHttp::Start(
     const std::string& address, Handlers handlers) {

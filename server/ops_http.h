@@ -40,11 +40,4 @@ class OpsHttp {
   std::string address_;
 };
 
-// Splits "host:port" ("[::1]:80" for IPv6). Errors: ADDRESS_INVALID.
-struct HostPort {
-  std::string host;
-  int port = 0;
-};
-absl::StatusOr<HostPort> ParseHostPort(const std::string& address);
-
 }  // namespace gradwire

@@ -54,6 +54,8 @@ void RankGroup::Start() {
   {
     absl::MutexLock lock(&mu_);
     starting_ = false;
+    // Others may take their time to start them.
+    if (!local()) outbox_.push_back({.kind = GroupEvent::kJoined});
     CheckEnded();
   }
   Deliver();
@@ -78,7 +80,8 @@ void RankGroup::StartProcess(int rank) {
       "--job_id=" + options_.job_id,
       "--rank=" + std::to_string(rank),
       "--world_size=" + std::to_string(options_.world_size),
-      "--threads=" + std::to_string(threads)};
+      "--threads=" + std::to_string(threads),
+      "--dial_timeout_seconds=0"};
   if (!own.empty()) argv.push_back("--cpus=" + FormatCpus(own));
   auto process = RankProcess::Start(
       argv, {{"GRADWIRE_JOIN_TOKEN", options_.join_token}},

@@ -3,9 +3,11 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/time/clock.h"
 #include "base/error.h"
 #include "base/log.h"
@@ -16,25 +18,60 @@ namespace gradwire {
 namespace {
 
 constexpr absl::Duration kBeat = absl::Seconds(1);
+constexpr absl::Duration kFirstPause = absl::Milliseconds(100);
+constexpr absl::Duration kLongestPause = absl::Seconds(5);
+
+// Schedulers start things in any order.
+bool MayComeLater(const absl::Status& status) {
+  const auto detail = GetErrorDetail(status);
+  return absl::IsUnavailable(status) ||
+         (detail && (detail->reason == "RANK_JOB_UNKNOWN" ||
+                     detail->reason == "RANK_GROUP_ENDED"));
+}
 
 }  // namespace
 
-RankLink::RankLink(const RankLinkOptions& options) {
+RankLink::RankLink(
+    const RankLinkOptions& options,
+    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
-  stub_ = v1::RankService::NewStub(grpc::CreateCustomChannel(
-      options.supervisor, grpc::InsecureChannelCredentials(), arguments));
+  // Else a new channel inherits the backoff of one that failed before.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  if (!absl::StartsWith(options.supervisor, "unix:")) {
+    // A supervisor whose machine is gone says no goodbye.
+    arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
+    arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
+  }
+  stub_ = v1::RankService::NewStub(
+      grpc::CreateCustomChannel(options.supervisor, credentials, arguments));
   stream_ = stub_->Connect(&context_);
 }
 
 absl::StatusOr<std::unique_ptr<RankLink>> RankLink::Dial(
     const RankLinkOptions& options) {
-  std::unique_ptr<RankLink> link(new RankLink(options));
-  GW_RETURN_IF_ERROR(link->Join(options.hello));
-  link->reader_ = std::thread([l = link.get()] { l->Read(); });
-  link->beater_ = std::thread([l = link.get()] { l->Beat(); });
-  return link;
+  GW_ASSIGN_OR_RETURN(auto credentials,
+                      RankChannelCredentials(options.supervisor, options.tls));
+  const absl::Time deadline = absl::Now() + options.dial_timeout;
+  absl::Duration pause = kFirstPause;
+  std::string said;
+  while (true) {
+    std::unique_ptr<RankLink> link(new RankLink(options, credentials));
+    const absl::Status status = link->Join(options.hello);
+    if (status.ok()) {
+      link->reader_ = std::thread([l = link.get()] { l->Read(); });
+      link->beater_ = std::thread([l = link.get()] { l->Beat(); });
+      return link;
+    }
+    if (!MayComeLater(status) || absl::Now() + pause > deadline) return status;
+    if (const std::string why(status.message()); why != said) {
+      spdlog::info("not yet: {}", why);
+      said = why;
+    }
+    absl::SleepFor(pause);
+    pause = std::min(2 * pause, kLongestPause);
+  }
 }
 
 absl::Status RankLink::Join(const v1::RankHello& hello) {

@@ -16,13 +16,17 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "gradwire/v1/rank.grpc.pb.h"
+#include "server/rank_tls.h"
 
 namespace gradwire {
 
 struct RankLinkOptions {
   // "unix:..." or HOST:PORT.
   std::string supervisor;
+  RankTls tls;
   v1::RankHello hello;
+  // How long to try while the supervisor, or the job, is not there yet.
+  absl::Duration dial_timeout;
 };
 
 // Thread rule: all methods from any thread. When the stream ends, so does the
@@ -30,7 +34,8 @@ struct RankLinkOptions {
 // there is nobody to work for.
 class RankLink {
  public:
-  // Joins the job's group. Errors: what the supervisor says.
+  // Joins the job's group. Errors: what the supervisor says; those of
+  // RankChannelCredentials.
   static absl::StatusOr<std::unique_ptr<RankLink>> Dial(
       const RankLinkOptions& options);
 
@@ -46,7 +51,8 @@ class RankLink {
   [[noreturn]] void AwaitEnd();
 
  private:
-  explicit RankLink(const RankLinkOptions& options);
+  RankLink(const RankLinkOptions& options,
+           const std::shared_ptr<grpc::ChannelCredentials>& credentials);
   absl::Status Join(const v1::RankHello& hello);
   void Read();
   void Beat();

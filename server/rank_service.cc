@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <grpcpp/alarm.h>
+
 #include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
@@ -8,6 +10,8 @@
 
 namespace gradwire {
 namespace {
+
+constexpr auto kHelloTimeout = std::chrono::seconds(10);
 
 using RankRpc = grpc::ServerReaderWriter<v1::RankCommand, v1::RankEvent>;
 
@@ -25,16 +29,52 @@ class GrpcRankStream : public RankStream {
   RankRpc* const stream_;
 };
 
+// Ends a call that says nothing.
+class HelloTimer {
+ public:
+  explicit HelloTimer(grpc::ServerContext* call)
+      : state_(std::make_shared<State>()) {
+    state_->call = call;
+    alarm_.Set(std::chrono::system_clock::now() + kHelloTimeout,
+               [state = state_](bool expired) {
+                 absl::MutexLock lock(&state->mu);
+                 if (expired && state->call != nullptr) {
+                   state->call->TryCancel();
+                 }
+               });
+  }
+  void Stop() {
+    absl::MutexLock lock(&state_->mu);
+    state_->call = nullptr;
+  }
+
+ private:
+  // Outlives the timer, whose callback may be late.
+  struct State {
+    absl::Mutex mu;
+    grpc::ServerContext* call ABSL_GUARDED_BY(mu) = nullptr;
+  };
+  std::shared_ptr<State> state_;
+  grpc::Alarm alarm_;
+};
+
 }  // namespace
 
 absl::Status RankServiceImpl::Serve(grpc::ServerContext* call,
                                     RankRpc* stream) {
   v1::RankEvent event;
-  if (!stream->Read(&event) || !event.has_hello()) {
+  HelloTimer timer(call);
+  const bool hello_read = stream->Read(&event) && event.has_hello();
+  timer.Stop();
+  if (!hello_read) {
     return ErrorBuilder(absl::StatusCode::kPermissionDenied, "RANK_REFUSED")
         .Message("A rank's first message must be its hello.");
   }
   const v1::RankHello hello = std::move(*event.mutable_hello());
+  // Strangers learn nothing of jobs.
+  if (context_.environment->external) {
+    GW_RETURN_IF_ERROR(CheckToken(hello, context_.environment->join_token));
+  }
   auto job = context_.jobs->Get(hello.job_id());
   const std::shared_ptr<RankGroup> ranks = job.ok() ? (*job)->ranks() : nullptr;
   if (ranks == nullptr) return RankJobUnknown(hello);

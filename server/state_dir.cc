@@ -115,12 +115,14 @@ StateDir::~StateDir() {
 
 absl::StatusOr<std::unique_ptr<PortFile>> PortFile::Write(
     const std::string& path, const std::string& grpc_address,
-    const std::string& metrics_address) {
+    const std::string& metrics_address, const std::string& rank_address) {
   std::unique_ptr<PortFile> file(new PortFile);
   file->path_ = path;
-  file->content_ = "{\"grpc\": \"" + grpc_address + "\", \"metrics\": \"" +
-                   metrics_address +
-                   "\", \"pid\": " + std::to_string(getpid()) + "}\n";
+  file->content_ =
+      "{\"grpc\": \"" + grpc_address + "\", \"metrics\": \"" + metrics_address +
+      "\"" +
+      (rank_address.empty() ? "" : ", \"rank\": \"" + rank_address + "\"") +
+      ", \"pid\": " + std::to_string(getpid()) + "}\n";
   const std::string pending = path + ".pending." + std::to_string(getpid());
   const int fd =
       open(pending.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);

@@ -32,14 +32,15 @@ class StateDir {
   int lock_fd_ = -1;
 };
 
-// Writes {"grpc": ..., "metrics": ..., "pid": ...} atomically; the destructor
-// removes the file if it is still this process's.
+// Writes {"grpc": ..., "metrics": ..., "pid": ...} atomically, with "rank"
+// where ranks have an address; the destructor removes the file if it is still
+// this process's.
 class PortFile {
  public:
   // Errors: FAILED_PRECONDITION PORT_FILE_UNUSABLE.
   static absl::StatusOr<std::unique_ptr<PortFile>> Write(
       const std::string& path, const std::string& grpc_address,
-      const std::string& metrics_address);
+      const std::string& metrics_address, const std::string& rank_address);
   ~PortFile();
 
  private:

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/supervisor.h"
 
-#include <arpa/inet.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/resource_quota.h>
 
@@ -13,25 +12,24 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "server/host_port.h"
+#include "server/rank_hello.h"
 
 namespace gradwire {
 namespace {
 
 constexpr int kMaxThreads = 4096;
+// The logprobs of one datum of 128k tokens, with 64 alternatives each, and
+// some.
+constexpr int kMaxRankMessage = 256 << 20;
 constexpr const char* kServices[] = {
     "", "gradwire.v1.JobService", "gradwire.v1.SessionService",
     "gradwire.v1.OperationService", "gradwire.v1.TrainingService"};
 
-absl::StatusOr<HostPort> ParseLoopback(const std::string& flag,
-                                       const std::string& address) {
+absl::Status CheckLoopback(const std::string& flag,
+                           const std::string& address) {
   GW_ASSIGN_OR_RETURN(HostPort where, ParseHostPort(address));
-  // A name that merely begins with "127." may be anybody's.
-  in_addr ip;
-  const bool is_loopback = inet_pton(AF_INET, where.host.c_str(), &ip) == 1 &&
-                           ntohl(ip.s_addr) >> 24 == 127;
-  if (where.host == "localhost" || where.host == "[::1]" || is_loopback) {
-    return where;
-  }
+  if (IsLoopback(where.host)) return absl::OkStatus();
   return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                       "ADDRESS_NOT_LOOPBACK")
       .With("field", flag)
@@ -40,6 +38,33 @@ absl::StatusOr<HostPort> ParseLoopback(const std::string& flag,
                " can be reached from other machines, and this server has "
                "neither TLS nor authentication. Listen on 127.0.0.1 and reach "
                "it through an SSH tunnel.");
+}
+
+absl::Status LaunchMismatch(const std::string& flag,
+                            const std::string& message) {
+  return ErrorBuilder(absl::StatusCode::kInvalidArgument, "LAUNCH_INVALID")
+      .With("field", flag)
+      .Message(message);
+}
+
+// What belongs to one way of starting ranks is refused with the other.
+absl::Status CheckLaunch(const SupervisorOptions& options) {
+  if (options.launch != "local" && options.launch != "external") {
+    return LaunchMismatch("launch", "--launch=" + options.launch +
+                                        " is unknown; use local or external.");
+  }
+  const bool external = options.launch == "external";
+  const std::pair<const char*, bool> given[] = {
+      {"rank_listen", !options.rank_listen.empty()},
+      {"join_token_file", !options.join_token_file.empty()}};
+  for (const auto& [flag, is_given] : given) {
+    if (is_given == external) continue;
+    return LaunchMismatch(
+        flag, external ? "--launch=external needs --" + std::string(flag) + "."
+                       : "--" + std::string(flag) +
+                             " is for --launch=external alone.");
+  }
+  return absl::OkStatus();
 }
 
 std::chrono::milliseconds Millis(double seconds) {
@@ -68,9 +93,9 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
         .With("limit", least)
         .Message("--" + std::string(flag) + " is out of range.");
   }
-  GW_RETURN_IF_ERROR(ParseLoopback("listen", options.listen).status());
-  GW_RETURN_IF_ERROR(
-      ParseLoopback("metrics_listen", options.metrics_listen).status());
+  GW_RETURN_IF_ERROR(CheckLoopback("listen", options.listen));
+  GW_RETURN_IF_ERROR(CheckLoopback("metrics_listen", options.metrics_listen));
+  GW_RETURN_IF_ERROR(CheckLaunch(options));
 
   std::unique_ptr<Supervisor> server(new Supervisor);
   GW_ASSIGN_OR_RETURN(server->state_dir_, StateDir::Open(options.state_dir));
@@ -83,6 +108,12 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   environment.rank_timeout = absl::Seconds(options.rank_timeout_seconds);
   environment.collective_timeout =
       absl::Seconds(options.collective_timeout_seconds);
+  environment.external = options.launch == "external";
+  if (environment.external) {
+    GW_ASSIGN_OR_RETURN(environment.join_token,
+                        ReadJoinToken(options.join_token_file));
+  }
+  server->context_.launch = options.launch;
   environment.jobs_directory = server->state_dir_->jobs();
   environment.queue.max_ops = options.max_queued_ops;
   environment.queue.gap_timeout = Millis(options.gap_timeout_seconds);
@@ -111,13 +142,17 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
                       [s = server.get()] { return s->registry_.Scrape(); }}));
   server->context_.metrics_address = server->metrics_->address();
   GW_RETURN_IF_ERROR(server->StartRankListener());
+  if (environment.external) {
+    GW_RETURN_IF_ERROR(server->StartExternalRankListener(options));
+  }
   GW_RETURN_IF_ERROR(server->StartPublicListener(options.listen));
   for (const char* service : kServices) server->health_.Set(service, true);
   server->serving_ = true;
   if (!options.port_file.empty()) {
-    GW_ASSIGN_OR_RETURN(server->port_file_,
-                        PortFile::Write(options.port_file, server->address_,
-                                        server->metrics_->address()));
+    GW_ASSIGN_OR_RETURN(
+        server->port_file_,
+        PortFile::Write(options.port_file, server->address_,
+                        server->metrics_->address(), server->rank_address_));
   }
   return server;
 }
@@ -137,6 +172,39 @@ absl::Status Supervisor::StartRankListener() {
       .Message(
           "The ranks' socket cannot be made in the state directory. Give "
           "another --state_dir.");
+}
+
+absl::Status Supervisor::StartExternalRankListener(
+    const SupervisorOptions& options) {
+  GW_ASSIGN_OR_RETURN(
+      std::shared_ptr<grpc::ServerCredentials> credentials,
+      RankServerCredentials(options.rank_listen, options.rank_tls));
+  GW_ASSIGN_OR_RETURN(HostPort where, ParseHostPort(options.rank_listen));
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(options.rank_listen, credentials, &port);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // Ranks notice by pings that this machine is gone, and this one by their
+  // heartbeats.
+  builder.AddChannelArgument(
+      GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
+  builder.SetMaxReceiveMessageSize(kMaxRankMessage);
+  builder.SetMaxSendMessageSize(-1);
+  grpc::ResourceQuota quota("gradwire-ranks");
+  quota.SetMaxThreads(kMaxThreads);
+  builder.SetResourceQuota(quota);
+  builder.RegisterService(&external_rank_service_);
+  external_rank_server_ = builder.BuildAndStart();
+  if (external_rank_server_ == nullptr || port == 0) {
+    return ErrorBuilder(absl::StatusCode::kUnavailable, "PORT_TAKEN")
+        .With("value", options.rank_listen)
+        .Message("Cannot listen for ranks on " + options.rank_listen +
+                 ": the port is taken or not this machine's, or the "
+                 "certificate does not fit its key.");
+  }
+  rank_address_ = where.host + ":" + std::to_string(port);
+  return absl::OkStatus();
 }
 
 absl::Status Supervisor::StartPublicListener(const std::string& listen) {
@@ -197,6 +265,7 @@ void Supervisor::Stop(absl::Duration drain) {
   const auto grace = std::chrono::system_clock::now() + std::chrono::seconds(2);
   public_server_->Shutdown(grace);
   rank_server_->Shutdown(grace);
+  if (external_rank_server_ != nullptr) external_rank_server_->Shutdown(grace);
   port_file_.reset();
   metrics_.reset();
 }

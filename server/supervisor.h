@@ -11,6 +11,7 @@
 #include "server/job_table.h"
 #include "server/metrics.h"
 #include "server/ops_http.h"
+#include "server/rank_tls.h"
 #include "server/rpc_metrics.h"
 #include "server/services.h"
 #include "server/session_table.h"
@@ -30,12 +31,19 @@ struct SupervisorOptions {
   int64_t max_queued_ops = 64;
   double rank_timeout_seconds = 30;
   double collective_timeout_seconds = 120;
+  // "local", or "external": ranks come by themselves, with the token, to
+  // rank_listen.
+  std::string launch = "local";
+  std::string rank_listen;
+  std::string join_token_file;
+  RankTls rank_tls;
 };
 
 class Supervisor {
  public:
   // Serves when it returns. Errors: those of StateDir, PortFile and OpsHttp;
-  // PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE.
+  // PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE; LAUNCH_INVALID;
+  // those of ReadJoinToken and RankServerCredentials.
   static absl::StatusOr<std::unique_ptr<Supervisor>> Start(
       const SupervisorOptions& options);
   // No new work; what runs may end within `drain`; then everything stops.
@@ -44,10 +52,13 @@ class Supervisor {
   const std::string& address() const { return address_; }
   const std::string& device() const { return context_.device; }
   const std::string& metrics_address() const { return metrics_->address(); }
+  // Where ranks dial; empty unless they come by themselves.
+  const std::string& rank_address() const { return rank_address_; }
 
  private:
   Supervisor() = default;
   absl::Status StartRankListener();
+  absl::Status StartExternalRankListener(const SupervisorOptions& options);
   absl::Status StartPublicListener(const std::string& listen);
 
   std::unique_ptr<StateDir> state_dir_;
@@ -62,11 +73,14 @@ class Supervisor {
   OperationServiceImpl operation_service_{&context_};
   TrainingServiceImpl training_service_{&context_};
   RankServiceImpl rank_service_{&context_};
+  RankServiceImpl external_rank_service_{&context_};
   std::unique_ptr<OpsHttp> metrics_;
   std::unique_ptr<grpc::Server> rank_server_;
+  std::unique_ptr<grpc::Server> external_rank_server_;
   std::unique_ptr<grpc::Server> public_server_;
   std::unique_ptr<PortFile> port_file_;
   std::string address_;
+  std::string rank_address_;
   std::atomic<bool> serving_{false};
 };
 
