@@ -105,7 +105,7 @@ done)
 python_test pytest "${suites[@]}"
 
 for config in "${sanitizers[@]}"; do
-  packages=(base device model checkpoint trainer server)
+  packages=(base device model sharding checkpoint trainer server)
   # The libraries below the kernels bring OpenMP, which tsan cannot see through.
   if [[ $config != tsan ]]; then packages+=(kernels); fi
   mapfile -t targets < <(unit "${packages[@]}")

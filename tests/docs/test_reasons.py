@@ -5,7 +5,15 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LAYERS = ("base", "checkpoint", "device", "kernels", "model", "server")
+LAYERS = (
+    "base",
+    "checkpoint",
+    "device",
+    "kernels",
+    "model",
+    "server",
+    "sharding",
+)
 WORD = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+"
 
 

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is promised when a rank does not come, aborts or leaves.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "sharding/conformance.h"
+#include "sharding/conformance_values.h"
+
+namespace gradwire {
+namespace {
+
+// "COLLECTIVE_TIMEOUT rank 2", or the message of a status without a reason.
+std::string Summary(const absl::Status& status) {
+  const auto detail = GetErrorDetail(status);
+  if (!detail) return std::string(status.message());
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(detail->category, ErrorCategory::kServer);
+  return detail->reason + " rank " + detail->metadata.at("rank");
+}
+
+absl::Status SumUp(RankThread t, std::vector<float>& values) {
+  return t.Wait(t.group.AllReduce(t.stream, TensorOf(values)));
+}
+
+// A guard against hangs, far above what anything here takes.
+constexpr absl::Duration kSoon = absl::Seconds(10);
+
+TEST_P(CollectivesConformanceTest, ATimeoutNamesTheRankThatNeverCame) {
+  if (world() == 1) GTEST_SKIP();
+  const int late = world() - 1;
+  const Group group = NewGroup(absl::Milliseconds(400));
+  Run(group, late, [&](RankThread t) {
+    std::vector<float> values(100);
+    const absl::Status status = SumUp(t, values);
+    EXPECT_EQ(Summary(status),
+              "COLLECTIVE_TIMEOUT rank " + std::to_string(late));
+    EXPECT_EQ(GetErrorDetail(status)->metadata.at("seconds"), "0.4");
+    // The same again, at once, whatever is asked for.
+    const absl::Time start = absl::Now();
+    for (int i = 0; i < 10; ++i) {
+      EXPECT_EQ(SumUp(t, values), status);
+      EXPECT_EQ(t.Wait(t.group.Broadcast(t.stream, TensorOf(values), 0)),
+                status);
+    }
+    EXPECT_LT(absl::Now() - start, absl::Milliseconds(390));
+  });
+  // It finds the group ended, for the same reason.
+  CpuStream stream(&device_.pool());
+  std::vector<float> values(100);
+  EXPECT_EQ(Summary(SumUp({*group.back(), stream}, values)),
+            "COLLECTIVE_TIMEOUT rank " + std::to_string(late));
+}
+
+TEST_P(CollectivesConformanceTest, AbortEndsABlockedCollective) {
+  if (world() == 1) GTEST_SKIP();
+  const Group group = NewGroup();
+  std::atomic<int> queued{0};
+  std::thread aborter([&] {
+    while (queued < world() - 1) std::this_thread::yield();
+    group[0]->Abort(absl::CancelledError("no more"));
+    // The first one stays.
+    group[0]->Abort(absl::InternalError("again"));
+  });
+  Run(group, world() - 1, [&](RankThread t) {
+    std::vector<float> values(100);
+    const auto ticket = t.group.AllReduce(t.stream, TensorOf(values));
+    ++queued;
+    const absl::Status status = t.Wait(ticket);
+    EXPECT_EQ(Summary(status),
+              t.rank() == 0 ? "no more" : "COLLECTIVE_FAILED rank 0");
+    EXPECT_EQ(SumUp(t, values), status);
+  });
+  aborter.join();
+}
+
+TEST_P(CollectivesConformanceTest, AbortTakesLessThanASecond) {
+  if (world() == 1) GTEST_SKIP();
+  const Group group = NewGroup();
+  CpuStream stream(&device_.pool());
+  // Large, so that the peers stand in the middle of it.
+  std::vector<float> shard(1 << 20), full(shard.size() * world());
+  const auto ticket =
+      group[0]->AllGather(stream, TensorOf(shard), TensorOf(full));
+  const absl::Time start = absl::Now();
+  group[0]->Abort(absl::CancelledError("no more"));
+  EXPECT_EQ(Summary(group[0]->Wait(stream, ticket)), "no more");
+  EXPECT_LT(absl::Now() - start, absl::Seconds(1));
+}
+
+TEST_P(CollectivesConformanceTest, AbortBeforeAnythingFailsWhatFollows) {
+  const Group group = NewGroup();
+  Run(group, world(), [&](RankThread t) {
+    if (t.rank() == 0) t.group.Abort(absl::CancelledError("no more"));
+    std::vector<float> values(100);
+    EXPECT_EQ(Summary(SumUp(t, values)),
+              t.rank() == 0 ? "no more" : "COLLECTIVE_FAILED rank 0");
+  });
+}
+
+// What a late rank sends must not find its way into memory that the others
+// were given back.
+TEST_P(CollectivesConformanceTest, MemoryIsLeftAloneAfterAFailure) {
+  if (world() == 1) GTEST_SKIP();
+  Group group = NewGroup();
+  const int64_t n = 100000;
+  const size_t late = static_cast<size_t>(world() - 1);
+  const std::vector<float> mark(static_cast<size_t>(n * world()), -7.0f);
+  std::vector<std::vector<float>> fulls(late), shards(late);
+  std::atomic<int> queued{0};
+  std::thread aborter([&] {
+    while (queued < world() - 1) std::this_thread::yield();
+    group[0]->Abort(absl::CancelledError("no more"));
+  });
+  Run(group, world() - 1, [&](RankThread t) {
+    const size_t rank = static_cast<size_t>(t.rank());
+    shards[rank] = Values<float>(t.rank(), n, 1);
+    fulls[rank].resize(mark.size());
+    const auto ticket = t.group.AllGather(t.stream, TensorOf(shards[rank]),
+                                          TensorOf(fulls[rank]));
+    ++queued;
+    EXPECT_FALSE(t.Wait(ticket).ok());
+    fulls[rank] = mark;
+  });
+  aborter.join();
+  CpuStream stream(&device_.pool());
+  std::vector<float> shard = Values<float>(world() - 1, n, 1), full(mark);
+  const auto ticket =
+      group.back()->AllGather(stream, TensorOf(shard), TensorOf(full));
+  EXPECT_FALSE(group.back()->Wait(stream, ticket).ok());
+  group.clear();
+  for (const std::vector<float>& left : fulls) ExpectSame(left, mark);
+}
+
+// Aborts at all stages of a transfer. Memory that is in use again as soon as
+// Wait returns keeps what is put there; what is freed, a sanitizer watches.
+TEST_P(CollectivesConformanceTest, MemoryIsFreeAfterAnAbortInTheMiddle) {
+  if (world() == 1) GTEST_SKIP();
+  for (int round = 0; round < 6; ++round) {
+    Group group = NewGroup();
+    std::atomic<bool> begun{false};
+    std::thread aborter([&] {
+      while (!begun) std::this_thread::yield();
+      for (int i = 0; i < round * 50; ++i) std::this_thread::yield();
+      group[0]->Abort(absl::CancelledError("no more"));
+    });
+    const size_t n = 1 << 18;
+    const std::vector<float> mark(n * static_cast<size_t>(world()), -7.0f);
+    std::vector<std::vector<float>> left(static_cast<size_t>(world()));
+    Run(group, world(), [&](RankThread t) {
+      std::vector<float> shard(n), full(mark.size());
+      absl::Status status;
+      while (status.ok()) {
+        const auto ticket =
+            t.group.AllGather(t.stream, TensorOf(shard), TensorOf(full));
+        begun = true;
+        status = t.Wait(ticket);
+      }
+      EXPECT_EQ(Summary(status),
+                t.rank() == 0 ? "no more" : "COLLECTIVE_FAILED rank 0");
+      if ((t.rank() + round) % 2 == 0) return;
+      std::copy(mark.begin(), mark.end(), full.begin());
+      left[static_cast<size_t>(t.rank())] = std::move(full);
+    });
+    aborter.join();
+    group.clear();
+    for (const std::vector<float>& full : left) {
+      if (!full.empty()) ExpectSame(full, mark);
+    }
+  }
+}
+
+TEST_P(CollectivesConformanceTest, WhatWasDoneStaysDone) {
+  const Group group = NewGroup();
+  Run(group, world(), [&](RankThread t) {
+    std::vector<float> first = Values<float>(t.rank(), 50, 1), second(50);
+    const auto ticket = t.group.AllReduce(t.stream, TensorOf(first));
+    ASSERT_TRUE(t.Wait(ticket).ok());
+    // Everybody has done the first when one has done the second.
+    (void)SumUp(t, second);
+    t.group.Abort(absl::CancelledError("no more"));
+    EXPECT_FALSE(SumUp(t, second).ok());
+    EXPECT_TRUE(t.Wait(ticket).ok());
+    ExpectSame(first, SumOfValues<float>(t.world(), 0, 50, 1));
+  });
+}
+
+TEST_P(CollectivesConformanceTest, DestructionEndsQueuedWork) {
+  if (world() == 1) GTEST_SKIP();
+  Group group = NewGroup();
+  const absl::Time start = absl::Now();
+  std::vector<std::vector<float>> values(10, std::vector<float>(1000));
+  {
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < world() - 1; ++rank) {
+      threads.emplace_back([&, rank] {
+        CpuStream stream(&device_.pool());
+        std::vector<std::vector<float>> mine = values;
+        for (auto& v : mine) {
+          group[static_cast<size_t>(rank)]->AllReduce(stream, TensorOf(v));
+        }
+        group[static_cast<size_t>(rank)].reset();
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+  CpuStream stream(&device_.pool());
+  const std::string error = Summary(SumUp({*group.back(), stream}, values[0]));
+  EXPECT_EQ(error.substr(0, error.size() - 1), "COLLECTIVE_FAILED rank ");
+  EXPECT_LT(absl::Now() - start, kSoon);
+}
+
+// Ranks finish at different times; who is done may go.
+TEST_P(CollectivesConformanceTest, ARankThatIsDoneLeavesTheOthersInPeace) {
+  for (int round = 0; round < 5; ++round) {
+    Group group = NewGroup();
+    Run(group, world(), [&](RankThread t) {
+      std::vector<float> small = Values<float>(t.rank(), 10, 1);
+      std::vector<float> large = Values<float>(t.rank(), 100000, 2);
+      const auto first = t.group.AllReduce(t.stream, TensorOf(small));
+      const auto second = t.group.AllReduce(t.stream, TensorOf(large));
+      EXPECT_TRUE(t.Wait(first).ok());
+      EXPECT_TRUE(t.Wait(second).ok());
+      ExpectSame(large, SumOfValues<float>(t.world(), 0, 100000, 2));
+      group[static_cast<size_t>(t.rank())].reset();
+    });
+  }
+}
+
+TEST_P(CollectivesConformanceTest, WhoWaitsForARankThatLeftIsTold) {
+  if (world() == 1) GTEST_SKIP();
+  Group group = NewGroup();
+  group.back().reset();
+  Run(group, world() - 1, [&](RankThread t) {
+    std::vector<float> values(10);
+    EXPECT_EQ(Summary(SumUp(t, values)),
+              "COLLECTIVE_FAILED rank " + std::to_string(world() - 1));
+  });
+}
+
+}  // namespace
+}  // namespace gradwire
