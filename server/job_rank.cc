@@ -18,14 +18,15 @@ void Job::Run() {
   mu_.Lock();
   while (!stopping_) {
     Housekeep(Clock::now());
-    const std::shared_ptr<RankGroup> ranks = ranks_;
     const std::optional<Dispatch> next = NextDispatch();
     if (!next.has_value()) {
       work_.WaitWithTimeout(&mu_, kTick);
       continue;
     }
+    std::shared_ptr<RankGroup> ranks = ranks_;
     mu_.Unlock();
     ranks->Send(*next);
+    ranks.reset();
     mu_.Lock();
   }
   mu_.Unlock();
