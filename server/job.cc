@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "server/grpc_status.h"
+#include "server/rank_errors.h"
 
 namespace gradwire {
 namespace {
@@ -20,7 +21,7 @@ Job::Job(std::string job_id, const v1::JobSpec& spec,
     : id_(std::move(job_id)),
       spec_(spec),
       environment_(environment),
-      created_(Clock::now()) {
+      started_(Clock::now()) {
   job_.set_job_id(id_);
   *job_.mutable_spec() = spec_;
   *job_.mutable_create_time() = WallNow();
@@ -85,6 +86,44 @@ void Job::StartRanks() {
   ranks->Start();
 }
 
+absl::StatusOr<v1::Job> Job::Restart() {
+  std::shared_ptr<RankGroup> old;
+  v1::Job restarted;
+  {
+    absl::MutexLock lock(&mu_);
+    if (environment_->draining) return Draining();
+    if (job_.state() != v1::JOB_STATE_FAILED) {
+      const absl::Status unready = Unready();
+      if (GetErrorDetail(unready).value_or(ErrorDetail()).reason ==
+          "JOB_DELETED") {
+        return unready;
+      }
+      return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                          "JOB_NOT_FAILED")
+          .With("job_id", id_)
+          .With("value", JobStateName(job_.state()))
+          .With("limit", "failed")
+          .Message("Only a failed job can be restarted; this one is " +
+                   JobStateName(job_.state()) + ".");
+    }
+    environment_->metrics->CountRestart(id_, RestartCause(job_.error()));
+    environment_->metrics->SetStep(id_, 0, 0, 0);
+    for (auto& [id, handle] : handles_) handle->fenced = true;
+    current_ = nullptr;
+    started_ = Clock::now();
+    Decide({JobEvent::kRestart}, job_);
+    Tell(false);
+    restarted = job_;
+    while (!ranks_ended_) state_changed_.WaitWithTimeout(&mu_, kTick);
+    old = std::move(ranks_);
+    load_due_ = false;
+  }
+  // Its threads may be in a call of ours.
+  old.reset();
+  StartRanks();
+  return restarted;
+}
+
 void Job::Delete() {
   Apply({JobEvent::kDelete});
   {
@@ -128,7 +167,7 @@ void Job::Apply(const JobEvent& event) {
 void Job::Tell(bool was_ready) {
   if (job_.ready() && !was_ready) {
     job_.set_seconds_to_ready(
-        std::chrono::duration<double>(Clock::now() - created_).count());
+        std::chrono::duration<double>(Clock::now() - started_).count());
   }
   if (job_.state() == v1::JOB_STATE_FAILED) {
     spdlog::warn("job {} failed: {}: {}", id_, job_.status_reason(),

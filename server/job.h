@@ -68,6 +68,10 @@ class Job {
   const v1::JobSpec& spec() const { return spec_; }
 
   void Start();
+  // Starts a failed job again, from its base model: weights are lost, handles
+  // fenced. Errors: FAILED_PRECONDITION JOB_NOT_FAILED, JOB_DELETED;
+  // UNAVAILABLE SERVER_DRAINING.
+  absl::StatusOr<v1::Job> Restart();
   // Returns when no rank is left.
   void Delete();
   // Ends the ranks and what waits; the job is of no use afterwards.
@@ -181,6 +185,7 @@ class Job {
   void OnLogprobs(GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void OnDone(const GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Measure(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status Draining() const;
   absl::Status Unready() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckHandle(const Handle& handle, v1::OperationKind kind) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -198,7 +203,6 @@ class Job {
   const std::string id_;
   const v1::JobSpec spec_;
   JobEnvironment* const environment_;
-  const Clock::time_point created_;
 
   mutable absl::Mutex mu_;
   // Signalled for the executor, and for those who wait on the job's state.
@@ -206,6 +210,7 @@ class Job {
   mutable absl::CondVar state_changed_;
   bool stopping_ = false;
   int64_t version_ = 1;
+  Clock::time_point started_;
   v1::Job job_;
   v1::Profile profile_;
 

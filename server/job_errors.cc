@@ -8,8 +8,8 @@ namespace gradwire {
 absl::Status Fenced() {
   return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "HANDLE_FENCED")
       .Message(
-          "A newer handle has taken over this model. Create a model with "
-          "take_over to get it back.");
+          "A newer handle has taken over this model, or its job was "
+          "restarted. Create a model with take_over to get it back.");
 }
 
 absl::Status Unloaded() {

@@ -37,15 +37,17 @@ absl::StatusOr<Job::Handle*> Job::FindHandle(
       .Message("There is no such model. CreateModel gives its id.");
 }
 
+absl::Status Job::Draining() const {
+  environment_->metrics->CountRejected("draining");
+  return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
+      .Server()
+      .With("retry_after_seconds", 5.0)
+      .Message("The server is stopping. Try again when it is back.");
+}
+
 absl::Status Job::CheckHandle(const Handle& handle,
                               v1::OperationKind kind) const {
-  if (environment_->draining) {
-    environment_->metrics->CountRejected("draining");
-    return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
-        .Server()
-        .With("retry_after_seconds", 5.0)
-        .Message("The server is stopping. Try again when it is back.");
-  }
+  if (environment_->draining) return Draining();
   GW_RETURN_IF_ERROR(Unready());
   if (handle.fenced) return Fenced();
   if (handle.unloaded && kind != v1::OPERATION_KIND_UNLOAD_MODEL) {
@@ -103,10 +105,7 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
       return it->second;
     }
     GW_RETURN_IF_ERROR(Unready());
-    if (environment_->draining) {
-      return CheckHandle(Handle(environment_->queue),
-                         v1::OPERATION_KIND_FORWARD);
-    }
+    if (environment_->draining) return Draining();
     if (!request.base_model().empty() &&
         request.base_model() != spec_.base_model()) {
       return Mismatch("base_model", request.base_model().substr(0, 256),

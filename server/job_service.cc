@@ -128,6 +128,17 @@ grpc::Status JobServiceImpl::DeleteJob(grpc::ServerContext*,
   return grpc::Status::OK;
 }
 
+grpc::Status JobServiceImpl::RestartJob(grpc::ServerContext*,
+                                        const v1::RestartJobRequest* request,
+                                        v1::Job* reply) {
+  auto job = context_.jobs->Get(request->job_id());
+  if (!job.ok()) return ToGrpcStatus(job.status());
+  auto restarted = (*job)->Restart();
+  if (!restarted.ok()) return ToGrpcStatus(restarted.status());
+  *reply = *std::move(restarted);
+  return grpc::Status::OK;
+}
+
 grpc::Status JobServiceImpl::GetProfile(grpc::ServerContext*,
                                         const v1::GetProfileRequest* request,
                                         v1::Profile* reply) {

@@ -44,11 +44,14 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
         return {};
       }
       const bool all = event.joined == event.world_size;
-      job.set_status_reason(all ? "" : "RANKS_MISSING");
-      job.set_status_message(all ? ""
-                                 : absl::StrCat(event.joined, " of ",
-                                                event.world_size,
-                                                " ranks have come."));
+      if (!all) {
+        job.set_status_reason("RANKS_MISSING");
+        job.set_status_message(absl::StrCat(
+            event.joined, " of ", event.world_size, " ranks have come."));
+      } else if (job.status_reason() == "RANKS_MISSING") {
+        job.set_status_reason("");
+        job.set_status_message("");
+      }
       job.set_progress(static_cast<double>(event.joined) / event.world_size);
       return {};
     }
@@ -69,6 +72,22 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       if (IsEnded(job.state())) return {};
       Fail(event.status, job);
       return {JobAction::kFailOperations, JobAction::kStopRanks};
+    case JobEvent::kRestart: {
+      if (job.state() != v1::JOB_STATE_FAILED) return {};
+      StartJob(job);
+      job.clear_error();
+      job.set_progress(0);
+      job.set_weight_version(0);
+      job.set_optimizer_step(0);
+      job.clear_memory_use();
+      job.clear_memory_use_max();
+      job.set_seconds_to_ready(0);
+      job.set_status_reason("RESTARTED");
+      job.set_status_message(
+          "The job starts again from its base model; the weights it had are "
+          "lost.");
+      return {};
+    }
     case JobEvent::kDelete:
       if (job.state() == v1::JOB_STATE_DELETING ||
           job.state() == v1::JOB_STATE_DELETED) {

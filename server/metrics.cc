@@ -129,6 +129,8 @@ struct Metrics::State {
                 "When the job last changed state or ended an operation.");
   Family<Gauge>& job_step =
       MakeGauge("gradwire_job_step", "Optimizer steps applied.");
+  Family<Counter>& restarts = MakeCounter(
+      "gradwire_job_restarts_total", "Restarts, by what made them necessary.");
   Family<Gauge>& queue_depth =
       MakeGauge("gradwire_ops_queue_depth", "Operations that wait.");
   Family<Gauge>& queue_bytes =
@@ -223,6 +225,10 @@ void Metrics::SetJobState(const std::string& job_id, const std::string& state,
     state_->OfJob(state_->job_phase, job_id, {{"phase", name}})
         .Set(phase == name ? 1 : 0);
   }
+  for (const char* cause : {"rank_exit", "rank_signal", "hang", "oom", "node",
+                            "storage", "operator"}) {
+    state_->OfJob(state_->restarts, job_id, {{"cause", cause}});
+  }
   for (const char* where : {"client_grad", "logprob", "grad"}) {
     state_->OfJob(state_->nonfinite, job_id, {{"where", where}});
   }
@@ -252,6 +258,11 @@ void Metrics::SetHeartbeatAge(const std::string& job_id, int rank,
       ->OfJob(state_->heartbeat_age, job_id,
               {{"rank", job_id + "/" + std::to_string(rank)}})
       .Set(seconds);
+}
+
+void Metrics::CountRestart(const std::string& job_id,
+                           const std::string& cause) {
+  state_->OfJob(state_->restarts, job_id, {{"cause", cause}}).Increment();
 }
 
 void Metrics::SetMemory(const std::string& job_id, const v1::MemoryPlan& plan) {

@@ -25,6 +25,7 @@ class Metrics {
   void RemoveJob(const std::string& job_id);
   void SetRankUp(const std::string& job_id, int rank, bool up);
   void SetHeartbeatAge(const std::string& job_id, int rank, double seconds);
+  void CountRestart(const std::string& job_id, const std::string& cause);
   void SetMemory(const std::string& job_id, const v1::MemoryPlan& plan);
   void SetMemoryUse(const std::string& job_id, const v1::MemoryUse& use);
   void SetQueue(const std::string& job_id, int64_t ops, int64_t bytes);

@@ -55,6 +55,9 @@ class JobServiceImpl final : public v1::JobService::Service {
   grpc::Status DeleteJob(grpc::ServerContext* call,
                          const v1::DeleteJobRequest* request,
                          v1::Job* reply) override;
+  grpc::Status RestartJob(grpc::ServerContext* call,
+                          const v1::RestartJobRequest* request,
+                          v1::Job* reply) override;
   grpc::Status GetProfile(grpc::ServerContext* call,
                           const v1::GetProfileRequest* request,
                           v1::Profile* reply) override;

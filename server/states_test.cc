@@ -213,6 +213,25 @@ TEST(DecideTest, ARefusedModelKeepsItsReason) {
   EXPECT_EQ(job.status_reason(), "MODEL_UNSUPPORTED");
 }
 
+TEST(DecideTest, AFailedJobCanBeRestarted) {
+  v1::Job job = Running();
+  Decide({JobEvent::kRestart}, job);
+  EXPECT_TRUE(job.ready()) << "only a failed one";
+  job.set_weight_version(3);
+  job.set_optimizer_step(3);
+  Decide({JobEvent::kRanksFailed, {}, 0, Exit()}, job);
+  EXPECT_TRUE(Decide({JobEvent::kRestart}, job).empty());
+  EXPECT_EQ(job.state(), v1::JOB_STATE_CREATING);
+  EXPECT_FALSE(job.has_error());
+  EXPECT_EQ(job.weight_version(), 0);
+  EXPECT_EQ(job.optimizer_step(), 0);
+  EXPECT_EQ(job.status_reason(), "RESTARTED");
+  Decide({JobEvent::kStarted}, job);
+  Decide({JobEvent::kReady}, job);
+  EXPECT_TRUE(job.ready());
+  EXPECT_EQ(job.status_reason(), "RESTARTED") << "there is nothing older";
+}
+
 TEST(DecideTest, DeletionEndsEverythingOnce) {
   v1::Job job = Running();
   EXPECT_EQ(Decide({JobEvent::kDelete}, job),

@@ -92,6 +92,10 @@ class Stubs:
         request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
         return self.jobs.DeleteJob(request)
 
+    def restart_job(self, job_id):
+        request = jobs_pb2.RestartJobRequest(job_id=job_id)
+        return self.jobs.RestartJob(request)
+
     def new_session(self):
         request = sessions_pb2.CreateSessionRequest()
         return self.sessions.CreateSession(request).session_id

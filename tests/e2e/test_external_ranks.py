@@ -375,6 +375,26 @@ def test_a_deleted_job_lets_its_ranks_go(own, dial):
     assert silent.has_ended(LONG)
 
 
+def test_a_restarted_job_takes_ranks_anew(own, dial):
+    job, ranks = ready_group(own, dial)
+    model = attach(own, job, ranks)
+    model.optim_step()
+    ranks[0].close()
+    own.watch(job, failed)
+    assert refusal(dial(job, 0)).reason == "RANK_GROUP_ENDED"
+    assert "lost" in own.restart_job(job).status_message
+    now = own.watch(job, lambda j: "0 of 2" in j.status_message)
+    assert now.state == jobs_pb2.JOB_STATE_PENDING
+    ranks = [dial(job, rank) for rank in (0, 1)]
+    for rank in ranks:
+        rank.next("joined")
+        rank.next("load")
+        rank.be_ready()
+    own.watch(job, lambda j: j.ready)
+    assert calls.refusal(own, model.optim_step).reason == "HANDLE_FENCED"
+    attach(own, job, ranks)
+
+
 # ---- Real programs ---------------------------------------------------------
 
 

@@ -155,6 +155,36 @@ def test_futures_of_a_killed_rank_fail(own_server, models):
         assert caught.value.reason in ("RANK_EXITED", "JOB_FAILED")
 
 
+def test_a_killed_job_trains_again_from_its_base_model(own_server, models):
+    data = sequences(VOCAB, (9, 5))
+    with gradwire.ServiceClient(address=own_server.address) as service:
+
+        def attach(job_id=None):
+            return service.create_training_client(
+                models["llama"], precision="f32", job_id=job_id
+            )
+
+        first = attach()
+        before = first.forward(data).result().logprobs
+        first.forward_backward(data, "cross_entropy").result()
+        first.optim_step(gradwire.AdamParams(learning_rate=0.1)).result()
+        (rank,) = ranks_of(own_server.pid)
+        kill(rank)
+        with calls.Stubs(own_server.address) as stubs:
+            stubs.watch(
+                first.job_id, lambda j: j.state == jobs_pb2.JOB_STATE_FAILED
+            )
+        restarted = service.restart_job(first.job_id)
+        assert restarted.optimizer_step == 0
+        again = attach(first.job_id)
+        after = again.forward(data).result().logprobs
+        for x, y in zip(before, after, strict=True):
+            assert (x == y).all()
+        with pytest.raises(gradwire.GradwireError) as caught:
+            first.forward(data).result()
+        assert caught.value.reason == "HANDLE_FENCED"
+
+
 def test_a_deleted_job_ends_its_rank(own_server, own, models):
     job = own.create_job(base_model=str(models["llama"]), precision="f32")
     (rank,) = ranks_of(own_server.pid)

@@ -4,6 +4,7 @@
 The ranks are fake_rank.py's, started by the server in gradwire_rank's place.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import urllib.request
 import calls
 import pytest
 from conftest import MODELS, sequences
+from gradwire import cli
 from gradwire._proto.gradwire.v1 import jobs_pb2, operations_pb2
 from processes import Server, Watched, arguments_of, ranks_by_number
 
@@ -187,12 +189,55 @@ def test_a_server_with_a_stopped_rank_can_be_stopped(fakes, own):
         rank.close()
 
 
+def test_a_failed_job_starts_again(fakes, own):
+    job, model = new_model(own)
+    error = calls.refusal(own, lambda: own.restart_job(job))
+    assert error.reason == "JOB_NOT_FAILED"
+    before = ranks_by_number(fakes.process.pid)
+    for _ in range(2):
+        os.kill(ranks_by_number(fakes.process.pid)[0], signal.SIGKILL)
+        own.watch(job, failed)
+        restarted = own.restart_job(job)
+        assert not restarted.HasField("error")
+        assert "lost" in restarted.status_message
+        own.watch(job, lambda j: j.ready)
+    after = ranks_by_number(fakes.process.pid)
+    assert len(after) == 3 and not set(after.values()) & set(before.values())
+    # The handle of before is of no use, a new one is.
+    error = calls.refusal(own, model.optim_step)
+    assert error.reason == "HANDLE_FENCED"
+    model = calls.Model(own, own.attach(job))
+    data = sequences(VOCAB, (5, 3))
+    model.logprobs(model.forward_backward(calls.batch(data)), 2)
+    url = f"http://{fakes.metrics_address}/metrics"
+    text = urllib.request.urlopen(url, timeout=LONG).read().decode()
+    name = "gradwire_job_restarts_total"
+    assert f'{name}{{cause="rank_signal",job_id="{job}"}} 2' in text
+    own.delete_job(job)
+    error = calls.refusal(own, lambda: own.restart_job(job))
+    assert error.reason == "JOB_DELETED"
+
+
+def test_the_command_line_restarts_a_job(fakes, own, monkeypatch, capsys):
+    monkeypatch.setenv("GRADWIRE_ADDRESS", fakes.address)
+    job, _ = new_model(own, world_size=1)
+    assert cli.main(["job", "restart", job]) == 1
+    assert "JOB_NOT_FAILED" in capsys.readouterr().err
+    os.kill(ranks_by_number(fakes.process.pid)[0], signal.SIGKILL)
+    own.watch(job, failed)
+    assert cli.main(["job", "restart", job, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status_reason"] == "RESTARTED"
+    own.watch(job, lambda j: j.ready)
+
+
 def test_a_program_that_is_none_fails_the_job(tmp_path):
     with Server(tmp_path, f"--rank_binary={tmp_path / 'none'}") as server:
         with calls.Stubs(server.address) as stubs:
             job = stubs.start_job(base_model="anything", world_size=2)
             ended = stubs.watch(job, failed)
             assert ended.status_reason == "RANK_START_FAILED"
+            stubs.restart_job(job)
+            stubs.watch(job, failed)
             stubs.delete_job(job)
 
 

@@ -191,7 +191,11 @@ def _job(args: argparse.Namespace) -> int:
             for job in service.watch_job(args.job_id):
                 _print_job(job, args.json)
             return 0
-        call = service.get_job if args.action == "get" else service.delete_job
+        call = {
+            "get": service.get_job,
+            "restart": service.restart_job,
+            "delete": service.delete_job,
+        }[args.action]
         _print_job(call(args.job_id), args.json)
     return 0
 
@@ -213,8 +217,12 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--out", default="quickstart-out")
     quickstart.add_argument("--precision", choices=("f32", "bf16"))
     quickstart.set_defaults(run=_quickstart)
-    job = commands.add_parser("job", help="list, get, watch, delete jobs")
-    job.add_argument("action", choices=("list", "get", "watch", "delete"))
+    job = commands.add_parser(
+        "job", help="list, get, watch, restart, delete jobs"
+    )
+    job.add_argument(
+        "action", choices=("list", "get", "watch", "restart", "delete")
+    )
     job.add_argument("job_id", nargs="?")
     job.add_argument("--json", action="store_true")
     job.set_defaults(run=_job)

@@ -156,6 +156,15 @@ class ServiceClient:
         request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
         return self.call(self._jobs.DeleteJob, request)
 
+    def restart_job(self, job_id: str) -> Any:
+        """Starts a failed job again, from its base model.
+
+        The weights it had are lost, and its training clients are fenced:
+        attach anew with create_training_client(..., job_id=job_id).
+        """
+        request = jobs_pb2.RestartJobRequest(job_id=job_id)
+        return self.call(self._jobs.RestartJob, request)
+
     def get_profile(self, job_id: str) -> Any:
         request = jobs_pb2.GetProfileRequest(job_id=job_id)
         return self.call(self._jobs.GetProfile, request)
@@ -181,6 +190,7 @@ class ServiceClient:
         base_model: a Hugging Face directory on the server's machine. A path
             that is a directory here is made absolute.
         precision: "f32" or "bf16"; None for the server's choice.
+        world_size: ranks that hold the model together.
         moment_precision: of Adam's two moments; "bf16" rounds them
             stochastically and takes half the memory. None for "f32".
         """
