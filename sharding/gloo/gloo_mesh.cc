@@ -22,7 +22,7 @@ using Milliseconds = std::chrono::milliseconds;
 // gloo's own timeouts close all connections at once; none is ever reached.
 constexpr Milliseconds kNever = std::chrono::hours(24 * 365);
 // How long a rank that ends stays to hear or to say why.
-constexpr Milliseconds kGrace{200};
+constexpr Milliseconds kGrace{300};
 
 constexpr uint64_t kFarewellSlot = 0;
 
@@ -203,32 +203,42 @@ absl::Status GlooMesh::End() {
   if (ended_) return ToStatus(*verdict_);
   ended_ = true;
   const Farewell verdict = *verdict_;
-  std::vector<int> ranks;
-  for (int rank = 0; rank < world_; ++rank) {
-    if (peer(rank).farewell && !peer(rank).gone) ranks.push_back(rank);
-  }
   lock.unlock();
-  const auto farewells = PostFarewells(verdict, ranks);
+  const auto farewells = PostFarewells(verdict);
   lock.lock();
+  if (verdict.reason != Farewell::kLeft) {
+    // A connection that is closed with something unread drops what is on its
+    // way to the peer. So both sides read until they have heard each other.
+    changed_.wait_for(lock, kGrace, [&] {
+      return std::all_of(peers_.begin(), peers_.end(), [](const Peer& p) {
+        return !p.farewell || p.gone.has_value();
+      });
+    });
+  }
   if (verdict.reason == Farewell::kTimeout && verdict.rank != rank_) {
     // If that rank is alive it knows better; see Watch.
     const std::optional<Farewell>& said = peer(verdict.rank).gone;
-    changed_.wait_for(lock, kGrace, [&] { return said.has_value(); });
     if (said && said->reason == Farewell::kTimeout && said->rank != rank_) {
       verdict_ = said;
     }
   }
   const absl::Status status = ToStatus(*verdict_);
   lock.unlock();
-  Close(farewells);
+  if (verdict.reason == Farewell::kLeft) Flush(farewells);
+  // Pair::close would drop what the kernel still holds for the peer; destroying
+  // a pair does not.
+  for (int rank = 0; context_ && rank < world_; ++rank) {
+    context_->getPair(rank).reset();
+  }
   return status;
 }
 
 std::vector<std::unique_ptr<GlooMesh::Buffer>> GlooMesh::PostFarewells(
-    const Farewell& farewell, const std::vector<int>& ranks) {
+    const Farewell& farewell) {
   last_words_ = farewell;
   std::vector<std::unique_ptr<Buffer>> posted;
-  for (const int rank : ranks) {
+  for (int rank = 0; rank < world_; ++rank) {
+    if (!peer(rank).farewell) continue;
     auto buffer =
         context_->createUnboundBuffer(&last_words_, sizeof(last_words_));
     try {
@@ -241,17 +251,12 @@ std::vector<std::unique_ptr<GlooMesh::Buffer>> GlooMesh::PostFarewells(
   return posted;
 }
 
-void GlooMesh::Close(const std::vector<std::unique_ptr<Buffer>>& farewells) {
-  if (!context_) return;
+void GlooMesh::Flush(const std::vector<std::unique_ptr<Buffer>>& farewells) {
   try {
-    // Most are on their way by now. A peer that reads nothing holds this up
-    // once.
+    // A peer that reads nothing holds this up once.
     for (const auto& farewell : farewells) farewell->waitSend(kGrace);
   } catch (const std::exception&) {
   }
-  // Pair::close would drop what the kernel still holds for the peer; destroying
-  // a pair does not.
-  for (int rank = 0; rank < world_; ++rank) context_->getPair(rank).reset();
 }
 
 absl::Status GlooMesh::ToStatus(const Farewell& verdict) const {

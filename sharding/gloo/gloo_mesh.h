@@ -116,9 +116,8 @@ class GlooMesh {
   void Decide(Farewell verdict) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch(int rank);
   void WatchTime();
-  std::vector<std::unique_ptr<Buffer>> PostFarewells(
-      const Farewell& farewell, const std::vector<int>& ranks);
-  void Close(const std::vector<std::unique_ptr<Buffer>>& farewells);
+  std::vector<std::unique_ptr<Buffer>> PostFarewells(const Farewell& farewell);
+  void Flush(const std::vector<std::unique_ptr<Buffer>>& farewells);
   absl::Status ToStatus(const Farewell& verdict) const;
 
   Peer& peer(int rank) { return peers_[static_cast<size_t>(rank)]; }
