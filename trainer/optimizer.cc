@@ -64,7 +64,7 @@ double Optimizer::SumOfSquares() {
     device_.Zero(stream_, state_.gradient);
     device_.Zero(stream_, state_.squares);
   }
-  if (!sharding_.agreement.alone()) {
+  if (!sharding_.whole) {
     const int64_t n = state_.gradient.num_elements();
     kernels_.RowSquares(stream_, state_.gradient.Reshape({1, n}),
                         state_.squares.Reshape({1, SquareBlocks(n)}));
@@ -90,7 +90,7 @@ double Optimizer::SumOfSquares(ParamGroup group) {
 }
 
 double Optimizer::SumOfSquares(const ParamRow& row) {
-  if (sharding_.agreement.alone()) return kernels_.Sum(stream_, SquaresOf(row));
+  if (sharding_.whole) return kernels_.Sum(stream_, SquaresOf(row));
   double sum = 0;
   for (const ShardPiece& piece :
        sharding_.layout.Pieces(row.offset, row.offset + row.num_elements)) {
@@ -112,12 +112,11 @@ void Optimizer::Update(const AdamWParams& params) {
   };
   const ShardLayout& layout = sharding_.layout;
   // With one rank all units are one piece.
-  const int pieces = sharding_.agreement.alone() ? 1 : layout.num_units();
+  const int pieces = sharding_.whole ? 1 : layout.num_units();
   for (int unit = 0; unit < pieces; ++unit) {
     const ShardPiece piece =
-        sharding_.agreement.alone()
-            ? ShardPiece{.end = state_.weight.num_elements()}
-            : layout.Owned(unit, sharding_.rank);
+        sharding_.whole ? ShardPiece{.end = state_.weight.num_elements()}
+                        : layout.Owned(unit, sharding_.rank);
     if (piece.size() == 0) continue;
     AdamWTensors tensors = {part(state_.weight, piece), part(state_.low, piece),
                             part(state_.m, piece), part(state_.v, piece),

@@ -45,11 +45,13 @@ struct Accumulated {
 // Thread rule: one thread at a time.
 class Optimizer {
  public:
-  // `rank`: this one's, of layout.world().
+  // `rank`: this one's, of layout.world(), whose agreement it is. `whole`: all
+  // is here, and a backward keeps up the sums of squares.
   struct Sharding {
     const ShardLayout& layout;
     int rank;
     Agreement& agreement;
+    bool whole;
   };
   Optimizer(const ParamTable& table, const FlatState& state,
             const Sharding& sharding, Device& device, Kernels& kernels,

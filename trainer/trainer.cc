@@ -91,11 +91,15 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   GW_ASSIGN_OR_RETURN(step_, TrainStep::Create(step, device_, kernels_));
   GW_ASSIGN_OR_RETURN(agreement_, Agreement::Create(options_.collectives,
                                                     device_, step_->stream()));
+  GW_ASSIGN_OR_RETURN(shard_agreement_,
+                      Agreement::Create(shards_, device_, step_->stream()));
   optimizer_ = std::make_unique<Optimizer>(
-      table_, state_, Optimizer::Sharding{layout_, rank_, *agreement_}, device_,
-      kernels_, step_->stream());
+      table_, state_,
+      Optimizer::Sharding{layout_, shard_rank_, *shard_agreement_, alone()},
+      device_, kernels_, step_->stream());
   GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
-  return LoadParameters(files, table_, layout_, rank_, weights, on_progress);
+  return LoadParameters(files, table_, layout_, shard_rank_, weights,
+                        on_progress);
 }
 
 absl::Status TrainerImpl::CreateUnits() {
@@ -109,12 +113,11 @@ absl::Status TrainerImpl::CreateUnits() {
   }
   GW_ASSIGN_OR_RETURN(unit_weights_,
                       GatheredWeights::Create(layout_, Places(), state_.weight,
-                                              *options_.collectives, device_));
+                                              *shards_, device_));
   if (options_.forward_only) return absl::OkStatus();
-  GW_ASSIGN_OR_RETURN(
-      unit_gradients_,
-      ReducedGradients::Create(layout_, PlacesInTurns(layout_), state_.gradient,
-                               *options_.collectives, device_));
+  GW_ASSIGN_OR_RETURN(unit_gradients_, ReducedGradients::Create(
+                                           layout_, PlacesInTurns(layout_),
+                                           state_.gradient, *shards_, device_));
   return absl::OkStatus();
 }
 
@@ -171,8 +174,9 @@ absl::StatusOr<std::vector<float>> TrainerImpl::Collect(
   for (const ShardPiece& piece :
        layout_.Pieces(row.offset, row.offset + row.num_elements)) {
     float* const to = values.data() + (piece.begin - row.offset);
-    if (piece.rank == rank_) GW_RETURN_IF_ERROR(read(piece, to));
-    GW_RETURN_IF_ERROR(agreement_->Broadcast(to, piece.size(), piece.rank));
+    if (piece.rank == shard_rank_) GW_RETURN_IF_ERROR(read(piece, to));
+    GW_RETURN_IF_ERROR(
+        shard_agreement_->Broadcast(to, piece.size(), piece.rank));
   }
   return values;
 }

@@ -33,10 +33,13 @@ struct TrainerOptions {
   // No gradients, optimizer or activations: Forward (without backward or
   // retain), Weight, Reset and Export are all that may be called.
   bool forward_only = false;
-  // The ranks that hold the model together, or null: this one alone. Outlives
-  // the trainer. All ranks create their trainers and make the same calls in the
-  // same order, each with its own datums.
+  // All ranks of the job, or null: this one alone. Outlives the trainer. All
+  // ranks create their trainers and make the same calls in the same order, each
+  // with its own datums.
   Collectives* collectives = nullptr;
+  // Those among which the model is sharded, if not all of them: of a group of
+  // several that each hold all of it (sharding/replicated_collectives.h).
+  Collectives* shards = nullptr;
   // Of several ranks: gathered weights of a layer are dropped after its
   // forward, and gathered again for its backward. Otherwise all of the weights
   // that products compute with stay gathered between optimizer steps.
@@ -175,6 +178,10 @@ class Trainer {
       const std::string& activation_id,
       const std::vector<std::vector<float>>& d_logprobs, bool allow_stale) = 0;
   virtual void Release(const std::string& activation_id) = 0;
+
+  // The first rank's error, on all of them: for what a rank finds before it
+  // makes a call that the others wait in. Without others, `mine`.
+  virtual absl::Status Agree(const absl::Status& mine) = 0;
 
   virtual absl::StatusOr<OptimOutcome> OptimStep(const OptimParams& params) = 0;
   virtual void ZeroGrad() = 0;

@@ -198,10 +198,9 @@ absl::StatusOr<ForwardOutcome> TrainerImpl::Forward(
   absl::Status status;
   const auto batches = PlanBatch(data, plan_.micro_batch_tokens);
   const auto own = static_cast<int64_t>(batches.size());
-  retained.most_batches = alone()
-                              ? own
-                              : MostMicroBatches(options.share, layout_.world(),
-                                                 plan_.micro_batch_tokens);
+  retained.most_batches = alone() ? own
+                                  : MostMicroBatches(options.share, world(),
+                                                     plan_.micro_batch_tokens);
   // Layers of later micro-batches are worth more than the head of this one.
   int64_t later = 0;
   for (const MicroBatch& batch : batches) later += FullBytes(batch.tokens);
@@ -243,6 +242,9 @@ absl::StatusOr<ForwardOutcome> TrainerImpl::Forward(
       outcome.retained_layers =
           std::min(outcome.retained_layers, batch.kept.stored.full_layers);
     }
+    std::vector<double> lost = {outcome.retained ? 0.0 : 1.0};
+    GW_RETURN_IF_ERROR(agreement_->Sum(lost));
+    outcome.retained = lost[0] == 0;
     Release(options.activation_id);
     retained_.emplace(options.activation_id, std::move(retained));
     order_.push_back(options.activation_id);

@@ -61,11 +61,12 @@ class TrainerImpl : public Trainer {
         table_(config_),
         device_(device),
         kernels_(kernels),
+        shards_(options.shards != nullptr ? options.shards
+                                          : options.collectives),
         rank_(options.collectives == nullptr ? 0 : options.collectives->rank()),
-        layout_(
-            table_.unit_begins(), table_.num_elements(),
-            options.collectives == nullptr ? 1 : options.collectives->world()) {
-  }
+        shard_rank_(shards_ == nullptr ? 0 : shards_->rank()),
+        layout_(table_.unit_begins(), table_.num_elements(),
+                shards_ == nullptr ? 1 : shards_->world()) {}
 
   absl::Status Plan();
   absl::Status Load(const HfWeights& files,
@@ -87,6 +88,9 @@ class TrainerImpl : public Trainer {
       const std::vector<std::vector<float>>& d_logprobs,
       bool allow_stale) override;
   void Release(const std::string& activation_id) override;
+  absl::Status Agree(const absl::Status& mine) override {
+    return agreement_->Agree(mine, nullptr);
+  }
   absl::StatusOr<OptimOutcome> OptimStep(const OptimParams& params) override;
   void ZeroGrad() override;
   int64_t Reset() override;
@@ -120,7 +124,11 @@ class TrainerImpl : public Trainer {
   // The call's indices of this rank's datums.
   std::vector<int64_t> IndexOf(const ForwardOptions& options,
                                size_t num_datums) const;
-  bool alone() const { return layout_.world() == 1; }
+  // Whether there are no other ranks.
+  bool alone() const { return world() == 1; }
+  int world() const {
+    return options_.collectives == nullptr ? 1 : options_.collectives->world();
+  }
   UnitPlaces Places() const;
   absl::Status CreateUnits();
   // A parameter whose pieces `read` reads on the ranks that hold them.
@@ -160,7 +168,9 @@ class TrainerImpl : public Trainer {
   const ParamTable table_;
   CpuDevice& device_;
   Kernels& kernels_;
-  const int rank_;
+  Collectives* const shards_;  // null: one rank
+  const int rank_;             // of all
+  const int shard_rank_;       // of those among which the model is sharded
   const ShardLayout layout_;
 
   MemoryPlan plan_;
@@ -171,7 +181,8 @@ class TrainerImpl : public Trainer {
   int64_t gathered_bytes_ = 0;
   std::unique_ptr<RangeAllocator> ranges_;
   std::unique_ptr<TrainStep> step_;
-  std::unique_ptr<Agreement> agreement_;
+  // Of all ranks; of those among which the model is sharded.
+  std::unique_ptr<Agreement> agreement_, shard_agreement_;
   FlatState state_;
   std::unique_ptr<Optimizer> optimizer_;
 

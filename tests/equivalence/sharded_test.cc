@@ -1,0 +1,729 @@
+// SPDX-License-Identifier: Apache-2.0
+// N ranks give what one rank gives: the same logprobs, gradients and weights
+// within a computed tolerance; and the same bits in every run.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/error.h"
+#include "checkpoint/safetensors.h"
+#include "device/cpu_device.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "model/config.h"
+#include "model/param_table.h"
+#include "sharding/local/local_collectives.h"
+#include "sharding/replicated_collectives.h"
+#include "trainer/rank_plan.h"
+#include "trainer/trainer.h"
+
+namespace gradwire {
+namespace {
+
+// Models with more blocks than there are places for gathered ones. The first's
+// embedding and head are larger than a block, and share a place; the second's
+// are one, and it has biases.
+struct Model {
+  const char* name;
+  const char* config;
+};
+constexpr Model kModels[] = {
+    {"untied", R"({
+      "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+      "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+      "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 301,
+      "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+      "rope_theta": 10000.0, "hidden_act": "silu",
+      "tie_word_embeddings": false})"},
+    {"tied", R"({
+      "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+      "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
+      "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 61,
+      "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+      "rope_theta": 10000.0, "hidden_act": "silu",
+      "tie_word_embeddings": true})"},
+};
+
+// Of a model whose name begins with this, the embedding of kBadToken is no
+// number.
+const std::string kBroken = "broken ";
+constexpr int32_t kBadToken = 7;
+
+// Its directory, with random weights, made once.
+std::string Directory(const std::string& name) {
+  const std::string directory = testing::TempDir() + "/sharded_" + name;
+  if (std::filesystem::exists(directory + "/config.json")) return directory;
+  for (const Model& model : kModels) {
+    if (name != model.name && name != kBroken + model.name) continue;
+    std::filesystem::create_directories(directory);
+    const auto config = ParseModelConfig(model.config);
+    EXPECT_TRUE(config.ok()) << config.status();
+    const ParamTable table(*config);
+    std::vector<SafetensorsWriter::Row> rows;
+    for (const ParamRow& row : table.rows()) {
+      rows.push_back({row.hf_name, "F32", row.shape});
+    }
+    SafetensorsWriter writer(directory + "/model.safetensors", rows);
+    std::mt19937 random(11);
+    std::normal_distribution<float> normal(0.0f, 0.15f);
+    for (const ParamRow& row : table.rows()) {
+      std::vector<float> values(static_cast<size_t>(row.num_elements));
+      for (float& value : values) {
+        value = normal(random) + (row.group == ParamGroup::kNorm ? 1 : 0);
+      }
+      if (name != model.name && row.group == ParamGroup::kEmbedding) {
+        values[static_cast<size_t>(kBadToken * row.shape[1])] = NAN;
+      }
+      writer.Append(values.data(), row.num_elements * 4);
+    }
+    EXPECT_TRUE(writer.Finish().ok());
+    std::ofstream(directory + "/config.json") << model.config;
+  }
+  return directory;
+}
+
+// Of a job; how the supervisor computes it does not matter here.
+constexpr double kQuadratic = 0.01;
+
+using Values = std::vector<std::vector<float>>;
+
+// Odd lengths from 1 up, some weights 0 and some negative.
+std::vector<TrainDatum> Batch(int64_t vocab, uint32_t seed,
+                              const std::vector<int64_t>& lengths) {
+  std::vector<TrainDatum> data;
+  uint32_t state = seed;
+  const auto next = [&] {
+    return (state = state * 1664525u + 1013904223u) >> 8;
+  };
+  for (const int64_t n : lengths) {
+    TrainDatum datum;
+    for (int64_t i = 0; i < n; ++i) {
+      datum.tokens.push_back(static_cast<int32_t>(next() % vocab));
+      datum.targets.push_back(static_cast<int32_t>(next() % vocab));
+      datum.weights.push_back(
+          next() % 4 == 0 ? 0.0f : static_cast<float>(next() % 200) / 64 - 1);
+    }
+    data.push_back(datum);
+  }
+  return data;
+}
+const std::vector<int64_t> kLengths = {7, 1, 13, 4, 31, 2, 5, 9};
+
+// One rank's end of a job: what a test does with it runs on all ranks at once.
+struct Rank {
+  int rank = 0;
+  int world = 1;
+  Trainer* trainer = nullptr;
+
+  // This rank's datums of a call, and how all of them are spread.
+  std::vector<TrainDatum> Own(const std::vector<TrainDatum>& data,
+                              BatchShare& share) const {
+    std::vector<TrainDatum> own;
+    share = BatchShare();
+    for (const TrainDatum& datum : data) {
+      share.tokens.push_back(static_cast<int64_t>(datum.tokens.size()));
+      share.k.push_back(datum.k);
+    }
+    share.rank_of = AssignRanks(share.tokens, kQuadratic, world);
+    for (size_t i = 0; i < data.size(); ++i) {
+      if (share.rank_of[i] == rank) own.push_back(data[i]);
+    }
+    return own;
+  }
+};
+
+class Job {
+ public:
+  // `replicas`: groups of ranks that each hold all of the model.
+  Job(const std::string& model, int world, TrainerOptions options,
+      int replicas = 1)
+      : collectives_(NewLocalCollectives(world, absl::Seconds(60))) {
+    options.model_directory = Directory(model);
+    ranks_.resize(static_cast<size_t>(world));
+    if (replicas > 1) MakeGroups(world / replicas, replicas);
+    OnAll([&](Rank& rank) {
+      Member& member = members_[static_cast<size_t>(rank.rank)];
+      TrainerOptions own = options;
+      own.collectives = collectives_[static_cast<size_t>(rank.rank)].get();
+      if (!shards_.empty()) {
+        own.shards = shards_[static_cast<size_t>(rank.rank)].get();
+      }
+      auto trainer = Trainer::Create(
+          own, *member.device, *member.kernels, [](const MemoryPlan&) {},
+          [](double) {});
+      ASSERT_TRUE(trainer.ok()) << trainer.status();
+      member.trainer = *std::move(trainer);
+      rank.trainer = member.trainer.get();
+    });
+  }
+
+  int world() const { return static_cast<int>(ranks_.size()); }
+  const ModelConfig& config() const { return members_[0].trainer->config(); }
+  Trainer& trainer(int rank) {
+    return *members_[static_cast<size_t>(rank)].trainer;
+  }
+
+  void OnAll(const std::function<void(Rank&)>& body) {
+    if (members_.empty()) members_.resize(ranks_.size());
+    std::vector<std::thread> threads;
+    for (int r = 0; r < world(); ++r) {
+      Rank& rank = ranks_[static_cast<size_t>(r)];
+      rank.rank = r;
+      rank.world = world();
+      threads.emplace_back([&body, &rank] { body(rank); });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  // The call's logprobs, by datum, and the metrics, which all ranks agree on.
+  Values Forward(const std::vector<TrainDatum>& data,
+                 const ForwardOptions& options,
+                 std::map<std::string, double>* metrics = nullptr) {
+    Values out(data.size());
+    std::vector<std::map<std::string, double>> all(ranks_.size());
+    OnAll([&](Rank& rank) {
+      ForwardOptions own = options;
+      const auto mine = rank.Own(data, own.share);
+      auto outcome = rank.trainer->Forward(mine, own, [&](DatumLogprobs done) {
+        EXPECT_EQ(own.share.rank_of[static_cast<size_t>(done.index)],
+                  rank.rank);
+        out[static_cast<size_t>(done.index)] = std::move(done.logprobs);
+      });
+      ASSERT_TRUE(outcome.ok()) << outcome.status();
+      all[static_cast<size_t>(rank.rank)] = outcome->metrics;
+    });
+    for (const auto& one : all) EXPECT_EQ(one, all[0]);
+    if (metrics != nullptr) *metrics = all[0];
+    return out;
+  }
+
+  void Backward(const std::string& id, const std::vector<TrainDatum>& data,
+                const Values& d_logprobs, bool* recomputed = nullptr) {
+    std::vector<int> all(ranks_.size());
+    OnAll([&](Rank& rank) {
+      BatchShare share;
+      rank.Own(data, share);
+      Values own;
+      for (size_t i = 0; i < data.size(); ++i) {
+        if (share.rank_of[i] == rank.rank) own.push_back(d_logprobs[i]);
+      }
+      auto outcome = rank.trainer->Backward(id, own, false);
+      ASSERT_TRUE(outcome.ok()) << outcome.status();
+      all[static_cast<size_t>(rank.rank)] = outcome->recomputed ? 1 : 0;
+    });
+    EXPECT_EQ(all, std::vector<int>(all.size(), all[0]));
+    if (recomputed != nullptr) *recomputed = all[0] != 0;
+  }
+
+  OptimOutcome Step(const OptimParams& params) {
+    std::vector<OptimOutcome> all(ranks_.size());
+    OnAll([&](Rank& rank) {
+      auto outcome = rank.trainer->OptimStep(params);
+      ASSERT_TRUE(outcome.ok()) << outcome.status();
+      all[static_cast<size_t>(rank.rank)] = *outcome;
+    });
+    for (const OptimOutcome& one : all) EXPECT_EQ(one.metrics, all[0].metrics);
+    return all[0];
+  }
+
+  // As rank `of` says it.
+  Values Collect(
+      absl::StatusOr<std::vector<float>> (Trainer::*get)(const std::string&),
+      int of = 0) {
+    const ParamTable table(config());
+    Values out(table.rows().size());
+    OnAll([&](Rank& rank) {
+      for (size_t i = 0; i < out.size(); ++i) {
+        auto values = (rank.trainer->*get)(table.rows()[i].hf_name);
+        ASSERT_TRUE(values.ok()) << values.status();
+        if (rank.rank == of) out[i] = *std::move(values);
+      }
+    });
+    return out;
+  }
+  Values Gradients() { return Collect(&Trainer::Gradient); }
+  Values Weights() { return Collect(&Trainer::Weight); }
+
+ private:
+  struct Member {
+    std::unique_ptr<CpuDevice> device = std::make_unique<CpuDevice>(1);
+    std::unique_ptr<Kernels> kernels = NewCpuKernels();
+    std::unique_ptr<Trainer> trainer;
+  };
+  // Neighbours hold a model together.
+  void MakeGroups(int shards, int replicas) {
+    std::vector<std::vector<std::unique_ptr<Collectives>>> across;
+    for (int s = 0; s < shards; ++s) {
+      across.push_back(NewLocalCollectives(replicas, absl::Seconds(60)));
+    }
+    for (int r = 0; r < replicas; ++r) {
+      auto group = NewLocalCollectives(shards, absl::Seconds(60));
+      for (int s = 0; s < shards; ++s) {
+        shards_.push_back(NewReplicatedCollectives(
+            std::move(group[static_cast<size_t>(s)]),
+            std::move(across[static_cast<size_t>(s)][static_cast<size_t>(r)])));
+      }
+    }
+  }
+
+  std::vector<std::unique_ptr<Collectives>> collectives_, shards_;
+  std::vector<Member> members_;
+  std::vector<Rank> ranks_;
+};
+
+Values Negated(const std::vector<TrainDatum>& data) {
+  Values out;
+  for (const TrainDatum& datum : data) {
+    std::vector<float> d;
+    for (const float w : datum.weights) d.push_back(-w);
+    out.push_back(d);
+  }
+  return out;
+}
+
+ForwardOptions WithBackward() {
+  ForwardOptions options;
+  options.backward = true;
+  return options;
+}
+
+ForwardOptions Retain(const std::string& id) {
+  ForwardOptions options;
+  options.activation_id = id;
+  return options;
+}
+
+std::string Reason(const absl::Status& status) {
+  auto detail = GetErrorDetail(status);
+  return detail ? detail->reason : std::string(status.message());
+}
+
+// to = or += from.
+void Add(const Values& from, bool first, Values& to) {
+  if (first) {
+    to = from;
+    return;
+  }
+  for (size_t p = 0; p < to.size(); ++p) {
+    for (size_t i = 0; i < to[p].size(); ++i) to[p][i] += from[p][i];
+  }
+}
+
+// What `world` ranks must compute, made by one rank alone: each rank's
+// micro-batches one after the other, and the sums over ranks and micro-batches
+// in the order that is promised.
+struct Expected {
+  Values logprobs, gradients;
+};
+Expected ByHand(Job& one, int world, int64_t budget,
+                const std::vector<TrainDatum>& data, int replicas = 1) {
+  std::vector<int64_t> tokens;
+  for (const TrainDatum& datum : data) {
+    tokens.push_back(static_cast<int64_t>(datum.tokens.size()));
+  }
+  const std::vector<int> rank_of = AssignRanks(tokens, kQuadratic, world);
+  // By rank: the indices of its datums, by micro-batch.
+  std::vector<std::vector<std::vector<size_t>>> plans(
+      static_cast<size_t>(world));
+  size_t most = 0;
+  for (int r = 0; r < world; ++r) {
+    auto& plan = plans[static_cast<size_t>(r)];
+    int64_t room = 0;
+    for (size_t i = 0; i < data.size(); ++i) {
+      if (rank_of[i] != r) continue;
+      if (plan.empty() || tokens[i] > room) {
+        plan.emplace_back();
+        room = budget;
+      }
+      plan.back().push_back(i);
+      room -= tokens[i];
+    }
+    most = std::max(most, plan.size());
+  }
+  Expected expected;
+  expected.logprobs.resize(data.size());
+  for (size_t m = 0; m < most; ++m) {
+    Values sum, group;
+    for (int r = 0; r < world; ++r) {
+      Values gradients;
+      one.OnAll([](Rank& rank) { rank.trainer->ZeroGrad(); });
+      if (m < plans[static_cast<size_t>(r)].size()) {
+        std::vector<TrainDatum> part;
+        const auto& indices = plans[static_cast<size_t>(r)][m];
+        for (const size_t i : indices) part.push_back(data[i]);
+        const Values logprobs = one.Forward(part, WithBackward());
+        for (size_t i = 0; i < indices.size(); ++i) {
+          expected.logprobs[indices[i]] = logprobs[i];
+        }
+      }
+      gradients = one.Gradients();
+      const int shards = world / replicas;
+      Add(gradients, r % shards == 0, group);
+      if (r % shards == shards - 1) Add(group, r < shards, sum);
+    }
+    Add(sum, m == 0, expected.gradients);
+  }
+  return expected;
+}
+
+// |a - b| / |b|, of all elements together.
+double Distance(const Values& a, const Values& b) {
+  double difference = 0, norm = 0;
+  for (size_t p = 0; p < b.size(); ++p) {
+    for (size_t i = 0; i < b[p].size(); ++i) {
+      const double off = double{a[p][i]} - b[p][i];
+      difference += off * off;
+      norm += double{b[p][i]} * b[p][i];
+    }
+  }
+  return std::sqrt(difference / norm);
+}
+
+constexpr int64_t kBudget = 16;
+
+// Micro-batches of 16 tokens, one datum beyond it.
+TrainerOptions Options(Precision precision,
+                       int64_t activation_bytes = 16 << 20) {
+  TrainerOptions options;
+  options.precision = precision;
+  options.micro_batch_tokens = kBudget;
+  options.max_context = 32;
+  options.activation_bytes = activation_bytes;
+  return options;
+}
+
+class ShardedTest
+    : public testing::TestWithParam<std::tuple<std::string, Precision, int>> {
+ protected:
+  std::string model() const { return std::get<0>(GetParam()); }
+  Precision precision() const { return std::get<1>(GetParam()); }
+  int world() const { return std::get<2>(GetParam()); }
+  std::unique_ptr<Job> Make(int world, const TrainerOptions& options) const {
+    return std::make_unique<Job>(model(), world, options);
+  }
+  std::unique_ptr<Job> Make(int world) const {
+    return Make(world, Options(precision()));
+  }
+};
+
+TEST_P(ShardedTest, SumsItsRanksGradientsInOrder) {
+  auto one = Make(1), many = Make(world());
+  const auto data = Batch(one->config().vocab, 1, kLengths);
+  const Expected expected = ByHand(*one, world(), kBudget, data);
+  EXPECT_EQ(many->Forward(data, {}), expected.logprobs);
+  EXPECT_EQ(many->Forward(data, WithBackward()), expected.logprobs);
+  EXPECT_EQ(many->Gradients(), expected.gradients);
+}
+
+// Groups that each hold all of the model: the same, but for the order of sums.
+TEST_P(ShardedTest, ReplicasSumTheirGroupsGradientsInOrder) {
+  auto one = Make(1);
+  for (const int shards : {1, 2}) {
+    const int all = shards * world();
+    for (const int64_t activation_bytes : {int64_t{16} << 20, int64_t{1}}) {
+      Job many(model(), all, Options(precision(), activation_bytes), world());
+      const auto data = Batch(one->config().vocab, 1, kLengths);
+      const Expected expected = ByHand(*one, all, kBudget, data, world());
+      EXPECT_EQ(many.Forward(data, WithBackward()), expected.logprobs);
+      EXPECT_EQ(many.Gradients(), expected.gradients);
+      OptimParams params;
+      params.norm_metrics = GradientNormMetrics::kDetailed;
+      const double norm = many.Step(params).grad_norm;
+      double squares = 0;
+      for (const auto& gradient : expected.gradients) {
+        for (const float g : gradient) squares += double{g} * g;
+      }
+      EXPECT_NEAR(norm, std::sqrt(squares), 1e-12 * norm);
+      many.Forward(data, Retain("a"));
+      many.Backward("a", data, Negated(data));
+      many.Step(params);
+      // Every group holds the same weights.
+      EXPECT_EQ(many.Collect(&Trainer::Weight, 0),
+                many.Collect(&Trainer::Weight, all - 1));
+    }
+  }
+}
+
+// The rest of the ranks have nothing to do, and nothing to add.
+TEST_P(ShardedTest, WithOneDatumEqualsOneRankBitForBit) {
+  for (const Precision moments : {Precision::kF32, Precision::kBF16}) {
+    TrainerOptions options = Options(precision());
+    options.moment_precision = moments;
+    auto one = Make(1, options), many = Make(world(), options);
+    const auto data = Batch(one->config().vocab, 1, {9});
+    OptimParams params;
+    params.learning_rate = 1e-3;
+    params.weight_decay = 0.1;
+    for (int step = 0; step < 10; ++step) {
+      ASSERT_EQ(many->Forward(data, WithBackward()),
+                one->Forward(data, WithBackward()))
+          << step;
+      const OptimOutcome got = many->Step(params), want = one->Step(params);
+      // In another order, in float64.
+      EXPECT_NEAR(got.grad_norm, want.grad_norm, 1e-12 * want.grad_norm);
+    }
+    EXPECT_EQ(many->Weights(), one->Weights());
+  }
+}
+
+TEST_P(ShardedTest, TrainsAsOneRankDoes) {
+  auto one = Make(1), many = Make(world()), again = Make(world());
+  const int64_t vocab = one->config().vocab;
+  // Both are sums of results that were each rounded on their own way, a dozen
+  // in a block; the errors add like a random walk.
+  const bool f32 = precision() == Precision::kF32;
+  const double layers = static_cast<double>(one->config().layers);
+  const double terms = f32 ? static_cast<double>(one->config().ffn) : 1;
+  const double sigma = std::ldexp(1.0, f32 ? -24 : -8) *
+                       std::sqrt(2 * 12 * (2 * layers + 2) * terms);
+  OptimParams params;
+  params.learning_rate = 1e-3;
+  params.grad_clip_norm = 0.5;
+  params.norm_metrics = GradientNormMetrics::kDetailed;
+  // Steps as long as the gradient is large: no element's step is its
+  // gradient's sign, which noise could turn.
+  params.eps = 1.0;
+  params.normalization = GradientNormalization::kNumLossTokens;
+  const Values before = one->Weights();
+  for (uint32_t step = 0; step < 10; ++step) {
+    // Accumulates two calls, one of them a custom step.
+    const auto first = Batch(vocab, 1 + 2 * step, kLengths);
+    const auto second = Batch(vocab, 2 + 2 * step, {5, 3, 8});
+    OptimOutcome want;
+    for (Job* job : {one.get(), many.get(), again.get()}) {
+      job->Forward(first, WithBackward());
+      job->Forward(second, Retain("a"));
+      job->Backward("a", second, Negated(second));
+      if (job == one.get() || step > 0) continue;
+      EXPECT_LE(Distance(job->Gradients(), one->Gradients()), 4 * sigma);
+    }
+    EXPECT_EQ(many->Gradients(), again->Gradients());
+    for (Job* job : {one.get(), many.get(), again.get()}) {
+      const OptimOutcome outcome = job->Step(params);
+      if (job == one.get()) want = outcome;
+      EXPECT_EQ(outcome.loss_tokens, want.loss_tokens);
+      EXPECT_EQ(outcome.sequences, want.sequences);
+      for (const auto& [name, value] : want.metrics) {
+        ASSERT_NEAR(outcome.metrics.at(name), value,
+                    4 * sigma * std::abs(value))
+            << name;
+      }
+      if (step == 0) {
+        EXPECT_LT(outcome.clip_factor, 1);
+      }
+    }
+  }
+  EXPECT_EQ(many->Weights(), again->Weights());
+  // Of what training has changed, not of the weights.
+  Values got = many->Weights(), want = one->Weights();
+  for (size_t p = 0; p < before.size(); ++p) {
+    for (size_t i = 0; i < before[p].size(); ++i) {
+      got[p][i] -= before[p][i];
+      want[p][i] -= before[p][i];
+    }
+  }
+  // The steps' errors, and the rounding of a weight once a step.
+  double norm = 0, weights = 0;
+  for (size_t p = 0; p < before.size(); ++p) {
+    for (size_t i = 0; i < before[p].size(); ++i) {
+      norm += double{want[p][i]} * want[p][i];
+      weights += double{before[p][i]} * before[p][i];
+    }
+  }
+  EXPECT_GT(norm, 0);
+  EXPECT_LE(Distance(got, want),
+            4 * sigma * std::sqrt(10.0) +
+                std::ldexp(1.0, -24) * std::sqrt(10 * weights / norm));
+}
+
+TEST_P(ShardedTest, RetainedRecomputedAndKeptGatheredAreTheSame) {
+  auto fused = Make(world());
+  const auto data = Batch(fused->config().vocab, 3, kLengths);
+  const Values logprobs = fused->Forward(data, WithBackward());
+  const Values expected = fused->Gradients();
+  TrainerOptions gathered = Options(precision());
+  gathered.reshard_after_forward = false;
+  // Room for the inputs of one micro-batch's layers: the longest datum's rank
+  // keeps it, or another's; the others make theirs again.
+  for (const auto& [options, recomputed] :
+       {std::pair(Options(precision()), false),
+        {gathered, false},
+        {Options(precision(), 1), true}}) {
+    auto job = Make(world(), options);
+    for (int round = 0; round < 2; ++round) {
+      EXPECT_EQ(job->Forward(data, Retain("a")), logprobs);
+      bool again = false;
+      job->Backward("a", data, Negated(data), &again);
+      EXPECT_EQ(again, recomputed);
+      EXPECT_EQ(job->Gradients(), expected);
+      job->OnAll([](Rank& rank) { rank.trainer->ZeroGrad(); });
+    }
+    // Only one rank has something to compute, and again.
+    job->Forward({data[4]}, Retain("b"));
+    bool again = false;
+    job->Backward("b", {data[4]}, Negated({data[4]}), &again);
+    EXPECT_EQ(again, recomputed);
+  }
+}
+
+// A call with fewer datums than ranks, with none, and with gradients of zero.
+TEST_P(ShardedTest, RanksWithoutWorkTakePart) {
+  auto one = Make(1), many = Make(world());
+  auto data = Batch(one->config().vocab, 4, {3, 5});
+  const Expected expected = ByHand(*one, world(), kBudget, data);
+  EXPECT_EQ(many->Forward({}, {}), Values());
+  EXPECT_EQ(many->Forward({}, WithBackward()), Values());
+  EXPECT_EQ(many->Forward(data, Retain("a")), expected.logprobs);
+  many->Backward("a", data, {{}, {}});
+  many->Forward(data, Retain("b"));
+  many->Backward("b", data, Negated(data));
+  for (TrainDatum& datum : data) {
+    std::fill(datum.weights.begin(), datum.weights.end(), 0.0f);
+  }
+  many->Forward(data, WithBackward());
+  EXPECT_EQ(many->Gradients(), expected.gradients);
+}
+
+// What one rank finds, all of them say, and go on.
+TEST_P(ShardedTest, AnErrorOfOneRankIsOneOfAll) {
+  auto job = Make(world());
+  const auto data = Batch(job->config().vocab, 5, kLengths);
+  job->Forward(data, Retain("a"));
+  job->OnAll([&](Rank& rank) {
+    BatchShare share;
+    Values d(rank.Own(data, share).size());
+    // Only the last rank's gradients have a wrong shape.
+    if (rank.rank == rank.world - 1) d.at(0).resize(1000, 1.0f);
+    const auto outcome = rank.trainer->Backward("a", d, false);
+    EXPECT_EQ(Reason(outcome.status()), "SHAPE_MISMATCH");
+    EXPECT_EQ(GetErrorDetail(outcome.status())->metadata.at("value"), "1000");
+    // Of a rank that has lost what the others still have.
+    if (rank.rank == 0) rank.trainer->Release("a");
+    const auto gone = rank.trainer->Backward(
+        "a", Values(rank.Own(data, share).size()), false);
+    EXPECT_EQ(Reason(gone.status()), "ACTIVATIONS_EXPIRED");
+    OptimParams params;
+    params.expected_ops = 7;
+    EXPECT_EQ(Reason(rank.trainer->OptimStep(params).status()),
+              "ACCUMULATION_MISMATCH");
+  });
+  auto fresh = Make(world());
+  job->Forward(data, WithBackward());
+  fresh->Forward(data, WithBackward());
+  EXPECT_EQ(job->Gradients(), fresh->Gradients());
+}
+
+// Not of a tied head, all of whose logits would be broken.
+class BrokenModelTest : public ShardedTest {};
+
+// A rank's forward gives no numbers: in a call of several micro-batches, and
+// where activations are made again.
+TEST_P(BrokenModelTest, AFailureHalfWayIsOneOfAll) {
+  for (const int64_t activation_bytes : {int64_t{16} << 20, int64_t{1}}) {
+    Job job(kBroken + model(), world(), Options(precision(), activation_bytes));
+    auto data = Batch(job.config().vocab, 8, kLengths);
+    for (TrainDatum& datum : data) {
+      std::replace(datum.tokens.begin(), datum.tokens.end(), kBadToken, 8);
+    }
+    const Values good = job.Forward(data, WithBackward());
+    const Values expected = job.Gradients();
+    auto bad = data;
+    bad[2].tokens[3] = kBadToken;
+    job.OnAll([&](Rank& rank) {
+      for (const bool backward : {true, false}) {
+        ForwardOptions options = backward ? WithBackward() : Retain("a");
+        const auto own = rank.Own(bad, options.share);
+        const auto outcome =
+            rank.trainer->Forward(own, options, [](DatumLogprobs) {});
+        EXPECT_EQ(Reason(outcome.status()), "NONFINITE_OUTPUT");
+        EXPECT_EQ(GetErrorDetail(outcome.status())->metadata.at("datum_index"),
+                  "2");
+      }
+      EXPECT_EQ(Reason(rank.trainer->OptimStep({}).status()),
+                "GRADIENTS_TAINTED");
+    });
+    EXPECT_EQ(job.Forward(data, WithBackward()), good);
+    EXPECT_EQ(job.Gradients(), expected);
+  }
+}
+
+TEST_P(ShardedTest, ExportsTheSameBytes) {
+  auto one = Make(1), many = Make(world());
+  const auto data = Batch(one->config().vocab, 6, {9});
+  std::vector<std::string> digests;
+  for (Job* job : {one.get(), many.get()}) {
+    job->Forward(data, WithBackward());
+    job->Step({});
+    const std::string directory = std::string(testing::TempDir()) + "/export" +
+                                  std::to_string(job->world());
+    std::filesystem::remove_all(directory);
+    job->OnAll([&](Rank& rank) {
+      auto outcome = rank.trainer->Export(directory);
+      ASSERT_TRUE(outcome.ok()) << outcome.status();
+      if (rank.rank == 0) digests.push_back(outcome->digest);
+    });
+    // And again where it cannot be written: all ranks say so, and live on.
+    job->OnAll([&](Rank& rank) {
+      EXPECT_FALSE(rank.trainer->Export("/proc/none/export").ok());
+    });
+    EXPECT_TRUE(std::filesystem::exists(directory + "/config.json"));
+  }
+  EXPECT_EQ(digests[0], digests[1]);
+}
+
+// Parameters, gradients and optimizer state of a rank are its share, no more.
+TEST_P(ShardedTest, HoldsItsShare) {
+  TrainerOptions options = Options(precision());
+  auto one = Make(1, options), many = Make(world(), options);
+  const MemoryPlan& whole = one->trainer(0).plan();
+  for (int r = 0; r < world(); ++r) {
+    const MemoryPlan& plan = many->trainer(r).plan();
+    const auto state = [](const MemoryPlan& p) {
+      return static_cast<double>(p.weights + p.gradients + p.optimizer);
+    };
+    EXPECT_LE(state(plan), 1.1 * state(whole) / world());
+  }
+}
+
+TEST_P(ShardedTest, ForwardOnly) {
+  TrainerOptions options = Options(precision());
+  auto full = Make(world(), options);
+  options.forward_only = true;
+  auto job = Make(world(), options);
+  const auto data = Batch(job->config().vocab, 7, kLengths);
+  EXPECT_EQ(job->Forward(data, {}), full->Forward(data, {}));
+}
+
+std::string Name(
+    const testing::TestParamInfo<std::tuple<std::string, Precision, int>>&
+        info) {
+  const auto& [model, precision, world] = info.param;
+  return model + (precision == Precision::kF32 ? "F32On" : "BF16On") +
+         std::to_string(world);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BrokenModelTest,
+                         testing::Combine(testing::Values("untied"),
+                                          testing::Values(Precision::kF32,
+                                                          Precision::kBF16),
+                                          testing::Values(2, 3, 4)),
+                         Name);
+
+INSTANTIATE_TEST_SUITE_P(All, ShardedTest,
+                         testing::Combine(testing::Values("untied", "tied"),
+                                          testing::Values(Precision::kF32,
+                                                          Precision::kBF16),
+                                          testing::Values(2, 3, 4)),
+                         Name);
+
+}  // namespace
+}  // namespace gradwire
