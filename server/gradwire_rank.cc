@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
@@ -18,8 +19,10 @@
 #include "nlohmann/json.hpp"
 #include "server/default_precision.h"
 #include "server/rank_cpus.h"
+#include "server/rank_group_join.h"
 #include "server/rank_hello.h"
 #include "server/rank_link.h"
+#include "server/rank_tls.h"
 #include "server/rank_worker.h"
 #include "server/version.h"
 
@@ -39,6 +42,9 @@ ABSL_FLAG(std::string, rank_tls_key, "", "PEM file: its private key");
 ABSL_FLAG(std::string, rank_tls_ca, "",
           "PEM file: the authority that signs the supervisor's certificate");
 ABSL_FLAG(bool, rank_insecure, false, "dial over a network without TLS");
+ABSL_FLAG(std::string, collective_address, "",
+          "IP address at which the job's other ranks reach this one; default: "
+          "the one from which it reaches the supervisor");
 ABSL_FLAG(std::string, cpus, "",
           "CPUs to compute on, such as 0,1,4; default: all");
 ABSL_FLAG(bool, describe, false,
@@ -109,10 +115,17 @@ int Main() {
   options.hello.set_join_token(*token);
   options.dial_timeout =
       absl::Seconds(absl::GetFlag(FLAGS_dial_timeout_seconds));
-  options.tls.cert = absl::GetFlag(FLAGS_rank_tls_cert);
-  options.tls.key = absl::GetFlag(FLAGS_rank_tls_key);
-  options.tls.ca = absl::GetFlag(FLAGS_rank_tls_ca);
-  options.tls.insecure = absl::GetFlag(FLAGS_rank_insecure);
+  RankTls tls;
+  tls.cert = absl::GetFlag(FLAGS_rank_tls_cert);
+  tls.key = absl::GetFlag(FLAGS_rank_tls_key);
+  tls.ca = absl::GetFlag(FLAGS_rank_tls_ca);
+  tls.insecure = absl::GetFlag(FLAGS_rank_insecure);
+  auto credentials = RankChannelCredentials(options.supervisor, tls);
+  if (!credentials.ok()) {
+    spdlog::error("{}", std::string(credentials.status().message()));
+    return kBadConfiguration;
+  }
+  options.credentials = *credentials;
   auto link = RankLink::Dial(options);
   if (!link.ok()) {
     const auto detail = GetErrorDetail(link.status());
@@ -122,13 +135,22 @@ int Main() {
                   std::string(link.status().message()));
     return EXIT_FAILURE;
   }
+  std::string address = absl::GetFlag(FLAGS_collective_address);
+  if (address.empty() && absl::GetFlag(FLAGS_world_size) > 1) {
+    auto found = AddressTowards(absl::GetFlag(FLAGS_supervisor));
+    if (!found.ok()) {
+      spdlog::error("{}", std::string(found.status().message()));
+      return kBadConfiguration;
+    }
+    address = *std::move(found);
+  }
   // The first command is to load, and says what the job was given.
   v1::RankCommand command = (*link)->NextCommand();
   RankWorker worker(absl::GetFlag(FLAGS_threads) > 0
                         ? absl::GetFlag(FLAGS_threads)
                         : command.load().spec().threads(),
-                    link->get());
-  while (worker.Execute(command)) command = (*link)->NextCommand();
+                    address, link->get());
+  while (worker.Execute(std::move(command))) command = (*link)->NextCommand();
   // The load has failed and was reported.
   (*link)->AwaitEnd();
 }

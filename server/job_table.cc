@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/job_table.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "absl/strings/numbers.h"
@@ -53,6 +54,7 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
   constexpr int64_t kMostThreads = 1024;
   const std::tuple<const char*, int64_t, int64_t> counts[] = {
       {"world_size", spec.world_size(), kMostRanks},
+      {"replicas", spec.replicas(), std::max(1, spec.world_size())},
       {"max_context_length", spec.max_context_length(), kMost},
       {"activation_bytes", spec.activation_bytes(), kMost},
       {"micro_batch_tokens", spec.micro_batch_tokens(), kMost},
@@ -66,6 +68,14 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
         .With("value", value)
         .With("limit", value < 0 ? 0 : most)
         .Message(std::string(field) + " is out of range; 0 means the default.");
+  }
+  if (std::max(1, spec.world_size()) % std::max(1, spec.replicas()) != 0) {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                        "OPTION_OUT_OF_RANGE")
+        .With("field", "replicas")
+        .With("value", spec.replicas())
+        .With("limit", spec.world_size())
+        .Message("replicas must divide world_size: groups are of one size.");
   }
   if (spec.lora().max_rank() != 0) {
     return Unsupported("lora.max_rank", std::to_string(spec.lora().max_rank()),

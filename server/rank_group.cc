@@ -156,7 +156,7 @@ void RankGroup::Watch() {
     const bool overslept = now - last > kOverslept;
     for (int rank = 0; rank < options_.world_size; ++rank) {
       RankStanding& standing = seat(rank).standing;
-      if (overslept) standing.last_seen += now - last;
+      if (overslept) standing.last_seen = std::max(standing.last_seen, now);
       if (!standing.watched || ending_) continue;
       const std::chrono::duration<double> age = now - standing.last_seen;
       options_.metrics->SetHeartbeatAge(options_.job_id, rank,

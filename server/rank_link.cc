@@ -31,9 +31,7 @@ bool MayComeLater(const absl::Status& status) {
 
 }  // namespace
 
-RankLink::RankLink(
-    const RankLinkOptions& options,
-    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+RankLink::RankLink(const RankLinkOptions& options) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
@@ -44,20 +42,18 @@ RankLink::RankLink(
     arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
     arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
   }
-  stub_ = v1::RankService::NewStub(
-      grpc::CreateCustomChannel(options.supervisor, credentials, arguments));
+  stub_ = v1::RankService::NewStub(grpc::CreateCustomChannel(
+      options.supervisor, options.credentials, arguments));
   stream_ = stub_->Connect(&context_);
 }
 
 absl::StatusOr<std::unique_ptr<RankLink>> RankLink::Dial(
     const RankLinkOptions& options) {
-  GW_ASSIGN_OR_RETURN(auto credentials,
-                      RankChannelCredentials(options.supervisor, options.tls));
   const absl::Time deadline = absl::Now() + options.dial_timeout;
   absl::Duration pause = kFirstPause;
   std::string said;
   while (true) {
-    std::unique_ptr<RankLink> link(new RankLink(options, credentials));
+    std::unique_ptr<RankLink> link(new RankLink(options));
     const absl::Status status = link->Join(options.hello);
     if (status.ok()) {
       link->reader_ = std::thread([l = link.get()] { l->Read(); });

@@ -16,14 +16,13 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "gradwire/v1/rank.grpc.pb.h"
-#include "server/rank_tls.h"
 
 namespace gradwire {
 
 struct RankLinkOptions {
   // "unix:..." or HOST:PORT.
   std::string supervisor;
-  RankTls tls;
+  std::shared_ptr<grpc::ChannelCredentials> credentials;
   v1::RankHello hello;
   // How long to try while the supervisor, or the job, is not there yet.
   absl::Duration dial_timeout;
@@ -34,8 +33,7 @@ struct RankLinkOptions {
 // there is nobody to work for.
 class RankLink {
  public:
-  // Joins the job's group. Errors: what the supervisor says; those of
-  // RankChannelCredentials.
+  // Joins the job's group. Errors: what the supervisor says.
   static absl::StatusOr<std::unique_ptr<RankLink>> Dial(
       const RankLinkOptions& options);
 
@@ -51,8 +49,7 @@ class RankLink {
   [[noreturn]] void AwaitEnd();
 
  private:
-  RankLink(const RankLinkOptions& options,
-           const std::shared_ptr<grpc::ChannelCredentials>& credentials);
+  explicit RankLink(const RankLinkOptions& options);
   absl::Status Join(const v1::RankHello& hello);
   void Read();
   void Beat();

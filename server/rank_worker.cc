@@ -2,68 +2,21 @@
 #include "server/rank_worker.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <string>
 #include <utility>
 
 #include "base/error.h"
-#include "base/log.h"
 #include "base/status.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "server/decode_datum.h"
 #include "server/decode_options.h"
-#include "server/default_precision.h"
 #include "server/grpc_status.h"
-#include "server/rank_group_join.h"
+#include "server/rank_memory.h"
 #include "server/rank_share.h"
-#include "server/version.h"
 #include "trainer/losses.h"
-#include "trainer/rank_plan.h"
 
 namespace gradwire {
 namespace {
-
-v1::MemoryPlan ToProto(const MemoryPlan& plan) {
-  v1::MemoryPlan out;
-  out.set_weights(plan.weights);
-  out.set_gradients(plan.gradients);
-  out.set_optimizer(plan.optimizer);
-  out.set_activations(plan.activations);
-  out.set_workspace(plan.workspace);
-  out.set_total(plan.total);
-  out.set_available(plan.available);
-  out.set_micro_batch_tokens(plan.micro_batch_tokens);
-  out.set_max_context_length(plan.max_context);
-  out.set_retained_tokens(plan.retained_tokens);
-  return out;
-}
-
-// A line of /proc/self/status, in bytes; 0 if there is none.
-int64_t ProcessBytes(const std::string& key) {
-  std::ifstream status("/proc/self/status");
-  for (std::string line; std::getline(status, line);) {
-    if (line.rfind(key + ":", 0) == 0) {
-      return std::atoll(line.c_str() + key.size() + 1) * 1024;
-    }
-  }
-  return 0;
-}
-
-v1::MemoryUse ToProto(const MemoryUse& use, int64_t other) {
-  v1::MemoryUse out;
-  out.set_weights(use.weights);
-  out.set_gradients(use.gradients);
-  out.set_optimizer(use.optimizer);
-  out.set_activations(use.activations);
-  out.set_workspace(use.workspace);
-  out.set_other(other);
-  out.set_total(use.weights + use.gradients + use.optimizer + use.activations +
-                use.workspace + other);
-  out.set_resident_peak(ProcessBytes("VmHWM"));
-  return out;
-}
 
 // With the first dimension; others are the caller's.
 v1::TensorData FloatTensor(const std::vector<float>& values, int64_t n) {
@@ -104,16 +57,19 @@ void CopyMetrics(const std::map<std::string, double>& metrics, Map& out) {
 
 }  // namespace
 
-RankWorker::RankWorker(int threads, RankLink* link)
-    : link_(*link), device_(threads), kernels_(NewCpuKernels()) {}
+RankWorker::RankWorker(int threads, std::string address, RankLink* link)
+    : link_(*link),
+      address_(std::move(address)),
+      device_(threads),
+      kernels_(NewCpuKernels()) {}
 
-bool RankWorker::Execute(const v1::RankCommand& command) {
+bool RankWorker::Execute(v1::RankCommand command) {
   if (command.has_datums()) {
-    datums_.push_back(command.datums());
+    datums_.push_back(std::move(*command.mutable_datums()));
     return true;
   }
   if (command.has_gradients()) {
-    gradients_.push_back(command.gradients());
+    gradients_.push_back(std::move(*command.mutable_gradients()));
     return true;
   }
   if (command.has_load()) return Load(command.load());
@@ -163,147 +119,9 @@ absl::Status RankWorker::Run(const v1::RankCommand& command,
   }
 }
 
-absl::StatusOr<std::unique_ptr<Collectives>> RankWorker::JoinGroup(
-    const v1::RankLoad& load) {
-  RankGroupJoin join;
-  join.rank = rank_;
-  join.world = world_;
-  join.timeout = absl::Seconds(load.collective_timeout_seconds());
-  join.exchange = [&](const std::string& mine) {
-    constexpr int kWorldGroup = 0;
-    return link_.ExchangeAddresses(kWorldGroup, mine, join.timeout);
-  };
-  return JoinRankGroup(join);
-}
-
-bool RankWorker::Load(const v1::RankLoad& load) {
-  rank_ = load.rank();
-  world_ = load.world_size();
-  const auto fail = [&](const absl::Status& status) {
-    v1::RankEvent event;
-    *event.mutable_failed() = ToOperationError(status);
-    link_.Send(event);
-    return false;
-  };
-  const auto progress = [&](v1::JobPhase phase, double share) {
-    v1::RankEvent event;
-    event.mutable_progress()->set_phase(phase);
-    event.mutable_progress()->set_progress(share);
-    return event;
-  };
-  TrainerOptions options;
-  options.model_directory = load.spec().base_model();
-  const PrecisionChoice choice =
-      ChoosePrecision(load.spec().precision(), kernels_->description());
-  options.precision = choice.precision;
-  spdlog::info("{}, precision {}: {}", kernels_->description(),
-               PrecisionName(choice.precision), choice.reason);
-  options.moment_precision = load.spec().moment_precision() == "bf16"
-                                 ? Precision::kBF16
-                                 : Precision::kF32;
-  options.max_context = load.spec().max_context_length();
-  options.activation_bytes = load.spec().activation_bytes();
-  options.micro_batch_tokens = load.spec().micro_batch_tokens();
-  options.forward_only = load.spec().forward_only();
-  if (world_ > 1) link_.Send(progress(v1::JOB_PHASE_COLLECTIVES, 0));
-  auto collectives = JoinGroup(load);
-  if (!collectives.ok()) return fail(collectives.status());
-  collectives_ = *std::move(collectives);
-  options.collectives = collectives_.get();
-  other_bytes_ = ProcessBytes("VmRSS");
-  double reported = 0;
-  auto trainer = Trainer::Create(
-      options, device_, *kernels_,
-      [&](const MemoryPlan& plan) {
-        const auto mib = [](int64_t bytes) { return bytes >> 20; };
-        spdlog::info(
-            "memory plan: weights {} MiB, gradients {} MiB, optimizer {} MiB, "
-            "activations {} MiB, workspace {} MiB; {} of {} MiB available",
-            mib(plan.weights), mib(plan.gradients), mib(plan.optimizer),
-            mib(plan.activations), mib(plan.workspace), mib(plan.total),
-            mib(plan.available));
-        v1::RankEvent event = progress(v1::JOB_PHASE_LOADING, 0);
-        *event.mutable_progress()->mutable_memory() = ToProto(plan);
-        link_.Send(event);
-      },
-      [&](double share) {
-        if (share < 1 && share - reported < 0.05) return;
-        reported = share;
-        link_.Send(progress(v1::JOB_PHASE_LOADING, share));
-      });
-  if (!trainer.ok()) return fail(trainer.status());
-  trainer_ = *std::move(trainer);
-  link_.Send(progress(v1::JOB_PHASE_WARMING, 0));
-  auto profile = WarmUp(load);
-  if (!profile.ok()) return fail(profile.status());
-  v1::RankEvent ready;
-  profile->set_precision(PrecisionName(options.precision));
-  if (!options.forward_only) {
-    profile->set_moment_precision(PrecisionName(options.moment_precision));
-  }
-  *ready.mutable_ready()->mutable_profile() = *std::move(profile);
-  *ready.mutable_ready()->mutable_memory() = ToProto(trainer_->plan());
-  ready.mutable_ready()->set_quadratic(
-      QuadraticCost(trainer_->config(), trainer_->num_parameters()));
-  link_.Send(ready);
-  return true;
-}
-
-absl::StatusOr<v1::Profile> RankWorker::WarmUp(const v1::RankLoad& load) {
-  // Ready means that a forward succeeds: one datum for each rank.
-  TrainDatum datum;
-  datum.tokens = {0};
-  datum.targets = {0};
-  ForwardOptions options;
-  for (int rank = 0; world_ > 1 && rank < world_; ++rank) {
-    options.share.tokens.push_back(1);
-    options.share.k.push_back(1);
-    options.share.rank_of.push_back(rank);
-  }
-  GW_RETURN_IF_ERROR(
-      trainer_->Forward({datum}, options, [](DatumLogprobs) {}).status());
-  const ModelConfig& config = trainer_->config();
-  v1::Profile profile;
-  profile.set_job_id(load.job_id());
-  const std::string name =
-      std::filesystem::path(load.spec().base_model()).filename();
-  profile.set_model_name(name);
-  profile.set_tokenizer_id(name);
-  profile.set_architecture(config.architecture);
-  profile.set_vocab_size(config.vocab);
-  profile.set_num_parameters(trainer_->num_parameters());
-  profile.set_trainable(!load.spec().forward_only());
-  profile.set_mode(load.spec().forward_only() ? "forward_only" : "full");
-  profile.set_max_context_length(trainer_->plan().max_context);
-  profile.set_world_size(world_);
-  profile.set_device(kernels_->description() + ", " +
-                     std::to_string(device_.pool().num_threads()) + " threads");
-  for (const LossInfo& info : LossTable()) {
-    v1::LossProfile& loss = *profile.add_losses();
-    loss.set_loss_fn(info.name);
-    loss.add_required_inputs("target_tokens");
-    for (const auto& input : info.required) loss.add_required_inputs(input);
-    for (const auto& input : info.optional) loss.add_optional_inputs(input);
-    for (const LossKey& key : info.config) {
-      if (key.default_value) {
-        (*loss.mutable_config_defaults())[key.name] = *key.default_value;
-      }
-    }
-  }
-  profile.set_max_top_k(
-      static_cast<int32_t>(std::min<int64_t>(64, config.vocab)));
-  profile.add_modalities("text");
-  profile.set_activation_bytes(trainer_->plan().activations);
-  *profile.mutable_memory() = ToProto(trainer_->plan());
-  profile.set_durability_level("NONE");
-  profile.set_server_version(kVersion);
-  return profile;
-}
-
-absl::Status RankWorker::Forward(int64_t command_id,
-                                 const v1::RankForward& command,
-                                 v1::RankDone& done) {
-  ForwardOptions options;
+absl::Status RankWorker::DecodeBatch(const v1::RankForward& command,
+                                     Batch& batch) {
+  ForwardOptions& options = batch.options;
   options.top_k = command.top_k();
   options.backward = command.backward();
   if (command.retain()) options.activation_id = command.activation_id();
@@ -312,19 +130,18 @@ absl::Status RankWorker::Forward(int64_t command_id,
   RequestLimits limits;
   limits.vocab = trainer_->config().vocab;
   limits.max_context = trainer_->plan().max_context;
-  std::vector<TrainDatum> data;
-  std::vector<bool> matrix;
-  // Of the rank's datums, in the whole call.
-  std::vector<int64_t> indices =
-      OwnDatums(command.rank_of(), rank_, command.rank_of_size());
+  batch.indices = OwnDatums(command.rank_of(), rank_, command.rank_of_size());
   for (v1::DatumChunk& chunk : datums_) {
     for (const v1::Datum& datum : chunk.datums()) {
-      if (world_ == 1) indices.push_back(static_cast<int64_t>(data.size()));
+      if (world_ == 1) {
+        batch.indices.push_back(static_cast<int64_t>(batch.data.size()));
+      }
       GW_ASSIGN_OR_RETURN(
           TrainDatum decoded,
-          DecodeDatum(datum, indices.at(data.size()), info, limits));
-      data.push_back(std::move(decoded));
-      matrix.push_back(
+          DecodeDatum(datum, batch.indices.at(batch.data.size()), info,
+                      limits));
+      batch.data.push_back(std::move(decoded));
+      batch.matrix.push_back(
           datum.loss_fn_inputs().at("target_tokens").shape_size() == 2);
     }
     chunk.Clear();
@@ -333,23 +150,33 @@ absl::Status RankWorker::Forward(int64_t command_id,
   options.share.k.assign(command.k().begin(), command.k().end());
   options.share.rank_of.assign(command.rank_of().begin(),
                                command.rank_of().end());
+  return absl::OkStatus();
+}
+
+absl::Status RankWorker::Forward(int64_t command_id,
+                                 const v1::RankForward& command,
+                                 v1::RankDone& done) {
+  Batch batch;
+  // The others must not wait for a rank that has turned its batch away.
+  GW_RETURN_IF_ERROR(trainer_->Agree(DecodeBatch(command, batch)));
+  const std::vector<int64_t>& indices = batch.indices;
   v1::RankEvent event;
   event.mutable_logprobs()->set_command_id(command_id);
   GW_ASSIGN_OR_RETURN(
       ForwardOutcome outcome,
-      trainer_->Forward(data, options, [&](DatumLogprobs datum) {
+      trainer_->Forward(batch.data, batch.options, [&](DatumLogprobs datum) {
         const bool flush = datum.last_of_micro_batch;
         const auto own = static_cast<size_t>(
             std::lower_bound(indices.begin(), indices.end(), datum.index) -
             indices.begin());
-        *event.mutable_logprobs()->mutable_chunk()->add_items() =
-            ToItem(datum, data[own], matrix[own], options.top_k);
+        *event.mutable_logprobs()->mutable_chunk()->add_items() = ToItem(
+            datum, batch.data[own], batch.matrix[own], batch.options.top_k);
         if (!flush) return;
         link_.Send(event);
         event.mutable_logprobs()->clear_chunk();
       }));
   v1::ForwardResult& result = *done.mutable_forward();
-  result.set_datum_count(world_ == 1 ? static_cast<int64_t>(data.size())
+  result.set_datum_count(world_ == 1 ? static_cast<int64_t>(batch.data.size())
                                      : command.rank_of_size());
   CopyMetrics(outcome.metrics, *result.mutable_metrics());
   result.set_retained(outcome.retained);
@@ -357,8 +184,8 @@ absl::Status RankWorker::Forward(int64_t command_id,
   return absl::OkStatus();
 }
 
-absl::Status RankWorker::Backward(const v1::RankBackward& command,
-                                  v1::RankDone& done) {
+absl::StatusOr<std::vector<std::vector<float>>> RankWorker::DecodeGradients(
+    const v1::RankBackward& command) {
   const std::vector<int64_t> indices =
       OwnDatums(command.rank_of(), rank_, command.datum_count());
   std::vector<std::vector<float>> d_logprobs(indices.size());
@@ -382,8 +209,15 @@ absl::Status RankWorker::Backward(const v1::RankBackward& command,
       std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(d.data()));
     }
   }
+  return d_logprobs;
+}
+
+absl::Status RankWorker::Backward(const v1::RankBackward& command,
+                                  v1::RankDone& done) {
+  const auto d_logprobs = DecodeGradients(command);
+  GW_RETURN_IF_ERROR(trainer_->Agree(d_logprobs.status()));
   GW_ASSIGN_OR_RETURN(BackwardOutcome outcome,
-                      trainer_->Backward(command.activation_id(), d_logprobs,
+                      trainer_->Backward(command.activation_id(), *d_logprobs,
                                          command.allow_stale()));
   CopyMetrics(outcome.metrics, *done.mutable_backward()->mutable_metrics());
   done.mutable_backward()->set_recomputed(outcome.recomputed);

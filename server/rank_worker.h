@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One rank's work: executes the supervisor's commands in order.
+// One rank's work: executes the supervisor's commands in order. How it loads is
+// in rank_load.cc.
 #pragma once
 
 #include <memory>
@@ -9,6 +10,7 @@
 #include "device/cpu_device.h"
 #include "gradwire/v1/rank.pb.h"
 #include "kernels/kernels.h"
+#include "server/rank_group_join.h"
 #include "server/rank_link.h"
 #include "trainer/trainer.h"
 
@@ -17,11 +19,11 @@ namespace gradwire {
 // Thread rule: one thread at a time.
 class RankWorker {
  public:
-  // `link` outlives the worker.
-  RankWorker(int threads, RankLink* link);
+  // `address` is where other ranks reach this one; `link` outlives the worker.
+  RankWorker(int threads, std::string address, RankLink* link);
 
   // False: the rank is of no use and should exit (a load that failed).
-  bool Execute(const v1::RankCommand& command);
+  bool Execute(v1::RankCommand command);
 
  private:
   bool Load(const v1::RankLoad& load);
@@ -34,15 +36,25 @@ class RankWorker {
                             v1::RankDone& done);
   absl::Status Run(const v1::RankCommand& command, v1::RankDone& done);
 
-  absl::StatusOr<std::unique_ptr<Collectives>> JoinGroup(
-      const v1::RankLoad& load);
+  absl::Status JoinGroup(const v1::RankLoad& load);
+  // This rank's part of a call.
+  struct Batch {
+    ForwardOptions options;
+    std::vector<TrainDatum> data;
+    std::vector<bool> matrix;      // whether targets were [n, k]
+    std::vector<int64_t> indices;  // of the datums, in the call
+  };
+  absl::Status DecodeBatch(const v1::RankForward& command, Batch& batch);
+  absl::StatusOr<std::vector<std::vector<float>>> DecodeGradients(
+      const v1::RankBackward& command);
 
   RankLink& link_;
+  const std::string address_;
   CpuDevice device_;
   std::unique_ptr<Kernels> kernels_;
   int rank_ = 0;
   int world_ = 1;
-  std::unique_ptr<Collectives> collectives_;
+  RankGroupMember group_;
   std::unique_ptr<Trainer> trainer_;
   // Resident before the trainer's first allocation.
   int64_t other_bytes_ = 0;

@@ -184,6 +184,8 @@ class ServiceClient:
         take_over: bool = False,
         user_metadata: dict[str, str] | None = None,
         moment_precision: str | None = None,
+        keep_gathered: bool = False,
+        replicas: int = 1,
     ) -> TrainingClient:
         """Creates the job, or attaches to it, and waits until it is ready.
 
@@ -193,6 +195,12 @@ class ServiceClient:
         world_size: ranks that hold the model together.
         moment_precision: of Adam's two moments; "bf16" rounds them
             stochastically and takes half the memory. None for "f32".
+        world_size: ranks among which the model is sharded; the server starts
+            them, or waits for those that a scheduler has started.
+        keep_gathered: of several ranks: gathered weights stay between
+            optimizer steps. Faster where memory allows it.
+        replicas: groups of ranks that each hold all of the model. Divides
+            world_size.
         """
         if mode not in _MODES:
             raise invalid(
@@ -211,6 +219,8 @@ class ServiceClient:
             precision=precision or "",
             moment_precision=moment_precision or "",
             world_size=world_size,
+            keep_gathered=keep_gathered,
+            replicas=replicas,
             max_context_length=max_context_length or 0,
             activation_bytes=activation_bytes or 0,
             forward_only=mode == "forward_only",
