@@ -241,18 +241,6 @@ def test_a_program_that_is_none_fails_the_job(tmp_path):
             stubs.delete_job(job)
 
 
-# Until ranks have collectives: they meet, and say so.
-def test_real_ranks_exchange_addresses(tmp_path, models):
-    with Server(tmp_path) as server:
-        with calls.Stubs(server.address) as stubs:
-            job = stubs.start_job(base_model=str(models["llama"]), world_size=2)
-            ended = stubs.watch(job, failed)
-            assert ended.status_reason == "COLLECTIVES_UNAVAILABLE"
-            assert ended.error.metadata["rank"] == "0"
-            assert ended.phase == jobs_pb2.JOB_PHASE_COLLECTIVES
-            stubs.delete_job(job)
-
-
 def test_a_stopped_real_rank_is_hung(tmp_path, models):
     flag = f"--rank_timeout_seconds={RANK_TIMEOUT}"
     with Server(tmp_path, flag) as server:
