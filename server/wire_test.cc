@@ -446,5 +446,27 @@ TEST(ValidTextTest, ReplacesWhatIsNoUtf8AndCutsWhole) {
   EXPECT_EQ(ValidText("\xc3\xa9\xc3\xa9", 3), "\xc3\xa9");
 }
 
+TEST(GrpcStatusTest, GivesBackWhatItWasMadeFrom) {
+  const absl::Status status =
+      ErrorBuilder(absl::StatusCode::kFailedPrecondition, "RANK_LATE")
+          .Server()
+          .With("rank", 3)
+          .Message("late");
+  const absl::Status back = FromGrpcStatus(ToGrpcStatus(status));
+  EXPECT_EQ(back.code(), status.code());
+  EXPECT_EQ(back.message(), status.message());
+  const auto detail = GetErrorDetail(back);
+  ASSERT_TRUE(detail.has_value());
+  EXPECT_EQ(detail->reason, "RANK_LATE");
+  EXPECT_EQ(detail->category, ErrorCategory::kServer);
+  EXPECT_EQ(detail->metadata.size(), 1u);
+  EXPECT_EQ(detail->metadata.at("rank"), "3");
+  EXPECT_TRUE(FromGrpcStatus(grpc::Status::OK).ok());
+  const absl::Status plain = FromGrpcStatus(
+      grpc::Status(grpc::StatusCode::UNAVAILABLE, "gone", "no details"));
+  EXPECT_TRUE(absl::IsUnavailable(plain));
+  EXPECT_FALSE(GetErrorDetail(plain).has_value());
+}
+
 }  // namespace
 }  // namespace gradwire
