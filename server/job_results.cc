@@ -33,6 +33,11 @@ void Job::OnDone(const GroupEvent& event) {
   *job_.mutable_memory_use() = done.memory_use();
   *job_.mutable_memory_use_max() = event.most_memory;
   environment_->metrics->SetMemoryUse(id_, done.memory_use());
+  if (world_size() > 1) {
+    environment_->metrics->CountCollectives(id_, job_.collective_use(),
+                                            event.collectives);
+    *job_.mutable_collective_use() = event.collectives;
+  }
   if (done.has_error()) {
     Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
   } else {

@@ -81,6 +81,7 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       job.set_optimizer_step(0);
       job.clear_memory_use();
       job.clear_memory_use_max();
+      job.clear_collective_use();
       job.set_seconds_to_ready(0);
       job.set_status_reason("RESTARTED");
       job.set_status_message(

@@ -10,10 +10,12 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <ctime>
 #include <map>
+#include <tuple>
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
@@ -163,6 +165,14 @@ struct Metrics::State {
   Family<Gauge>& memory_used =
       MakeGauge("gradwire_device_memory_used_bytes",
                 "The most memory in use at once, by kind.");
+  Family<Counter>& collective_bytes =
+      MakeCounter("gradwire_collective_bytes_total", "Sent between ranks.");
+  Family<Counter>& collective_busy =
+      MakeCounter("gradwire_collective_busy_seconds_total",
+                  "Collectives ran, beside a rank's own work.");
+  Family<Counter>& collective_wait =
+      MakeCounter("gradwire_collective_wait_seconds_total",
+                  "A rank's own work waited for a collective.");
   Family<Counter>& dedup =
       MakeCounter("gradwire_rpc_dedup_total", "Requests that came twice.");
   Family<Counter>& rejected =
@@ -292,6 +302,21 @@ void Metrics::SetMemoryUse(const std::string& job_id,
         ->OfJob(state_->memory_used, job_id,
                 {{"device", "cpu"}, {"kind", kind}})
         .Set(static_cast<double>(bytes));
+  }
+}
+
+void Metrics::CountCollectives(const std::string& job_id,
+                               const v1::CollectiveUse& before,
+                               const v1::CollectiveUse& now) {
+  const std::tuple<Family<Counter>*, double, double> counts[] = {
+      {&state_->collective_bytes, static_cast<double>(before.bytes_sent()),
+       static_cast<double>(now.bytes_sent())},
+      {&state_->collective_busy, before.busy_seconds(), now.busy_seconds()},
+      {&state_->collective_wait, before.wait_seconds(), now.wait_seconds()},
+  };
+  for (const auto& [family, from, to] : counts) {
+    state_->OfJob(*family, job_id, {{"axis", "dp"}})
+        .Increment(std::max(0.0, to - from));
   }
 }
 

@@ -28,6 +28,10 @@ class Metrics {
   void CountRestart(const std::string& job_id, const std::string& cause);
   void SetMemory(const std::string& job_id, const v1::MemoryPlan& plan);
   void SetMemoryUse(const std::string& job_id, const v1::MemoryUse& use);
+  // What has been added to `before`, of the same ranks.
+  void CountCollectives(const std::string& job_id,
+                        const v1::CollectiveUse& before,
+                        const v1::CollectiveUse& now);
   void SetQueue(const std::string& job_id, int64_t ops, int64_t bytes);
 
   struct OperationMeasure {

@@ -100,6 +100,18 @@ v1::MemoryUse Answers::MostMemory() const {
   return most;
 }
 
+v1::CollectiveUse Answers::AllCollectives() const {
+  v1::CollectiveUse all;
+  for (const std::optional<v1::RankDone>& done : dones_) {
+    const v1::CollectiveUse& use = done->collective_use();
+    all.set_bytes_sent(all.bytes_sent() + use.bytes_sent());
+    all.set_collectives(std::max(all.collectives(), use.collectives()));
+    all.set_busy_seconds(std::max(all.busy_seconds(), use.busy_seconds()));
+    all.set_wait_seconds(std::max(all.wait_seconds(), use.wait_seconds()));
+  }
+  return all;
+}
+
 std::optional<v1::RankAddresses> AddressExchange::Add(
     int rank, const v1::RankAddress& given) {
   std::map<int, std::string>& of = groups_[given.group()];

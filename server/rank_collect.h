@@ -45,6 +45,8 @@ class Answers {
   absl::StatusOr<v1::RankDone> Take();
   // The most that any rank has used, class by class.
   v1::MemoryUse MostMemory() const;
+  // What all of them have sent, and the longest that any was busy and waited.
+  v1::CollectiveUse AllCollectives() const;
 
  private:
   DatumOrder order_;

@@ -57,7 +57,8 @@ struct GroupEvent {
     kProgress,  // `progress`: rank 0's
     kReady,     // all are; `ready` is rank 0's
     kLogprobs,  // `command_id`; `logprobs` are next in the order of datums
-    kDone,      // all have answered `done`.command_id; `most_memory`
+    kDone,      // all have answered `done`.command_id; `most_memory`,
+                // `collectives`
     kFailed,    // `status` says why; the group is ending
     kEnded,     // no process and no stream is left; the last event
   };
@@ -69,6 +70,7 @@ struct GroupEvent {
   std::vector<v1::LogprobItem> logprobs = {};
   v1::RankDone done = {};
   v1::MemoryUse most_memory = {};
+  v1::CollectiveUse collectives = {};
   absl::Status status = absl::OkStatus();
 };
 

@@ -112,6 +112,7 @@ void RankGroup::OnDone(int rank, v1::RankDone done) {
   Answers& answers = AnswersTo(id);
   if (!answers.AddDone(rank, std::move(done))) return;
   const v1::MemoryUse most = answers.MostMemory();
+  const v1::CollectiveUse collectives = answers.AllCollectives();
   absl::StatusOr<v1::RankDone> answer = answers.Take();
   answers_.erase(id);
   if (!answer.ok()) {
@@ -120,7 +121,8 @@ void RankGroup::OnDone(int rank, v1::RankDone done) {
   }
   outbox_.push_back({.kind = GroupEvent::kDone,
                      .done = *std::move(answer),
-                     .most_memory = most});
+                     .most_memory = most,
+                     .collectives = collectives});
 }
 
 void RankGroup::Deliver() {

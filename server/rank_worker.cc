@@ -86,6 +86,15 @@ bool RankWorker::Execute(v1::RankCommand command) {
   done.set_weight_version(trainer_->weight_version());
   done.set_optimizer_step(trainer_->optimizer_step());
   *done.mutable_memory_use() = ToProto(trainer_->memory_use(), other_bytes_);
+  for (Collectives* group : {group_.world.get(), group_.shards.get()}) {
+    if (group == nullptr) continue;
+    const Collectives::Statistics part = group->statistics();
+    v1::CollectiveUse& use = *done.mutable_collective_use();
+    use.set_bytes_sent(use.bytes_sent() + part.bytes_sent);
+    use.set_collectives(use.collectives() + part.collectives);
+    use.set_busy_seconds(use.busy_seconds() + part.busy_seconds);
+    use.set_wait_seconds(use.wait_seconds() + part.wait_seconds);
+  }
   link_.Send(event);
   return true;
 }

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+import urllib.request
 
 import calls
 import gradwire
@@ -187,6 +188,43 @@ def test_few_and_uneven_datums(service, deep, lengths):
     for one, many in zip(found[0][0], found[1][0], strict=True):
         np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-5)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+
+
+def test_what_ranks_send_is_told(server, service, deep):
+    """A step gathers the weights twice, less what lies there still, and sums
+    the gradient once; half of each is another rank's."""
+    vocab = MODELS["llama"][1]["vocab_size"]
+    client = service.create_training_client(deep, precision="f32", world_size=2)
+    data = sequences(vocab, LENGTHS)
+
+    def sent():
+        client.forward_backward(data, "cross_entropy")
+        client.optim_step(gradwire.AdamParams()).result()
+        return service.get_job(client.job_id).collective_use
+
+    before, after = sent(), sent()
+    parameters = service.get_profile(client.job_id).num_parameters
+    of_a_step = after.bytes_sent - before.bytes_sent
+    # Two gathers and a sum, of 4 bytes; at the least one gather and the sum.
+    # Padding and what ranks agree on come on top.
+    assert 8 * parameters <= of_a_step <= 1.3 * 12 * parameters
+    assert after.busy_seconds > before.busy_seconds
+    assert after.wait_seconds >= before.wait_seconds
+    url = f"http://{server.metrics_address}/metrics"
+    text = urllib.request.urlopen(url, timeout=60).read().decode()
+    name = "gradwire_collective_bytes_total"
+    label = f'{{job_id="{client.job_id}",axis="dp"}}'
+    (line,) = (
+        line
+        for line in text.splitlines()
+        if line.startswith(name) and client.job_id in line
+    )
+    assert line.split("} ")[0] + "}" in (
+        name + label,
+        f'{name}{{axis="dp",job_id="{client.job_id}"}}',
+    )
+    assert float(line.split()[-1]) == pytest.approx(after.bytes_sent, rel=1e-6)
+    service.delete_job(client.job_id)
 
 
 @pytest.fixture
