@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "trainer/trainer.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -140,6 +141,10 @@ absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
   if (!outcome.skipped) {
     ++weight_version_;
     unit_weights_->NewVersion();
+    // What the next forward begins with is on its way before it is asked for.
+    for (int unit = 0; unit < std::min(2, layout_.num_units()); ++unit) {
+      unit_weights_->Prefetch(step_->stream(), unit);
+    }
     // Activations of other weights are of no use; inputs stay.
     while (EvictOne()) {
     }
