@@ -26,4 +26,13 @@ absl::Status CollectiveFailed(int rank, const std::string& cause) {
                cause + "; see in its log how it ended");
 }
 
+absl::Status RankStopped(int rank) {
+  return ErrorBuilder(absl::StatusCode::kCancelled, "RANK_STOPPED")
+      .Server()
+      .With("rank", rank)
+      .Message("rank " + std::to_string(rank) +
+               " has given up its part of the model; the job's error says what "
+               "ended it");
+}
+
 }  // namespace gradwire

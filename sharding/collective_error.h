@@ -16,4 +16,8 @@ absl::Status CollectiveTimeout(int rank, absl::Duration timeout);
 // few words without addresses.
 absl::Status CollectiveFailed(int rank, const std::string& cause);
 
+// CANCELLED RANK_STOPPED: `rank` gives up its part while others may wait for
+// it.
+absl::Status RankStopped(int rank);
+
 }  // namespace gradwire

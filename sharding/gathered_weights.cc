@@ -5,8 +5,8 @@
 #include <numeric>
 
 #include "base/check.h"
-#include "base/error.h"
 #include "base/status.h"
+#include "sharding/collective_error.h"
 
 namespace gradwire {
 
@@ -68,11 +68,7 @@ absl::StatusOr<std::unique_ptr<GatheredWeights>> GatheredWeights::Create(
 GatheredWeights::~GatheredWeights() {
   for (const Place& place : places_) {
     if (!place.on_its_way) continue;
-    collectives_.Abort(
-        ErrorBuilder(absl::StatusCode::kCancelled, "RANK_STOPPED")
-            .Server()
-            .With("rank", collectives_.rank())
-            .Message("The rank has given up its part of the model."));
+    collectives_.Abort(RankStopped(collectives_.rank()));
     return;
   }
 }

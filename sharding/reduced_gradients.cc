@@ -2,8 +2,8 @@
 #include "sharding/reduced_gradients.h"
 
 #include "base/check.h"
-#include "base/error.h"
 #include "base/status.h"
+#include "sharding/collective_error.h"
 
 namespace gradwire {
 
@@ -26,11 +26,7 @@ absl::StatusOr<std::unique_ptr<ReducedGradients>> ReducedGradients::Create(
 ReducedGradients::~ReducedGradients() {
   for (const Buffer& buffer : buffers_) {
     if (!buffer.on_its_way) continue;
-    collectives_.Abort(
-        ErrorBuilder(absl::StatusCode::kCancelled, "RANK_STOPPED")
-            .Server()
-            .With("rank", collectives_.rank())
-            .Message("The rank has given up its part of the model."));
+    collectives_.Abort(RankStopped(collectives_.rank()));
     return;
   }
 }

@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/error.h"
 #include "base/status.h"
+#include "sharding/collective_error.h"
 #include "sharding/queued_collectives.h"
 
 namespace gradwire {
@@ -55,11 +55,7 @@ class ReplicatedBackend : public BlockingCollectives {
 
   void Interrupt() override { End(); }
   void End() override {
-    const absl::Status status =
-        ErrorBuilder(absl::StatusCode::kCancelled, "RANK_STOPPED")
-            .Server()
-            .With("rank", rank())
-            .Message("The rank has given up its part of the model.");
+    const absl::Status status = RankStopped(rank());
     shards_->Abort(status);
     replicas_->Abort(status);
   }

@@ -142,6 +142,8 @@ absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
     ++weight_version_;
     unit_weights_->NewVersion();
     // What the next forward begins with is on its way before it is asked for.
+    // It is there before the shards change again: the norm's sum, which AdamW
+    // waits for, comes behind it in the queue.
     for (int unit = 0; unit < std::min(2, layout_.num_units()); ++unit) {
       unit_weights_->Prefetch(step_->stream(), unit);
     }
