@@ -9,7 +9,8 @@
 //
 // The first failure ends the group: that collective and all later ones fail
 // with the same error on this rank, nothing blocks, and the memory they were
-// given is undefined but no longer touched.
+// given is undefined but no longer touched when Wait, or the stream's Finish,
+// has returned the error.
 #pragma once
 
 #include <cstdint>
@@ -51,9 +52,11 @@ class Collectives {
   // values = those of `root`.   any type
   virtual Ticket Broadcast(Stream& stream, const Tensor& values, int root) = 0;
 
-  // Errors: that of the group. UNAVAILABLE COLLECTIVE_TIMEOUT (rank: whom this
-  // one waited for; seconds); UNAVAILABLE COLLECTIVE_FAILED (rank, cause); that
-  // given to Abort.
+  // Later work in `stream` comes after the collective. Where streams are
+  // asynchronous this returns at once, and a failure that is not yet known
+  // makes the stream fail, so that its Finish returns it. Errors: that of the
+  // group. UNAVAILABLE COLLECTIVE_TIMEOUT (rank: whom this one waited for;
+  // seconds); UNAVAILABLE COLLECTIVE_FAILED (rank, cause); that given to Abort.
   virtual absl::Status Wait(Stream& stream, Ticket ticket) = 0;
 
   // Ends the group with this error, which must not be OK. The first one stays.

@@ -9,9 +9,11 @@
 namespace gradwire {
 
 std::vector<CollectivesBackend> ForEveryWorld(
-    decltype(CollectivesBackend::make) make) {
+    decltype(CollectivesBackend::make) make, std::shared_ptr<Device> device) {
   std::vector<CollectivesBackend> backends;
-  for (const int world : {1, 2, 3, 4, 7}) backends.push_back({world, make});
+  for (const int world : {1, 2, 3, 4, 7}) {
+    backends.push_back({world, make, device});
+  }
   return backends;
 }
 
@@ -21,12 +23,12 @@ std::string BackendName(
 }
 
 void CollectivesConformanceTest::Run(
-    const Group& group, int end, const std::function<void(RankThread)>& body) {
+    const Group& group, int end, const std::function<void(RankThread&)>& body) {
   std::vector<std::thread> threads;
   for (int rank = 0; rank < end; ++rank) {
     threads.emplace_back([&, rank] {
-      const std::unique_ptr<Stream> stream = device_.NewStream();
-      body({*group[static_cast<size_t>(rank)], *stream});
+      RankThread thread(*group[static_cast<size_t>(rank)], device());
+      body(thread);
     });
   }
   for (std::thread& thread : threads) thread.join();

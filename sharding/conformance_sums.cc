@@ -23,24 +23,24 @@ std::vector<int64_t> Sizes(int world) {
 }
 
 template <typename T>
-void GatherEach(RankThread t) {
+void GatherEach(RankThread& t) {
   for (const int64_t n : {0, 1, 5, 4096, 20011}) {
-    std::vector<T> shard = Values<T>(t.rank(), n, 1);
-    std::vector<T> full(static_cast<size_t>(n * t.world()));
+    const auto shard = t.Put(Values<T>(t.rank(), n, 1));
+    const auto full = t.Put(std::vector<T>(static_cast<size_t>(n * t.world())));
     ASSERT_TRUE(
-        t.Wait(t.group.AllGather(t.stream, TensorOf(shard), TensorOf(full)))
+        t.Wait(t.group.AllGather(t.stream, shard.tensor(), full.tensor()))
             .ok());
     std::vector<T> want;
     for (int rank = 0; rank < t.world(); ++rank) {
       const std::vector<T> part = Values<T>(rank, n, 1);
       want.insert(want.end(), part.begin(), part.end());
     }
-    ExpectSame(full, want);
+    ExpectSame(full.Read(t.stream), want);
   }
 }
 
 TEST_P(CollectivesConformanceTest, AllGatherPutsShardsBehindEachOther) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     GatherEach<float>(t);
     GatherEach<double>(t);
     GatherEach<BFloat16>(t);
@@ -51,12 +51,13 @@ TEST_P(CollectivesConformanceTest, AllGatherPutsShardsBehindEachOther) {
 }
 
 TEST_P(CollectivesConformanceTest, AllGatherTakesAShardInItsPlace) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     const int64_t n = 5000;
-    std::vector<float> full(static_cast<size_t>(n * t.world()), -1.0f);
+    std::vector<float> before(static_cast<size_t>(n * t.world()), -1.0f);
     const std::vector<float> mine = Values<float>(t.rank(), n, 2);
-    std::copy(mine.begin(), mine.end(), full.begin() + t.rank() * n);
-    const Tensor all = TensorOf(full);
+    std::copy(mine.begin(), mine.end(), before.begin() + t.rank() * n);
+    const auto full = t.Put(before);
+    const Tensor all = full.tensor();
     const Tensor shard = all.Rows(t.rank() * n, (t.rank() + 1) * n);
     ASSERT_TRUE(t.Wait(t.group.AllGather(t.stream, shard, all)).ok());
     std::vector<float> want;
@@ -64,49 +65,50 @@ TEST_P(CollectivesConformanceTest, AllGatherTakesAShardInItsPlace) {
       const std::vector<float> part = Values<float>(rank, n, 2);
       want.insert(want.end(), part.begin(), part.end());
     }
-    ExpectSame(full, want);
+    ExpectSame(full.Read(t.stream), want);
   });
 }
 
 TEST_P(CollectivesConformanceTest, ReduceScatterAddsInRankOrder) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     for (const int64_t n : Sizes(t.world())) {
       SCOPED_TRACE(n);
       const int64_t begin = t.rank() * n;
-      std::vector<float> full = Values<float>(t.rank(), n * t.world(), 3);
-      const std::vector<float> before = full;
-      std::vector<float> shard(static_cast<size_t>(n), NAN);
-      ASSERT_TRUE(t.Wait(t.group.ReduceScatter(t.stream, TensorOf(full),
-                                               TensorOf(shard), false))
+      const std::vector<float> before =
+          Values<float>(t.rank(), n * t.world(), 3);
+      const auto full = t.Put(before);
+      auto shard = t.Put(std::vector<float>(static_cast<size_t>(n), NAN));
+      ASSERT_TRUE(t.Wait(t.group.ReduceScatter(t.stream, full.tensor(),
+                                               shard.tensor(), false))
                       .ok());
       const std::vector<float> sum =
           SumOfValues<float>(t.world(), begin, begin + n, 3);
-      ExpectSame(shard, sum);
-      ExpectSame(full, before);
+      ExpectSame(shard.Read(t.stream), sum);
+      ExpectSame(full.Read(t.stream), before);
 
-      shard = Values<float>(t.rank(), n, 4);
-      std::vector<float> want = shard;
+      std::vector<float> want = Values<float>(t.rank(), n, 4);
+      shard.Write(t.stream, want);
       for (size_t i = 0; i < want.size(); ++i) want[i] += sum[i];
-      ASSERT_TRUE(t.Wait(t.group.ReduceScatter(t.stream, TensorOf(full),
-                                               TensorOf(shard), true))
+      ASSERT_TRUE(t.Wait(t.group.ReduceScatter(t.stream, full.tensor(),
+                                               shard.tensor(), true))
                       .ok());
-      ExpectSame(shard, want);
+      ExpectSame(shard.Read(t.stream), want);
     }
   });
 }
 
 template <typename T>
-void ReduceEach(RankThread t) {
+void ReduceEach(RankThread& t) {
   for (const int64_t n : Sizes(t.world())) {
     SCOPED_TRACE(n);
-    std::vector<T> values = Values<T>(t.rank(), n, 5);
-    ASSERT_TRUE(t.Wait(t.group.AllReduce(t.stream, TensorOf(values))).ok());
-    ExpectSame(values, SumOfValues<T>(t.world(), 0, n, 5));
+    const auto values = t.Put(Values<T>(t.rank(), n, 5));
+    ASSERT_TRUE(t.Wait(t.group.AllReduce(t.stream, values.tensor())).ok());
+    ExpectSame(values.Read(t.stream), SumOfValues<T>(t.world(), 0, n, 5));
   }
 }
 
 TEST_P(CollectivesConformanceTest, AllReduceAddsInRankOrder) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     ReduceEach<float>(t);
     ReduceEach<double>(t);
   });
@@ -128,19 +130,19 @@ TEST_P(CollectivesConformanceTest, TheOrderOfTheSumShows) {
 }
 
 template <typename T>
-void BroadcastEach(RankThread t) {
+void BroadcastEach(RankThread& t) {
   for (int root = 0; root < t.world(); ++root) {
     for (const int64_t n : {0, 1, 77, 70001}) {
-      std::vector<T> values = Values<T>(t.rank(), n, 6);
+      const auto values = t.Put(Values<T>(t.rank(), n, 6));
       ASSERT_TRUE(
-          t.Wait(t.group.Broadcast(t.stream, TensorOf(values), root)).ok());
-      ExpectSame(values, Values<T>(root, n, 6));
+          t.Wait(t.group.Broadcast(t.stream, values.tensor(), root)).ok());
+      ExpectSame(values.Read(t.stream), Values<T>(root, n, 6));
     }
   }
 }
 
 TEST_P(CollectivesConformanceTest, BroadcastGivesTheValuesOfAnyRoot) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     BroadcastEach<float>(t);
     BroadcastEach<BFloat16>(t);
     BroadcastEach<int64_t>(t);
@@ -149,62 +151,63 @@ TEST_P(CollectivesConformanceTest, BroadcastGivesTheValuesOfAnyRoot) {
 
 TEST_P(CollectivesConformanceTest, LargeTensors) {
   if (world() != 2 && world() != 4) GTEST_SKIP() << "for the time it takes";
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     const int64_t n = (int64_t{64} << 20) / 4 / t.world();
-    std::vector<float> full = Values<float>(t.rank(), n * t.world(), 7);
-    std::vector<float> shard(static_cast<size_t>(n));
+    const auto full = t.Put(Values<float>(t.rank(), n * t.world(), 7));
+    const auto shard = t.Put(std::vector<float>(static_cast<size_t>(n)));
     const auto reduced =
-        t.group.ReduceScatter(t.stream, TensorOf(full), TensorOf(shard), false);
+        t.group.ReduceScatter(t.stream, full.tensor(), shard.tensor(), false);
     ASSERT_TRUE(t.Wait(reduced).ok());
     const auto gathered =
-        t.group.AllGather(t.stream, TensorOf(shard), TensorOf(full));
+        t.group.AllGather(t.stream, shard.tensor(), full.tensor());
     ASSERT_TRUE(t.Wait(gathered).ok());
-    ExpectSame(full, SumOfValues<float>(t.world(), 0, n * t.world(), 7));
+    ExpectSame(full.Read(t.stream),
+               SumOfValues<float>(t.world(), 0, n * t.world(), 7));
   });
 }
 
 // A collective that is queued, what it writes, and how to check that.
 struct Queued {
-  std::vector<float> from, to;
+  OnDevice<float> from, to;
   std::vector<float> want;
   Collectives::Ticket ticket = 0;
 };
 
-void Queue(RankThread t, int kind, int64_t n, uint64_t seed, Queued& q) {
+void Queue(RankThread& t, int kind, int64_t n, uint64_t seed, Queued& q) {
   const int world = t.world(), rank = t.rank();
   switch (kind) {
     case 0:
-      q.from = Values<float>(rank, n, seed);
-      q.to.resize(static_cast<size_t>(n * world));
+      q.from = t.Put(Values<float>(rank, n, seed));
+      q.to = t.Put(std::vector<float>(static_cast<size_t>(n * world)));
       for (int r = 0; r < world; ++r) {
         const std::vector<float> part = Values<float>(r, n, seed);
         q.want.insert(q.want.end(), part.begin(), part.end());
       }
-      q.ticket = t.group.AllGather(t.stream, TensorOf(q.from), TensorOf(q.to));
+      q.ticket = t.group.AllGather(t.stream, q.from.tensor(), q.to.tensor());
       break;
     case 1:
-      q.from = Values<float>(rank, n * world, seed);
-      q.to.resize(static_cast<size_t>(n));
+      q.from = t.Put(Values<float>(rank, n * world, seed));
+      q.to = t.Put(std::vector<float>(static_cast<size_t>(n)));
       q.want = SumOfValues<float>(world, rank * n, (rank + 1) * n, seed);
-      q.ticket = t.group.ReduceScatter(t.stream, TensorOf(q.from),
-                                       TensorOf(q.to), false);
+      q.ticket = t.group.ReduceScatter(t.stream, q.from.tensor(), q.to.tensor(),
+                                       false);
       break;
     case 2:
-      q.to = Values<float>(rank, n, seed);
+      q.to = t.Put(Values<float>(rank, n, seed));
       q.want = SumOfValues<float>(world, 0, n, seed);
-      q.ticket = t.group.AllReduce(t.stream, TensorOf(q.to));
+      q.ticket = t.group.AllReduce(t.stream, q.to.tensor());
       break;
     default: {
       const int root = static_cast<int>(seed % static_cast<uint64_t>(world));
-      q.to = Values<float>(rank, n, seed);
+      q.to = t.Put(Values<float>(rank, n, seed));
       q.want = Values<float>(root, n, seed);
-      q.ticket = t.group.Broadcast(t.stream, TensorOf(q.to), root);
+      q.ticket = t.group.Broadcast(t.stream, q.to.tensor(), root);
     }
   }
 }
 
 TEST_P(CollectivesConformanceTest, ManyQueueUpAndAreWaitedForInAnyOrder) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     std::vector<Queued> queue(300);
     Collectives::Ticket last = 0;
     for (size_t i = 0; i < queue.size(); ++i) {
@@ -220,7 +223,7 @@ TEST_P(CollectivesConformanceTest, ManyQueueUpAndAreWaitedForInAnyOrder) {
     std::shuffle(order.begin(), order.end(), random);
     for (const size_t i : order) {
       ASSERT_TRUE(t.Wait(queue[i].ticket).ok());
-      ExpectSame(queue[i].to, queue[i].want);
+      ExpectSame(queue[i].to.Read(t.stream), queue[i].want);
     }
     // Once more costs nothing.
     EXPECT_TRUE(t.Wait(queue[0].ticket).ok());
@@ -230,7 +233,7 @@ TEST_P(CollectivesConformanceTest, ManyQueueUpAndAreWaitedForInAnyOrder) {
 TEST_P(CollectivesConformanceTest, RandomSequences) {
   const Group group = NewGroup();
   for (uint64_t seed = 1; seed <= 3; ++seed) {
-    Run(group, world(), [&](RankThread t) {
+    Run(group, world(), [&](RankThread& t) {
       std::mt19937 random(static_cast<unsigned>(seed));
       std::vector<Queued> queue(40);
       size_t waited = 0;
@@ -245,31 +248,33 @@ TEST_P(CollectivesConformanceTest, RandomSequences) {
         }
       }
       ASSERT_TRUE(t.Wait(queue.back().ticket).ok());
-      for (const Queued& q : queue) ExpectSame(q.to, q.want);
+      for (const Queued& q : queue) ExpectSame(q.to.Read(t.stream), q.want);
     });
   }
 }
 
 TEST_P(CollectivesConformanceTest, AFailedStreamTakesPartAllTheSame) {
-  RunAll([](RankThread t) {
-    if (t.rank() == 0) t.stream.Fail(absl::InternalError("an op failed"));
-    Queued q;
-    Queue(t, 2, 100, 9, q);
-    ASSERT_TRUE(t.Wait(q.ticket).ok());
-    ExpectSame(q.to, q.want);
-    (void)t.stream.Finish();
+  RunAll([](RankThread& t) {
+    const auto values = t.Put(Values<float>(t.rank(), 100, 9));
+    const absl::Status failure = absl::InternalError("an op failed");
+    if (t.rank() == 0) t.stream.Fail(failure);
+    const auto ticket = t.group.AllReduce(t.stream, values.tensor());
+    ASSERT_TRUE(t.group.Wait(t.stream, ticket).ok());
+    EXPECT_EQ(t.stream.Finish(), t.rank() == 0 ? failure : absl::OkStatus());
+    ExpectSame(values.Read(t.stream), SumOfValues<float>(t.world(), 0, 100, 9));
   });
 }
 
 TEST_P(CollectivesConformanceTest, StatisticsCount) {
-  RunAll([](RankThread t) {
+  RunAll([](RankThread& t) {
     const Collectives::Statistics before = t.group.statistics();
     EXPECT_EQ(before.bytes_sent, 0);
     EXPECT_EQ(before.collectives, 0);
-    std::vector<float> shard(1000), full(shard.size() * t.world());
+    const auto shard = t.Put(std::vector<float>(1000));
+    const auto full = t.Put(std::vector<float>(1000 * t.world()));
     for (int i = 0; i < 3; ++i) {
       ASSERT_TRUE(
-          t.Wait(t.group.AllGather(t.stream, TensorOf(shard), TensorOf(full)))
+          t.Wait(t.group.AllGather(t.stream, shard.tensor(), full.tensor()))
               .ok());
     }
     const Collectives::Statistics after = t.group.statistics();

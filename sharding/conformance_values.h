@@ -8,9 +8,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "base/check.h"
+#include "device/device.h"
 #include "device/tensor.h"
 
 namespace gradwire {
@@ -92,11 +95,42 @@ std::vector<T> SumOfValues(int world, int64_t begin, int64_t end,
   return sum;
 }
 
+// Memory of a device. A copy is another view of it.
 template <typename T>
-Tensor TensorOf(std::vector<T>& values) {
-  return Tensor(values.data(), DTypeOf<T>::value,
-                {static_cast<int64_t>(values.size())});
-}
+class OnDevice {
+ public:
+  OnDevice() = default;
+  OnDevice(Device& device, Stream& stream, const std::vector<T>& values)
+      : device_(&device), size_(static_cast<int64_t>(values.size())) {
+    auto buffer =
+        device.Allocate(std::max<int64_t>(size_, 1) * int64_t{sizeof(T)});
+    GW_CHECK(buffer.ok());
+    buffer_ = *std::move(buffer);
+    Write(stream, values);
+  }
+
+  Tensor tensor() const {
+    return Tensor(buffer_->data(), DTypeOf<T>::value, {size_});
+  }
+  // REQUIRES: as many values. They are there when it returns.
+  void Write(Stream& stream, const std::vector<T>& values) {
+    GW_CHECK(static_cast<int64_t>(values.size()) == size_);
+    device_->CopyFromHost(stream, values.data(), tensor());
+    GW_CHECK(stream.Finish().ok());
+  }
+  std::vector<T> Read(Stream& stream) const {
+    std::vector<T> values(static_cast<size_t>(size_));
+    device_->CopyToHost(stream, tensor(), values.data());
+    GW_CHECK(stream.Finish().ok());
+    return values;
+  }
+  bool empty() const { return buffer_ == nullptr; }
+
+ private:
+  Device* device_ = nullptr;
+  int64_t size_ = 0;
+  std::shared_ptr<DeviceBuffer> buffer_;
+};
 
 // Bit by bit.
 template <typename T>
