@@ -6,7 +6,8 @@
 #   tools/setup.sh [--quickstart | --dev]
 #
 # --quickstart (default): compiler, libraries, Python environment, the model.
-# --dev: also the formatters and test tools that ./test.sh uses.
+# --dev: also the formatters and test tools that ./test.sh uses, and NCCL where
+# there is a CUDA toolkit ($CUDA_HOME, /usr/local/cuda).
 #
 # Everything but the Debian packages stays inside the repository: .venv/ and
 # .cache/. Variables: GRADWIRE_PYTHON, the interpreter that .venv is made with
@@ -21,7 +22,7 @@ for arg in "$@"; do
     --quickstart) mode=quickstart ;;
     --dev) mode=dev ;;
     -h | --help)
-      sed -n '4,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '4,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     *)
@@ -148,6 +149,15 @@ install_client() {
       "run $python -m pip install --no-build-isolation -e client/python and read its output"
 }
 
+# NCCL's headers and library, of the toolkit's major version: what the CUDA
+# targets are linked with. Bazel looks for them when its server starts.
+install_cuda() {
+  pip_install --no-deps --upgrade --target .cache/cuda $(listed "$1") ||
+    fail "NCCL could not be installed; the log is $log" \
+      "check the network; without a CUDA toolkit (unset CUDA_HOME) it is not needed"
+  bazel shutdown >>"$log" 2>&1 || true
+}
+
 install_buildifier() {
   npm install --silent --no-fund --no-audit --prefix .cache/buildifier \
     @bazel/buildifier >>"$log" 2>&1 ||
@@ -183,6 +193,10 @@ if [[ -f client/python/pyproject.toml ]]; then
   part client "$(digest $(find client/python/pyproject.toml client/python/setup.py \
     proto/gradwire -name '*.toml' -o -name setup.py -o -name '*.proto' 2>/dev/null | sort))" \
     "10 s" "the gradwire Python client" install_client
+fi
+if [[ $mode == dev && -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+  part cuda "$(digest tools/packages/cuda.txt)" "10 to 60 s" \
+    "NCCL, for the CUDA targets" install_cuda tools/packages/cuda.txt
 fi
 if [[ $mode == dev ]]; then
   part buildifier "$(digest tools/setup.sh)" "5 s" "buildifier" install_buildifier

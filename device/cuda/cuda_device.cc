@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "device/cuda/cuda_device.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "base/error.h"
+#include "base/status.h"
+#include "device/cuda/cuda_status.h"
+
+namespace gradwire {
+namespace {
+
+constexpr int64_t kAlignment = 4096;
+
+class CudaBuffer : public DeviceBuffer {
+ public:
+  CudaBuffer(void* allocated, int64_t bytes)
+      : allocated_(allocated), bytes_(bytes) {}
+  // Freeing waits for what the device still does.
+  ~CudaBuffer() override { cudaFree(allocated_); }
+
+  void* data() const override {
+    const auto address = reinterpret_cast<uintptr_t>(allocated_);
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment *
+                                   kAlignment);
+  }
+  int64_t bytes() const override { return bytes_; }
+
+ private:
+  void* allocated_;
+  int64_t bytes_;
+};
+
+absl::Status NoDevice(int index, int count, const std::string& why) {
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "DEVICE_NOT_FOUND")
+      .Server()
+      .With("field", "device")
+      .With("value", "cuda:" + std::to_string(index))
+      .With("limit", count)
+      .Message("there is no device cuda:" + std::to_string(index) + ": " + why +
+               "; nvidia-smi lists what this machine has, and "
+               "CUDA_VISIBLE_DEVICES what the process may see of it");
+}
+
+cudaStream_t Of(Stream& stream) {
+  return static_cast<CudaStream&>(stream).get();
+}
+
+}  // namespace
+
+CudaStream::CudaStream() {
+  Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
+        "making a stream");
+}
+
+CudaStream::~CudaStream() {
+  // A stream that is destroyed goes on with what was queued.
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+void CudaStream::Check(cudaError_t error, const char* operation) {
+  if (error != cudaSuccess) Fail(CudaStatus(error, operation));
+}
+
+void CudaStream::Synchronize() {
+  Check(cudaStreamSynchronize(stream_), "queued work");
+  for (const auto& question : std::exchange(questions_, {})) Fail(question());
+}
+
+absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Create(int index) {
+  GW_CHECK(index >= 0);
+  int count = 0;
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  if (found != cudaSuccess) {
+    return NoDevice(index, 0, cudaGetErrorString(found));
+  }
+  if (index >= count) {
+    return NoDevice(index, count, "CUDA sees " + std::to_string(count));
+  }
+  GW_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(index), "taking the device"));
+  return std::unique_ptr<CudaDevice>(new CudaDevice(index));
+}
+
+std::string CudaDevice::name() const {
+  return "cuda:" + std::to_string(index_);
+}
+
+void CudaDevice::MakeCurrent() const { cudaSetDevice(index_); }
+
+int64_t CudaDevice::AvailableBytes() const {
+  MakeCurrent();
+  size_t available = 0, total = 0;
+  if (cudaMemGetInfo(&available, &total) != cudaSuccess) return 0;
+  return static_cast<int64_t>(available);
+}
+
+absl::StatusOr<std::unique_ptr<DeviceBuffer>> CudaDevice::Allocate(
+    int64_t bytes) {
+  GW_CHECK(bytes >= 0);
+  if (bytes == 0) return std::make_unique<CudaBuffer>(nullptr, 0);
+  MakeCurrent();
+  void* data = nullptr;
+  const auto rounded = static_cast<size_t>(bytes + kAlignment);
+  const cudaError_t error = cudaMalloc(&data, rounded);
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();  // It is told here, not by the next call.
+    return ErrorBuilder(absl::StatusCode::kResourceExhausted, "OUT_OF_MEMORY")
+        .Server()
+        .With("value", bytes)
+        .With("limit", AvailableBytes())
+        .Message(name() + " refused " + std::to_string(bytes) +
+                 " bytes of memory; use a smaller model, context or "
+                 "activation budget, or more ranks");
+  }
+  GW_RETURN_IF_ERROR(CudaStatus(error, "allocating memory"));
+  auto buffer = std::make_unique<CudaBuffer>(data, bytes);
+  GW_RETURN_IF_ERROR(
+      CudaStatus(cudaMemset(data, 0, rounded), "zeroing memory"));
+  // Streams do not wait for the default one, where that was queued.
+  GW_RETURN_IF_ERROR(
+      CudaStatus(cudaStreamSynchronize(nullptr), "zeroing memory"));
+  return buffer;
+}
+
+std::unique_ptr<Stream> CudaDevice::NewStream() {
+  MakeCurrent();
+  return std::make_unique<CudaStream>();
+}
+
+void CudaDevice::CopyToHost(Stream& stream, const Tensor& from, void* to) {
+  if (!stream.ok() || from.bytes() == 0) return;
+  MakeCurrent();
+  auto& cuda = static_cast<CudaStream&>(stream);
+  cuda.Check(cudaMemcpyAsync(to, from.raw(), static_cast<size_t>(from.bytes()),
+                             cudaMemcpyDeviceToHost, cuda.get()),
+             "a copy to the host");
+  cuda.Check(cudaStreamSynchronize(cuda.get()), "a copy to the host");
+}
+
+void CudaDevice::CopyFromHost(Stream& stream, const void* from,
+                              const Tensor& to) {
+  if (!stream.ok() || to.bytes() == 0) return;
+  MakeCurrent();
+  static_cast<CudaStream&>(stream).Check(
+      cudaMemcpyAsync(to.raw(), from, static_cast<size_t>(to.bytes()),
+                      cudaMemcpyHostToDevice, Of(stream)),
+      "a copy from the host");
+}
+
+void CudaDevice::Zero(Stream& stream, const Tensor& tensor) {
+  if (!stream.ok() || tensor.bytes() == 0) return;
+  MakeCurrent();
+  static_cast<CudaStream&>(stream).Check(
+      cudaMemsetAsync(tensor.raw(), 0, static_cast<size_t>(tensor.bytes()),
+                      Of(stream)),
+      "zeroing");
+}
+
+}  // namespace gradwire

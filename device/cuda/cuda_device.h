@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// One NVIDIA GPU as a compute device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "device/device.h"
+
+namespace gradwire {
+
+// Work is queued when an op returns. What CUDA refuses makes the stream fail.
+class CudaStream : public Stream {
+ public:
+  // REQUIRES: the device is the thread's current one.
+  CudaStream();
+  ~CudaStream() override;
+
+  cudaStream_t get() const { return stream_; }
+
+  // Keeps the first failure of a call of CUDA's runtime.
+  void Check(cudaError_t error, const char* operation);
+
+  // To be asked once, when the stream is next synchronised: whether something
+  // that the stream waited for has gone well. It must not use the stream.
+  void AskWhenSynchronized(std::function<absl::Status()> question) {
+    questions_.push_back(std::move(question));
+  }
+
+ protected:
+  void Synchronize() override;
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  std::vector<std::function<absl::Status()>> questions_;
+};
+
+class CudaDevice : public Device {
+ public:
+  // Errors: FAILED_PRECONDITION DEVICE_NOT_FOUND (device, count): no such GPU,
+  // or no driver; DEVICE_FAILED.
+  static absl::StatusOr<std::unique_ptr<CudaDevice>> Create(int index);
+
+  // "cuda:0"
+  std::string name() const override;
+  int64_t AvailableBytes() const override;
+  absl::StatusOr<std::unique_ptr<DeviceBuffer>> Allocate(
+      int64_t bytes) override;
+  std::unique_ptr<Stream> NewStream() override;
+  void CopyToHost(Stream& stream, const Tensor& from, void* to) override;
+  void CopyFromHost(Stream& stream, const void* from,
+                    const Tensor& to) override;
+  void Zero(Stream& stream, const Tensor& tensor) override;
+
+  // Makes this the thread's current device: what CUDA's own calls work on.
+  void MakeCurrent() const;
+
+ private:
+  explicit CudaDevice(int index) : index_(index) {}
+
+  const int index_;
+};
+
+}  // namespace gradwire

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// The calls of CUDA's runtime that gradwire makes, on a host without a GPU: one
+// device whose memory is the host's.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "tests/cuda_emulator/streams.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// One use of an event.
+struct Recording {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool done = false;
+  Clock::time_point at;
+
+  void Set() {
+    std::lock_guard<std::mutex> lock(mutex);
+    done = true;
+    at = Clock::now();
+    changed.notify_all();
+  }
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return done; });
+  }
+  bool IsDone() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return done;
+  }
+};
+
+}  // namespace
+
+struct CUevent_st {
+  std::mutex mutex;
+  std::shared_ptr<Recording> latest;  // null: never recorded
+
+  std::shared_ptr<Recording> Latest() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return latest;
+  }
+};
+
+CUstream_st::CUstream_st() : thread_([this] { Run(); }) {}
+
+CUstream_st::~CUstream_st() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    changed_.notify_all();
+  }
+  thread_.join();
+}
+
+void CUstream_st::Add(std::function<void()> work) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  queue_.push_back(std::move(work));
+  changed_.notify_all();
+}
+
+void CUstream_st::Synchronize() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return queue_.empty() && !running_; });
+}
+
+void CUstream_st::Run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+    if (queue_.empty()) return;
+    const std::function<void()> work = std::move(queue_.front());
+    queue_.pop_front();
+    running_ = true;
+    lock.unlock();
+    work();
+    lock.lock();
+    running_ = false;
+    changed_.notify_all();
+  }
+}
+
+namespace gradwire::cuda_emulator {
+
+CUstream_st& StreamOf(cudaStream_t stream) {
+  // Never destroyed: other static objects may still use it.
+  static CUstream_st* const standard = new CUstream_st;
+  return stream == nullptr ? *standard : *stream;
+}
+
+}  // namespace gradwire::cuda_emulator
+
+using gradwire::cuda_emulator::StreamOf;
+
+extern "C" {
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : "cudaErrorOfTheEmulator";
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "the emulator refused the call";
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+  *total = size_t{16} << 30;
+  *available = *total;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  size_t available, total;
+  cudaMemGetInfo(&available, &total);
+  if (bytes > available) return cudaErrorMemoryAllocation;
+  // The hardware's alignment, and no more.
+  char* memory = static_cast<char*>(
+      std::aligned_alloc(512, (bytes + 511) / 512 * 512 + 512));
+  if (memory == nullptr) return cudaErrorMemoryAllocation;
+  // What is read before it is written shows.
+  std::memset(memory, 0xff, bytes);
+  *data = memory;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes,
+                            cudaStream_t stream) {
+  StreamOf(stream).Add([=] { std::memset(data, value, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void* data, int value, size_t bytes) {
+  return cudaMemsetAsync(data, value, bytes, nullptr);
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
+                            cudaMemcpyKind, cudaStream_t stream) {
+  StreamOf(stream).Add([=] { std::memcpy(to, from, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = new CUstream_st;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  StreamOf(stream).Synchronize();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event,
+                                unsigned) {
+  const std::shared_ptr<Recording> latest = event->Latest();
+  if (latest) StreamOf(stream).Add([latest] { latest->Wait(); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const auto recording = std::make_shared<Recording>();
+  {
+    std::lock_guard<std::mutex> lock(event->mutex);
+    event->latest = recording;
+  }
+  StreamOf(stream).Add([recording] { recording->Set(); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const std::shared_ptr<Recording> latest = event->Latest();
+  return !latest || latest->IsDone() ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start,
+                                 cudaEvent_t end) {
+  const std::shared_ptr<Recording> first = start->Latest();
+  const std::shared_ptr<Recording> last = end->Latest();
+  if (!first || !last) return cudaErrorInvalidResourceHandle;
+  if (!first->IsDone() || !last->IsDone()) return cudaErrorNotReady;
+  *milliseconds =
+      std::chrono::duration<float, std::milli>(last->at - first->at).count();
+  return cudaSuccess;
+}
+
+}  // extern "C"

@@ -1,0 +1,83 @@
+"""Finds the CUDA toolkit and NCCL where they are installed, as @cuda.
+
+Toolkit: $CUDA_HOME, /usr/local/cuda. NCCL: $NCCL_HOME, what tools/setup.sh --dev
+has put into .cache/cuda, the compiler's own search path. Without them @cuda is
+there all the same, and says so in defs.bzl.
+"""
+
+_DEFS = """\"\"\"What this machine has.\"\"\"
+
+TOOLKIT = "{toolkit}"
+NCCL = {nccl}
+"""
+
+_BUILD = """package(default_visibility = ["//visibility:public"])
+
+cc_library(
+    name = "headers",
+    hdrs = glob(["toolkit/include/*.h", "toolkit/include/*.hpp", "toolkit/include/crt/*", "toolkit/include/cccl/nv/**"]),
+    includes = ["toolkit/include", "toolkit/include/cccl"],
+)
+
+cc_library(
+    name = "runtime",
+    srcs = glob(["toolkit/lib64/libcudart_static.a"]),
+    linkopts = ["-ldl", "-lrt", "-lpthread"],
+    deps = [":headers"],
+)
+
+cc_library(
+    name = "nccl_headers",
+    hdrs = glob(["nccl/include/nccl.h"]),
+    includes = ["nccl/include"],
+    deps = [":headers"],
+)
+
+cc_library(
+    name = "nccl",
+    srcs = glob(["nccl/lib/libnccl.so.2"]),
+    deps = [":nccl_headers"],
+)
+"""
+
+def _first(repository_ctx, places, file):
+    for place in places:
+        if place and repository_ctx.path(place + "/" + file).exists:
+            return place
+    return ""
+
+def _cuda_configure_impl(repository_ctx):
+    root = str(repository_ctx.path(Label("@//:WORKSPACE")).dirname)
+    env = repository_ctx.os.environ
+    toolkit = _first(
+        repository_ctx,
+        [env.get("CUDA_HOME"), "/usr/local/cuda"],
+        "bin/nvcc",
+    )
+    nccl = _first(
+        repository_ctx,
+        [env.get("NCCL_HOME"), root + "/.cache/cuda/nvidia/nccl", "/usr"],
+        "include/nccl.h",
+    )
+    if toolkit:
+        repository_ctx.symlink(toolkit, "toolkit")
+    if nccl and nccl != "/usr":
+        repository_ctx.symlink(nccl, "nccl")
+    repository_ctx.file("defs.bzl", _DEFS.format(
+        nccl = bool(nccl),
+        toolkit = toolkit,
+    ))
+    build = _BUILD
+    if nccl == "/usr":
+        build = build.replace('glob(["nccl/lib/libnccl.so.2"])', "[]").replace(
+            'deps = [":nccl_headers"],',
+            'linkopts = ["-lnccl"], deps = [":nccl_headers"],',
+        )
+    repository_ctx.file("BUILD.bazel", build)
+
+cuda_configure = repository_rule(
+    implementation = _cuda_configure_impl,
+    configure = True,
+    environ = ["CUDA_HOME", "NCCL_HOME"],
+    local = True,
+)
