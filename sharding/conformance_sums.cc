@@ -265,6 +265,24 @@ TEST_P(CollectivesConformanceTest, AFailedStreamTakesPartAllTheSame) {
   });
 }
 
+// Nobody waits but the stream.
+TEST_P(CollectivesConformanceTest, CollectivesKeepTheOrderOfTheStream) {
+  RunAll([](RankThread& t) {
+    const int64_t n = 1 << 20;
+    const auto values = t.Put(std::vector<float>(static_cast<size_t>(n)));
+    std::vector<float> sum(static_cast<size_t>(n));
+    for (uint64_t seed = 1; seed <= 3; ++seed) {
+      const std::vector<float> mine = Values<float>(t.rank(), n, seed);
+      t.device.CopyFromHost(t.stream, mine.data(), values.tensor());
+      const auto ticket = t.group.AllReduce(t.stream, values.tensor());
+      ASSERT_TRUE(t.group.Wait(t.stream, ticket).ok());
+      t.device.CopyToHost(t.stream, values.tensor(), sum.data());
+      ASSERT_TRUE(t.stream.Finish().ok());
+      ExpectSame(sum, SumOfValues<float>(t.world(), 0, n, seed));
+    }
+  });
+}
+
 TEST_P(CollectivesConformanceTest, StatisticsCount) {
   RunAll([](RankThread& t) {
     const Collectives::Statistics before = t.group.statistics();

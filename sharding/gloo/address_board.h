@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "sharding/gloo/gloo_collectives.h"
+#include "sharding/gloo/gloo_options.h"
 
 namespace gradwire {
 

@@ -147,6 +147,26 @@ void GlooMesh::Interrupt() {
   Decide({Farewell::kAborted, rank_});
 }
 
+void GlooMesh::Blame(int late) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Decide({Farewell::kTimeout, late});
+}
+
+bool GlooMesh::HasVerdict() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return verdict_.has_value();
+}
+
+int GlooMesh::FirstLeft() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (int rank = 0; rank < world_; ++rank) {
+    const std::optional<Farewell>& gone =
+        peers_[static_cast<size_t>(rank)].gone;
+    if (gone && gone->reason == Farewell::kLeft) return rank;
+  }
+  return -1;
+}
+
 void GlooMesh::Decide(Farewell verdict) {
   if (verdict_) return;
   verdict_ = verdict;

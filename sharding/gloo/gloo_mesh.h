@@ -26,7 +26,7 @@
 #include "absl/status/statusor.h"
 #include "gloo/transport/context.h"
 #include "gloo/transport/unbound_buffer.h"
-#include "sharding/gloo/gloo_collectives.h"
+#include "sharding/gloo/gloo_options.h"
 
 namespace gradwire {
 
@@ -57,7 +57,8 @@ class GlooTransfer {
   std::unique_ptr<gloo::transport::UnboundBuffer> buffer_;
 };
 
-// Thread rule: one thread at a time; Interrupt and bytes_sent from any.
+// Thread rule: one thread at a time; Interrupt, Blame, HasVerdict, FirstLeft
+// and bytes_sent from any.
 class GlooMesh {
  public:
   // Errors: see NewGlooCollectives.
@@ -74,6 +75,15 @@ class GlooMesh {
   absl::Status Begin();
   // This rank ends the group.
   void Interrupt();
+  // This rank ends the group since `late` did not come for the timeout.
+  void Blame(int late);
+  // Whether the group has ended, here or elsewhere, and End says why.
+  bool HasVerdict() const;
+  // A peer that has left, or -1. The others may go on without it, unless they
+  // wait for it.
+  int FirstLeft() const;
+  // Ends the group because `peer` is of no use any more.
+  absl::Status EndFor(int peer);
   // REQUIRES: a failure or an interruption. Tells the peers, closes the
   // connections and returns the verdict.
   absl::Status End();
@@ -109,8 +119,6 @@ class GlooMesh {
   void StartThreads();
 
   absl::Status Wait(Buffer& buffer, int peer, bool receive);
-  // Ends because the connection to `peer` is of no use any more.
-  absl::Status EndFor(int peer);
 
   // The first verdict stays.
   void Decide(Farewell verdict) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -134,7 +142,7 @@ class GlooMesh {
 
   std::atomic<int64_t> bytes_sent_{0};
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Peer> peers_;  // `gone` is guarded by mutex_
   std::optional<Waiting> waiting_ ABSL_GUARDED_BY(mutex_);
