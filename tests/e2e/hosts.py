@@ -68,6 +68,18 @@ class Hosts:
         """Cuts or mends a host's link at the switch: nobody is told."""
         self._in("sw", "link", "set", f"p{host}", "up" if up else "down")
 
+    def set_path(self, sender, receiver, up):
+        """Loses, or no longer, what one host sends to another; what the other
+        sends arrives."""
+        to = self.address(receiver)
+        if up:
+            self._in(f"h{sender}", "neigh", "del", to, "dev", "eth0")
+        else:
+            self._in(
+                f"h{sender}", "neigh", "replace", to, "lladdr",
+                "02:00:00:00:00:01", "dev", "eth0", "nud", "permanent",
+            )  # fmt: skip
+
     def delay(self, milliseconds):
         """What is sent takes longer by this on its way out of every host."""
         for host in range(self.count):
