@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "sharding/conformance.h"
@@ -104,7 +105,25 @@ TEST(NcclCollectivesTest, WaitReturnsBeforeTheCollectiveIsDone) {
   const auto second = one.group.AllReduce(one.stream, b.tensor());
   EXPECT_TRUE(one.Wait(second).ok());
   EXPECT_EQ(a.Read(zero.stream), std::vector<float>(100, 3.0f));
+}
+
+TEST(NcclCollectivesTest, TheTimeThatAStreamWaitsIsCounted) {
+  auto group = NewGroup(2, absl::Seconds(100));
+  RankThread zero(*group[0], *TheDevice()), one(*group[1], *TheDevice());
+  const auto a = zero.Put(std::vector<float>(100));
+  const auto b = one.Put(std::vector<float>(100));
+  // A stream that is slow to begin to wait waits for nothing.
+  const absl::Time end = absl::Now() + absl::Seconds(60);
+  while (zero.group.statistics().wait_seconds == 0 && absl::Now() < end) {
+    const auto first = zero.group.AllReduce(zero.stream, a.tensor());
+    ASSERT_TRUE(zero.group.Wait(zero.stream, first).ok());
+    absl::SleepFor(absl::Milliseconds(10));
+    ASSERT_TRUE(one.Wait(one.group.AllReduce(one.stream, b.tensor())).ok());
+    ASSERT_TRUE(zero.stream.Finish().ok());
+  }
   EXPECT_GT(zero.group.statistics().wait_seconds, 0);
+  EXPECT_GE(zero.group.statistics().busy_seconds,
+            zero.group.statistics().wait_seconds);
 }
 
 TEST(NcclCollectivesTest, AStreamLearnsOfAFailureAfterWait) {
