@@ -14,6 +14,16 @@ int64_t UnitPlaces::total() const {
   return std::accumulate(elements.begin(), elements.end(), int64_t{0});
 }
 
+int UnitPlaces::FirstShared() const {
+  std::vector<bool> taken(elements.size());
+  for (size_t unit = 0; unit < of_unit.size(); ++unit) {
+    const auto place = static_cast<size_t>(of_unit[unit]);
+    if (taken[place]) return static_cast<int>(unit);
+    taken[place] = true;
+  }
+  return static_cast<int>(of_unit.size());
+}
+
 UnitPlaces PlacesInTurns(const ShardLayout& layout) {
   const int last = layout.num_units() - 1;
   UnitPlaces places;

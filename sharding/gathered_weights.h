@@ -27,6 +27,8 @@ struct UnitPlaces {
   std::vector<int64_t> elements;
 
   int64_t total() const;
+  // How many units, from the first on, have places of their own.
+  int FirstShared() const;
 };
 // Two for blocks. The first and the last unit share one if each is larger than
 // a block.
@@ -47,6 +49,7 @@ class GatheredWeights : public UnitWeights {
   Tensor Acquire(Stream& stream, int unit) override;
   void Release(int unit) override;
   void NewVersion() override { ++version_; }
+  int room() const override { return room_; }
 
   int64_t bytes() const { return buffer_->bytes(); }
 
@@ -63,6 +66,7 @@ class GatheredWeights : public UnitWeights {
                   const Tensor& shard, Collectives& collectives)
       : layout_(layout),
         place_of_(places.of_unit),
+        room_(places.FirstShared()),
         shard_(shard),
         collectives_(collectives) {}
   Place& PlaceOf(int unit) {
@@ -74,6 +78,7 @@ class GatheredWeights : public UnitWeights {
 
   const ShardLayout& layout_;
   const std::vector<int> place_of_;
+  const int room_;
   const Tensor shard_;
   Collectives& collectives_;
   std::unique_ptr<DeviceBuffer> buffer_;

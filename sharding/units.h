@@ -24,8 +24,10 @@ class UnitWeights {
   // one block, the first, and the last.
   virtual Tensor Acquire(Stream& stream, int unit) = 0;
   virtual void Release(int unit) = 0;
-  // The weights have changed: what was gathered is out of date.
+  // The weights change from here on: what was gathered is out of date.
   virtual void NewVersion() = 0;
+  // There is room for so many units, from the first on, before one is acquired.
+  virtual int room() const = 0;
 };
 
 // A unit that is held for as long as this lives.
@@ -78,6 +80,7 @@ class ResidentWeights : public UnitWeights {
   }
   void Release(int) override {}
   void NewVersion() override {}
+  int room() const override { return 0; }
 
  private:
   const ShardLayout& layout_;

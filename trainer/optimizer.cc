@@ -106,27 +106,30 @@ double Optimizer::SumOfSquares(const ParamRow& row) {
   return sum;
 }
 
-void Optimizer::Update(const AdamWParams& params) {
+void Optimizer::Update(const AdamWParams& params,
+                       const std::function<void(int unit)>& updated) {
   const auto part = [](const Tensor& t, const ShardPiece& piece) {
     return t.is_null() ? t : t.Rows(piece.offset, piece.offset + piece.size());
   };
-  const ShardLayout& layout = sharding_.layout;
-  // With one rank all units are one piece.
-  const int pieces = sharding_.whole ? 1 : layout.num_units();
-  for (int unit = 0; unit < pieces; ++unit) {
-    const ShardPiece piece =
-        sharding_.whole ? ShardPiece{.end = state_.weight.num_elements()}
-                        : layout.Owned(unit, sharding_.rank);
-    if (piece.size() == 0) continue;
+  const auto update = [&](const ShardPiece& piece) {
+    if (piece.size() == 0) return;
     AdamWTensors tensors = {part(state_.weight, piece), part(state_.low, piece),
                             part(state_.m, piece), part(state_.v, piece),
                             part(state_.gradient, piece)};
     tensors.first = piece.begin;
     kernels_.AdamW(stream_, params, tensors);
+  };
+  const ShardLayout& layout = sharding_.layout;
+  // With one rank all units are one piece.
+  if (sharding_.whole) update({.end = state_.weight.num_elements()});
+  for (int unit = 0; unit < layout.num_units(); ++unit) {
+    if (!sharding_.whole) update(layout.Owned(unit, sharding_.rank));
+    updated(unit);
   }
 }
 
-absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
+absl::StatusOr<OptimOutcome> Optimizer::Step(
+    const OptimParams& params, const std::function<void(int unit)>& updated) {
   if (absl::Status status = CheckBefore(params); !status.ok()) {
     Clear();
     GW_RETURN_IF_ERROR(stream_.Finish());
@@ -176,7 +179,7 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params) {
     adam.weight_decay = static_cast<float>(params.weight_decay);
     adam.grad_scale = static_cast<float>(scale * outcome.clip_factor);
     adam.step = step_ + 1;
-    Update(adam);
+    Update(adam, updated);
     GW_RETURN_IF_ERROR(stream_.Finish());
     accumulated_ = Accumulated();
     ++step_;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -73,7 +74,10 @@ class Optimizer {
   // accumulator clear.
   // Errors: FAILED_PRECONDITION ACCUMULATION_MISMATCH, GRADIENTS_TAINTED,
   // NONFINITE_GRADIENT.
-  absl::StatusOr<OptimOutcome> Step(const OptimParams& params);
+  // `updated` is called for each unit of the layout, in order, on all ranks,
+  // when its weights here are those of the step, while later ones are not.
+  absl::StatusOr<OptimOutcome> Step(
+      const OptimParams& params, const std::function<void(int unit)>& updated);
 
   void Clear();
 
@@ -88,7 +92,8 @@ class Optimizer {
   // Its part in `group`, after SumOfSquares().
   double SumOfSquares(ParamGroup group);
   double SumOfSquares(const ParamRow& row);
-  void Update(const AdamWParams& params);
+  void Update(const AdamWParams& params,
+              const std::function<void(int unit)>& updated);
 
   const ParamTable& table_;
   const FlatState state_;

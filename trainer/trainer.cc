@@ -137,16 +137,18 @@ MemoryUse TrainerImpl::memory_use() const {
 
 absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
   GW_CHECK(!options_.forward_only);
-  GW_ASSIGN_OR_RETURN(OptimOutcome outcome, optimizer_->Step(params));
-  if (!outcome.skipped) {
-    ++weight_version_;
-    unit_weights_->NewVersion();
-    // What the next forward begins with is on its way before it is asked for.
-    // It is there before the shards change again: the norm's sum, which AdamW
-    // waits for, comes behind it in the queue.
-    for (int unit = 0; unit < std::min(2, layout_.num_units()); ++unit) {
+  // What the next forward begins with is on its way while later units still
+  // change. It is there before it changes again: the norm's sum, which AdamW
+  // waits for, comes behind it in the queue.
+  const auto updated = [this](int unit) {
+    if (unit == 0) unit_weights_->NewVersion();
+    if (unit < unit_weights_->room()) {
       unit_weights_->Prefetch(step_->stream(), unit);
     }
+  };
+  GW_ASSIGN_OR_RETURN(OptimOutcome outcome, optimizer_->Step(params, updated));
+  if (!outcome.skipped) {
+    ++weight_version_;
     // Activations of other weights are of no use; inputs stay.
     while (EvictOne()) {
     }
