@@ -156,6 +156,58 @@ absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name,
   return entry;
 }
 
+// Bytes of the header by the first eight of a file of `size`.
+absl::StatusOr<int64_t> HeaderBytes(const unsigned char* prefix, int64_t size,
+                                    int64_t limit) {
+  uint64_t bytes = 0;
+  for (int i = 7; i >= 0; --i) bytes = bytes << 8 | prefix[i];
+  if (bytes > static_cast<uint64_t>(limit) ||
+      bytes > static_cast<uint64_t>(size - 8)) {
+    return Invalid("header", std::to_string(bytes),
+                   "is longer than the file or than " +
+                       std::to_string(limit / 1'000'000) + " MB");
+  }
+  return static_cast<int64_t>(bytes);
+}
+
+// Of a file of `size` bytes.
+absl::StatusOr<SafetensorsHeader> ReadHeader(const std::string& text,
+                                             int64_t size) {
+  GW_ASSIGN_OR_RETURN(Json json, ParseHeader(text));
+  SafetensorsHeader header;
+  const int64_t data_begin = 8 + static_cast<int64_t>(text.size());
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  for (const auto& [name, value] : json.items()) {
+    if (name == "__metadata__") {
+      if (!value.is_object()) continue;
+      for (const auto& [key, entry] : value.items()) {
+        if (entry.is_string()) header.metadata[key] = entry.get<std::string>();
+      }
+      continue;
+    }
+    GW_ASSIGN_OR_RETURN(SafetensorsEntry entry,
+                        ParseEntry(name, value, size - data_begin));
+    ranges.emplace_back(entry.offset, entry.offset + entry.bytes);
+    entry.offset += data_begin;
+    header.entries.emplace(name, std::move(entry));
+  }
+  // The format has no gaps and no overlaps.
+  std::sort(ranges.begin(), ranges.end());
+  int64_t end = 0;
+  for (const auto& [begin, next] : ranges) {
+    if (begin != end) {
+      return Invalid("data_offsets", std::to_string(begin),
+                     begin < end ? "overlap" : "leave a gap");
+    }
+    end = next;
+  }
+  if (end != size - data_begin) {
+    return Invalid("data_offsets", std::to_string(end),
+                   "do not cover the file");
+  }
+  return header;
+}
+
 float HalfToFloat(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 0x1fu;
@@ -173,6 +225,20 @@ float HalfToFloat(uint16_t half) {
 
 }  // namespace
 
+absl::StatusOr<SafetensorsHeader> ParseSafetensors(std::string_view file,
+                                                   int64_t limit) {
+  const int64_t size = static_cast<int64_t>(file.size());
+  if (size < 8) {
+    return Invalid("file", std::to_string(size), "is shorter than 8 bytes");
+  }
+  GW_ASSIGN_OR_RETURN(
+      const int64_t bytes,
+      HeaderBytes(reinterpret_cast<const unsigned char*>(file.data()), size,
+                  limit));
+  return ReadHeader(std::string(file.substr(8, static_cast<size_t>(bytes))),
+                    size);
+}
+
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(
     const std::string& path) {
   std::unique_ptr<SafetensorsFile> file(new SafetensorsFile());
@@ -187,42 +253,14 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(
   if (size < 8 || !ReadAt(file->fd_, 0, 8, prefix)) {
     return Invalid("file", std::to_string(size), "is shorter than 8 bytes");
   }
-  uint64_t header_bytes = 0;
-  for (int i = 7; i >= 0; --i) header_bytes = header_bytes << 8 | prefix[i];
-  if (header_bytes > static_cast<uint64_t>(kMaxHeaderBytes) ||
-      header_bytes > static_cast<uint64_t>(size - 8)) {
-    return Invalid("header", std::to_string(header_bytes),
-                   "is longer than the file or than 100 MB");
-  }
-  std::string text(header_bytes, '\0');
-  if (!ReadAt(file->fd_, 8, static_cast<int64_t>(header_bytes), text.data())) {
+  GW_ASSIGN_OR_RETURN(const int64_t header_bytes,
+                      HeaderBytes(prefix, size, kMaxHeaderBytes));
+  std::string text(static_cast<size_t>(header_bytes), '\0');
+  if (!ReadAt(file->fd_, 8, header_bytes, text.data())) {
     return Invalid("header", "", "cannot be read");
   }
-  GW_ASSIGN_OR_RETURN(Json json, ParseHeader(text));
-  const int64_t data_begin = 8 + static_cast<int64_t>(header_bytes);
-  std::vector<std::pair<int64_t, int64_t>> ranges;
-  for (const auto& [name, value] : json.items()) {
-    if (name == "__metadata__") continue;
-    GW_ASSIGN_OR_RETURN(SafetensorsEntry entry,
-                        ParseEntry(name, value, size - data_begin));
-    ranges.emplace_back(entry.offset, entry.offset + entry.bytes);
-    entry.offset += data_begin;
-    file->entries_.emplace(name, std::move(entry));
-  }
-  // The format has no gaps and no overlaps.
-  std::sort(ranges.begin(), ranges.end());
-  int64_t end = 0;
-  for (const auto& [begin, next] : ranges) {
-    if (begin != end) {
-      return Invalid("data_offsets", std::to_string(begin),
-                     begin < end ? "overlap" : "leave a gap");
-    }
-    end = next;
-  }
-  if (end != size - data_begin) {
-    return Invalid("data_offsets", std::to_string(end),
-                   "do not cover the file");
-  }
+  GW_ASSIGN_OR_RETURN(SafetensorsHeader header, ReadHeader(text, size));
+  file->entries_ = std::move(header.entries);
   return file;
 }
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -20,6 +21,18 @@ struct SafetensorsEntry {
   int64_t offset = 0;  // of the first byte, from the start of the file
   int64_t bytes = 0;
 };
+
+// What stands before the data of a file.
+struct SafetensorsHeader {
+  std::map<std::string, SafetensorsEntry> entries;
+  // Members of __metadata__ that are texts.
+  std::map<std::string, std::string> metadata;
+};
+
+// The header of a file that lies in memory as a whole. The header may be of at
+// most `limit` bytes. Errors: as SafetensorsFile::Open.
+absl::StatusOr<SafetensorsHeader> ParseSafetensors(std::string_view file,
+                                                   int64_t limit);
 
 // One open file. Thread rule: const methods from any thread.
 class SafetensorsFile {
