@@ -16,6 +16,21 @@ bool ChangesNamesOf(const DiskEvent& event, const std::string& directory) {
          (!event.to.empty() && DirectoryOf(event.to) == directory);
 }
 
+bool IsWithin(const std::string& path, const std::string& directory) {
+  return path.size() > directory.size() && path.starts_with(directory) &&
+         path[directory.size()] == '/';
+}
+
+bool MovesDirectory(const DiskEvent& event) {
+  return event.kind == DiskEvent::Kind::kRename && event.file < 0;
+}
+
+// The path of what was at `path` before the directory was moved.
+std::string Moved(const std::string& path, const DiskEvent& move) {
+  if (path != move.path && !IsWithin(path, move.path)) return path;
+  return move.to + path.substr(move.path.size());
+}
+
 }  // namespace
 
 CrashDisk::CrashDisk(const DiskImage& start, int64_t page_bytes)
@@ -39,10 +54,18 @@ void CrashDisk::Change(const DiskEvent& event, Names& names) {
     case DiskEvent::Kind::kUnlink:
       names.erase(event.path);
       break;
-    case DiskEvent::Kind::kRename:
+    case DiskEvent::Kind::kRename: {
       names.erase(event.path);
       names[event.to] = event.file;
+      if (!MovesDirectory(event)) break;
+      // What is in a directory goes with it.
+      Names moved;
+      for (const auto& [path, number] : names) {
+        moved[Moved(path, event)] = number;
+      }
+      names = std::move(moved);
       break;
+    }
     default:
       GW_CHECK(false);
   }
@@ -73,19 +96,40 @@ void CrashDisk::Apply(const DiskEvent& event) {
       Change(event, names_);
       unsynced_changes_.push_back(event);
       break;
-    case DiskEvent::Kind::kSyncDirectory: {
-      std::vector<DiskEvent> rest;
-      for (DiskEvent& change : unsynced_changes_) {
-        if (ChangesNamesOf(change, event.path)) {
-          Change(change, synced_names_);
-        } else {
-          rest.push_back(std::move(change));
-        }
-      }
-      unsynced_changes_ = std::move(rest);
+    case DiskEvent::Kind::kSyncDirectory:
+      SyncDirectory(event.path);
       break;
+  }
+}
+
+void CrashDisk::SyncDirectory(const std::string& path) {
+  // Changes bear the names of their time: from the last to the first, where the
+  // directory was then.
+  std::vector<bool> is_synced(unsynced_changes_.size());
+  std::string directory = path;
+  for (size_t i = unsynced_changes_.size(); i-- > 0;) {
+    const DiskEvent& change = unsynced_changes_[i];
+    is_synced[i] = ChangesNamesOf(change, directory);
+    if (MovesDirectory(change) && change.to == directory) {
+      directory = change.path;
     }
   }
+  std::vector<DiskEvent> rest;
+  for (size_t i = 0; i < unsynced_changes_.size(); ++i) {
+    DiskEvent& change = unsynced_changes_[i];
+    if (!is_synced[i]) {
+      rest.push_back(std::move(change));
+      continue;
+    }
+    Change(change, synced_names_);
+    if (!MovesDirectory(change)) continue;
+    // What is still to happen in the directory happens where it is by then.
+    for (DiskEvent& earlier : rest) {
+      earlier.path = Moved(earlier.path, change);
+      if (!earlier.to.empty()) earlier.to = Moved(earlier.to, change);
+    }
+  }
+  unsynced_changes_ = std::move(rest);
 }
 
 void CrashDisk::Write(File& file, int64_t offset, const std::string& bytes) {

@@ -32,8 +32,9 @@ struct DiskEvent {
     kSyncDirectory,
   };
   Kind kind;
-  int file = -1;       // of a write, truncation, sync or link; -1: a directory
-  int64_t offset = 0;  // of a write; of a truncation the new length
+  int file = -1;           // of a write, truncation, sync, link or renaming;
+                           // -1: a directory
+  int64_t offset = 0;      // of a write; of a truncation the new length
   std::string bytes = {};  // of a write
   std::string path = {};   // of a change of names
   std::string to = {};     // of a renaming
@@ -105,6 +106,7 @@ class CrashDisk {
   };
 
   static void Change(const DiskEvent& event, Names& names);
+  void SyncDirectory(const std::string& path);
   static DiskImage Image(const Names& names,
                          const std::function<std::string(int)>& content);
   File& file(int number) { return files_[static_cast<size_t>(number)]; }

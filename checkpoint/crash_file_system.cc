@@ -194,6 +194,9 @@ void CrashFileSystem::Record(DiskEvent event) {
 }
 
 bool CrashFileSystem::Lies(Lie lie) const {
+  if (lie_ == Lie::kSyncBeforeRename) {
+    return !renamed_ && (lie == Lie::kSync || lie == Lie::kSyncDirectory);
+  }
   return lie_ == lie && (lie_call_ == 0 || lie_call_ == calls_);
 }
 
@@ -240,11 +243,18 @@ int CrashFileSystem::CallRename(const std::string& from,
                                 const std::string& to) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (int error = Begin(Kind::kMake); error < 0) return error;
-  const int number = Find(from);
-  if (number < 0) return number;
-  if (Find(to) == -EISDIR) return -EISDIR;
+  const int number = Find(from), replaced = Find(to);
+  if (number == -ENOENT) return -ENOENT;
+  if (number >= 0 && replaced == -EISDIR) return -EISDIR;
+  if (number == -EISDIR) {
+    if (replaced >= 0) return -ENOTDIR;
+    for (const auto& [name, at] : now_.names()) {
+      if (DirectoryOf(name) == to) return -ENOTEMPTY;
+    }
+  }
+  renamed_ = true;
   Record({.kind = DiskEvent::Kind::kRename,
-          .file = number,
+          .file = number == -EISDIR ? -1 : number,
           .path = from,
           .to = to});
   return 0;

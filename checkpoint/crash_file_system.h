@@ -31,7 +31,7 @@
 // system whose journal fails stops writing altogether.)
 // Processes see neither: after kKill everything is there that was written.
 //
-// Left out: links, permissions, times, moving a directory with files in it.
+// Left out: links, permissions, times.
 //
 // Thread rule: any method from any thread.
 #pragma once
@@ -53,8 +53,9 @@ class CrashFileSystem : public FileSystem {
  public:
   enum class Fault { kKill, kNoSpace, kIoError, kShortWrite };
   // What is left undone although the call succeeds, to see that tests notice:
-  // syncs of files, syncs of directories, writes that change nothing.
-  enum class Lie { kNone, kSync, kSyncDirectory, kRewrite };
+  // syncs of files, syncs of directories, writes that change nothing, both
+  // kinds of syncs up to the first renaming.
+  enum class Lie { kNone, kSync, kSyncDirectory, kRewrite, kSyncBeforeRename };
 
   explicit CrashFileSystem(const DiskImage& disk = {},
                            int64_t page_bytes = 512);
@@ -127,6 +128,7 @@ class CrashFileSystem : public FileSystem {
   int64_t faults_ = 0;
   bool dead_ = false;  // after kKill
   bool full_ = false;  // after kShortWrite: the next write fails
+  bool renamed_ = false;
   Lie lie_ = Lie::kNone;
   int64_t lie_call_ = 0;
 };

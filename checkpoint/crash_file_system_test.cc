@@ -119,6 +119,53 @@ TEST(PowerLossTest, WhatIsInALostDirectoryIsLost) {
   EXPECT_EQ(Contents(files, "/d/a"), Strings{""});
 }
 
+// "/p" with a file.
+void MakeDirectoryWithFile(CrashFileSystem& files) {
+  ASSERT_TRUE(files.MakeDirectory("/p").ok());
+  auto file = *files.Create("/p/a");
+  ASSERT_TRUE(file->Append("x").ok());
+  ASSERT_TRUE(file->Sync().ok());
+}
+
+TEST(PowerLossTest, ADirectoryMovesWithWhatIsInIt) {
+  CrashFileSystem files;
+  MakeDirectoryWithFile(files);
+  ASSERT_TRUE(files.SyncDirectory("/p").ok());
+  ASSERT_TRUE(files.Rename("/p", "/d").ok());
+  EXPECT_EQ(files.Latest(),
+            (DiskImage{.files = {{"/d/a", "x"}}, .directories = {"/d"}}));
+  EXPECT_EQ(Contents(files, "/d/a"), (Strings{kAbsent, "x"}));
+  EXPECT_EQ(Contents(files, "/p/a"), (Strings{kAbsent, "x"}));
+  ASSERT_TRUE(files.SyncDirectory("/").ok());
+  EXPECT_EQ(Contents(files, "/d/a"), Strings{"x"});
+  EXPECT_EQ(Contents(files, "/p/a"), Strings{kAbsent});
+}
+
+TEST(PowerLossTest, AMovedDirectoryMayBeEmpty) {
+  CrashFileSystem files;
+  MakeDirectoryWithFile(files);
+  ASSERT_TRUE(files.Rename("/p", "/d").ok());
+  ASSERT_TRUE(files.SyncDirectory("/").ok());
+  EXPECT_EQ(Contents(files, "/d/a"), (Strings{kAbsent, "x"}));
+  EXPECT_EQ(Contents(files, "/p/a"), Strings{kAbsent});
+  ASSERT_TRUE(files.SyncDirectory("/d").ok());
+  EXPECT_EQ(Contents(files, "/d/a"), Strings{"x"});
+}
+
+TEST(PowerLossTest, ADirectoryIsSyncedByItsNewName) {
+  CrashFileSystem files;
+  MakeDirectoryWithFile(files);
+  ASSERT_TRUE(files.Rename("/p", "/d").ok());
+  ASSERT_TRUE(files.SyncDirectory("/d").ok());
+  // Either name, or neither, and never an empty directory.
+  files.ForEachPowerLoss(
+      files.num_events(), 100, 1, [](const DiskImage& image) {
+        EXPECT_EQ(image.directories.size(), image.files.size());
+        EXPECT_EQ(image.directories.contains("/d"),
+                  image.files.contains("/d/a"));
+      });
+}
+
 TEST(PowerLossTest, ComesAtAnyTime) {
   OneFile f("aa");
   const int64_t before = f.files.num_events();
@@ -205,6 +252,18 @@ TEST(LieTest, ASyncThatIsNoneKeepsNothing) {
   ASSERT_TRUE(f.file->WriteAt(0, "b").ok());
   ASSERT_TRUE(f.file->Sync().ok());
   EXPECT_EQ(Contents(f.files, "/a"), (Strings{"a", "b"}));
+}
+
+TEST(LieTest, SyncsUpToARenamingAreNone) {
+  OneFile f("a");
+  f.files.TellLie(CrashFileSystem::Lie::kSyncBeforeRename);
+  ASSERT_TRUE(f.file->WriteAt(0, "b").ok());
+  ASSERT_TRUE(f.file->Sync().ok());
+  ASSERT_TRUE(f.files.Rename("/a", "/c").ok());
+  ASSERT_TRUE(f.files.SyncDirectory("/").ok());
+  EXPECT_EQ(Contents(f.files, "/c"), (Strings{"a", "b"}));
+  ASSERT_TRUE(f.file->Sync().ok());
+  EXPECT_EQ(Contents(f.files, "/c"), Strings{"b"});
 }
 
 }  // namespace

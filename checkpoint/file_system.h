@@ -103,7 +103,8 @@ class FileSystem {
   absl::StatusOr<std::unique_ptr<File>> Open(const std::string& path,
                                              Access access);
   absl::Status MakeDirectory(const std::string& path, int mode = 0700);
-  // Puts a file in the place of another, or of none, at once.
+  // Puts a file in the place of another, or of none, at once; a directory, with
+  // what is in it, in the place of an empty one, or of none.
   absl::Status Rename(const std::string& from, const std::string& to);
   // A file, or an empty directory.
   absl::Status Remove(const std::string& path);

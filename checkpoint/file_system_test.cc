@@ -143,6 +143,28 @@ TEST_P(FileSystemTest, ListsRenamesAndRemoves) {
   EXPECT_TRUE(files_->List(root_)->empty());
 }
 
+TEST_P(FileSystemTest, ADirectoryMovesToNoNameOrToThatOfAnEmptyOne) {
+  for (const char* name : {"moved", "empty", "full"}) {
+    ASSERT_TRUE(files_->MakeDirectory(In(name)).ok());
+  }
+  ASSERT_TRUE(Create("moved/a")->Append("of a").ok());
+  ASSERT_TRUE(Create("full/b") != nullptr);
+  ASSERT_TRUE(Create("file") != nullptr);
+  EXPECT_EQ(ReasonOf(files_->Rename(In("moved"), In("full"))), "FILE_EXISTS");
+  EXPECT_FALSE(files_->Rename(In("moved"), In("file")).ok());
+  EXPECT_FALSE(files_->Rename(In("file"), In("empty")).ok());
+  EXPECT_TRUE(files_->Rename(In("moved"), In("empty")).ok());
+  EXPECT_TRUE(files_->Rename(In("empty"), In("new")).ok());
+  EXPECT_EQ(files_->List(root_).value(),
+            (std::vector<std::string>{"file", "full", "new"}));
+  EXPECT_EQ(ReadAll(**files_->Open(In("new/a"), Access::kRead)), "of a");
+  ASSERT_TRUE(files_->Remove(In("new/a")).ok());
+  ASSERT_TRUE(files_->Remove(In("full/b")).ok());
+  for (const char* name : {"new", "full", "file"}) {
+    EXPECT_TRUE(files_->Remove(In(name)).ok());
+  }
+}
+
 TEST_P(FileSystemTest, AnOpenFileOutlivesItsName) {
   auto file = Create("a");
   ASSERT_TRUE(file->Append("still").ok());
