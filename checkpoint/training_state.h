@@ -120,7 +120,8 @@ class PendingState {
 
   // When all `world` ranks have finished: reads their tables, checks that each
   // vector is covered exactly once, writes the manifest, syncs it and the
-  // directory, renames it to its final name and syncs the parent. Once.
+  // directory, renames it to its final name and syncs the parent. Once; but
+  // after INVALID_ARGUMENT it may be called again.
   //
   // After OK, the checkpoint outlasts a power loss. After an error it is
   // complete or absent; complete only if the last sync failed, and then
