@@ -218,6 +218,25 @@ absl::StatusOr<int64_t> FileSystem::FreeBytes(const std::string& path) {
   return free;
 }
 
+absl::Status MakeDirectories(FileSystem& files, const std::string& path,
+                             int mode) {
+  const auto found = files.Stat(path);
+  if (found.ok() && found->is_directory) return absl::OkStatus();
+  const std::string above = DirectoryOf(path);
+  if (above != path) {
+    GW_RETURN_IF_ERROR(MakeDirectories(files, above, mode));
+  }
+  const absl::Status made = files.MakeDirectory(path, mode);
+  // Somebody else was faster, or it is no directory.
+  if (absl::IsAlreadyExists(made)) {
+    GW_ASSIGN_OR_RETURN(const FileSystem::Info info, files.Stat(path));
+    if (!info.is_directory) return made;
+  } else {
+    GW_RETURN_IF_ERROR(made);
+  }
+  return files.SyncDirectory(above);
+}
+
 std::string DirectoryOf(const std::string& path) {
   const size_t slash = path.find_last_of('/');
   if (slash == std::string::npos) return ".";

@@ -141,6 +141,11 @@ class FileSystem {
 // The machine's files. Symbolic links at the end of a path are not followed.
 FileSystem& PosixFileSystem();
 
+// Makes `path` and the directories above it that are missing, each of which
+// outlasts a power loss. Two may do so at once.
+absl::Status MakeDirectories(FileSystem& files, const std::string& path,
+                             int mode = 0700);
+
 // The directory of `path`: "/" of "/a", "." of "a".
 std::string DirectoryOf(const std::string& path);
 

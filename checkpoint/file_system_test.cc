@@ -165,6 +165,17 @@ TEST_P(FileSystemTest, ADirectoryMovesToNoNameOrToThatOfAnEmptyOne) {
   }
 }
 
+TEST_P(FileSystemTest, MakesAllDirectoriesOfAPath) {
+  EXPECT_TRUE(MakeDirectories(*files_, In("a/b/c")).ok());
+  Create("a/b/c/file");
+  EXPECT_TRUE(MakeDirectories(*files_, In("a/b/c")).ok());
+  EXPECT_TRUE(MakeDirectories(*files_, In("a/b/d")).ok());
+  EXPECT_EQ(files_->List(In("a/b")).value(),
+            (std::vector<std::string>{"c", "d"}));
+  EXPECT_FALSE(MakeDirectories(*files_, In("a/b/c/file")).ok());
+  EXPECT_FALSE(MakeDirectories(*files_, In("a/b/c/file/e")).ok());
+}
+
 TEST_P(FileSystemTest, AnOpenFileOutlivesItsName) {
   auto file = Create("a");
   ASSERT_TRUE(file->Append("still").ok());

@@ -68,6 +68,17 @@ void Job::OnDone(const GroupEvent& event) {
         record.mutable_snapshot()->set_weight_version(done.weight_version());
         record.mutable_snapshot()->set_optimizer_step(done.optimizer_step());
         break;
+      case v1::RankDone::kSaveState:
+        *record.mutable_save_state() = done.save_state();
+        record.mutable_save_state()->set_weight_version(done.weight_version());
+        record.mutable_save_state()->set_optimizer_step(done.optimizer_step());
+        break;
+      case v1::RankDone::kLoadState:
+        *record.mutable_load_state() = done.load_state();
+        record.mutable_load_state()->set_weight_version(done.weight_version());
+        record.mutable_load_state()->set_optimizer_step(done.optimizer_step());
+        record.mutable_load_state()->set_dropped_ops(done.dropped_ops());
+        break;
       case v1::RankDone::kRelease:
         *record.mutable_release() = done.release();
         break;

@@ -204,7 +204,8 @@ Metrics::Metrics() : state_(std::make_unique<State>()) {
   }
   for (const char* op :
        {"forward", "forward_backward", "backward", "optim_step", "zero_grad",
-        "save_snapshot", "unload_model", "release_activations"}) {
+        "save_snapshot", "save_state", "load_state", "unload_model",
+        "release_activations"}) {
     for (const char* outcome : {"replayed", "joined", "conflict"}) {
       state_->dedup.Add({{"op", op}, {"outcome", outcome}});
     }

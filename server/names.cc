@@ -2,8 +2,12 @@
 #include "server/names.h"
 
 #include <algorithm>
+#include <vector>
 
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "base/error.h"
+#include "base/status.h"
 
 namespace gradwire {
 namespace {
@@ -44,6 +48,30 @@ absl::Status CheckJobId(const std::string& job_id) {
       .Message(
           "job_id must be 1 to 63 of [a-z0-9-], starting with a letter or "
           "digit.");
+}
+
+absl::StatusOr<CheckpointRef> ParseCheckpointRef(const std::string& ref,
+                                                 const std::string& job_id) {
+  const std::string path(absl::StripPrefix(ref, "gradwire://"));
+  const std::vector<std::string> parts = absl::StrSplit(path, '/');
+  CheckpointRef parsed;
+  if (parts.size() == 1 && path == ref) {
+    parsed = {job_id, ref};
+  } else if (parts.size() == 4 && parts[0] == "jobs" &&
+             parts[2] == "checkpoints") {
+    parsed = {parts[1], parts[3]};
+  } else {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "INVALID_NAME")
+        .With("field", "ref")
+        .With("value", ref.substr(0, 256))
+        .With("limit", "NAME or jobs/JOB/checkpoints/NAME")
+        .Message(
+            "ref must be the name of a checkpoint of this job, or "
+            "jobs/JOB/checkpoints/NAME, as save_state returned it.");
+  }
+  GW_RETURN_IF_ERROR(CheckJobId(parsed.job_id));
+  GW_RETURN_IF_ERROR(CheckName(parsed.name, "ref"));
+  return parsed;
 }
 
 }  // namespace gradwire

@@ -26,6 +26,10 @@ std::string KindName(v1::OperationKind kind) {
       return "zero_grad";
     case v1::OPERATION_KIND_SAVE_SNAPSHOT:
       return "save_snapshot";
+    case v1::OPERATION_KIND_SAVE_STATE:
+      return "save_state";
+    case v1::OPERATION_KIND_LOAD_STATE:
+      return "load_state";
     case v1::OPERATION_KIND_UNLOAD_MODEL:
       return "unload_model";
     case v1::OPERATION_KIND_RELEASE_ACTIVATIONS:

@@ -101,6 +101,15 @@ bool RankWorker::Execute(v1::RankCommand command) {
 
 absl::Status RankWorker::Run(const v1::RankCommand& command,
                              v1::RankDone& done) {
+  const bool mends = command.has_load_state() || command.has_reset();
+  if (!trainer_->is_valid() && !mends) {
+    return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                        "MODEL_STATE_INVALID")
+        .Server()
+        .Message(
+            "Loading a checkpoint has failed half-way, so that the weights are "
+            "of no use. Load one again, or unload the model.");
+  }
   switch (command.command_case()) {
     case v1::RankCommand::kForward:
       return Forward(command.command_id(), command.forward(), done);
@@ -114,6 +123,10 @@ absl::Status RankWorker::Run(const v1::RankCommand& command,
       return absl::OkStatus();
     case v1::RankCommand::kSaveSnapshot:
       return SaveSnapshot(command.save_snapshot(), done);
+    case v1::RankCommand::kSaveState:
+      return SaveState(command.save_state(), done);
+    case v1::RankCommand::kLoadState:
+      return LoadState(command.load_state(), done);
     case v1::RankCommand::kReleaseActivationId:
       trainer_->Release(command.release_activation_id());
       done.mutable_release();
@@ -260,6 +273,32 @@ absl::Status RankWorker::SaveSnapshot(const v1::RankSaveSnapshot& command,
   result.set_type("base");
   result.set_bytes(outcome.bytes);
   result.set_digest(outcome.digest);
+  return absl::OkStatus();
+}
+
+absl::Status RankWorker::SaveState(const v1::RankSaveState& command,
+                                   v1::RankDone& done) {
+  GW_ASSIGN_OR_RETURN(
+      SavedState saved,
+      trainer_->SaveState(command.directory(), {command.attributes().begin(),
+                                                command.attributes().end()}));
+  v1::SaveStateResult& result = *done.mutable_save_state();
+  result.set_path(command.path());
+  result.set_local_path(command.directory());
+  result.set_bytes(saved.bytes);
+  result.set_digest(saved.digest);
+  return absl::OkStatus();
+}
+
+absl::Status RankWorker::LoadState(const v1::RankLoadState& command,
+                                   v1::RankDone& done) {
+  GW_ASSIGN_OR_RETURN(
+      const int64_t dropped,
+      trainer_->LoadState(command.directory(), command.optimizer()));
+  v1::LoadStateResult& result = *done.mutable_load_state();
+  result.set_path(command.path());
+  result.set_optimizer(command.optimizer());
+  done.set_dropped_ops(dropped);
   return absl::OkStatus();
 }
 

@@ -34,6 +34,8 @@ class RankWorker {
   absl::Status OptimStep(const v1::AdamParams& params, v1::RankDone& done);
   absl::Status SaveSnapshot(const v1::RankSaveSnapshot& command,
                             v1::RankDone& done);
+  absl::Status SaveState(const v1::RankSaveState& command, v1::RankDone& done);
+  absl::Status LoadState(const v1::RankLoadState& command, v1::RankDone& done);
   absl::Status Run(const v1::RankCommand& command, v1::RankDone& done);
 
   absl::Status JoinGroup(const v1::RankLoad& load);

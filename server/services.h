@@ -144,6 +144,12 @@ class TrainingServiceImpl final : public v1::TrainingService::Service {
   grpc::Status OptimStep(grpc::ServerContext* call,
                          const v1::OptimStepRequest* request,
                          v1::OperationRef* reply) override;
+  grpc::Status SaveState(grpc::ServerContext* call,
+                         const v1::SaveStateRequest* request,
+                         v1::OperationRef* reply) override;
+  grpc::Status LoadState(grpc::ServerContext* call,
+                         const v1::LoadStateRequest* request,
+                         v1::OperationRef* reply) override;
   grpc::Status SaveSnapshot(grpc::ServerContext* call,
                             const v1::SaveSnapshotRequest* request,
                             v1::OperationRef* reply) override;

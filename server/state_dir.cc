@@ -15,6 +15,9 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/status.h"
+#include "checkpoint/file_system.h"
+#include "checkpoint/training_state.h"
 
 namespace gradwire {
 namespace {
@@ -44,8 +47,8 @@ std::vector<fs::path> Entries(const fs::path& directory) {
   return entries;
 }
 
-// What a server that was killed in the middle of a snapshot has left.
-void RemovePending(const std::string& jobs) {
+// What a server that was killed in the middle of a save has left.
+absl::Status RemovePending(const std::string& jobs) {
   for (const fs::path& job : Entries(jobs)) {
     for (const fs::path& entry : Entries(job / "snapshots")) {
       std::error_code ignored;
@@ -53,7 +56,11 @@ void RemovePending(const std::string& jobs) {
         fs::remove_all(entry, ignored);
       }
     }
+    const absl::Status removed =
+        RemoveLeftovers(PosixFileSystem(), (job / "checkpoints").string());
+    if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
   }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -93,7 +100,7 @@ absl::StatusOr<std::unique_ptr<StateDir>> StateDir::Open(
   }
   fs::create_directories(dir->jobs(), failure);
   if (failure) return Unusable("its jobs cannot be made", failure.value());
-  RemovePending(dir->jobs());
+  GW_RETURN_IF_ERROR(RemovePending(dir->jobs()));
   dir->socket_ = dir->path_ + "/ranks.sock";
   if (dir->socket_.size() > kMaxSocketPath) {
     char folder[] = "/tmp/gradwire-XXXXXX";

@@ -89,30 +89,53 @@ grpc::Status SubmitSimple(const ServiceContext& context,
   return grpc::Status::OK;
 }
 
+absl::Status Unsupported(const char* field, const std::string& value,
+                         const char* limit) {
+  return ErrorBuilder(absl::StatusCode::kUnimplemented, "UNSUPPORTED_OPTION")
+      .With("field", field)
+      .With("value", value)
+      .With("limit", limit)
+      .Message(std::string(field) + " = " + value +
+               " is not supported by this server; use " + limit + ".");
+}
+
+absl::Status CheckTtl(double seconds) {
+  if (seconds == 0) return absl::OkStatus();
+  return Unsupported("ttl_seconds", std::to_string(seconds), "0 (kept)");
+}
+
+absl::Status CheckSaveState(const v1::SaveStateRequest& request) {
+  GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
+  if (request.name() == "latest") {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "INVALID_NAME")
+        .With("field", "name")
+        .With("value", "latest")
+        .Message("\"latest\" is reserved; give the checkpoint another name.");
+  }
+  return CheckTtl(request.ttl_seconds());
+}
+
+std::string JobOfModel(const std::string& model_id) {
+  return model_id.substr(0, model_id.find('.'));
+}
+
+std::string DirectoryOf(const ServiceContext& context,
+                        const CheckpointRef& ref) {
+  return context.environment->jobs_directory + "/" + ref.job_id +
+         "/checkpoints/" + ref.name;
+}
+
 absl::Status CheckSnapshot(const v1::SaveSnapshotRequest& request) {
   GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
-  const auto unsupported = [](const char* field, const std::string& value,
-                              const char* limit) {
-    return ErrorBuilder(absl::StatusCode::kUnimplemented, "UNSUPPORTED_OPTION")
-        .With("field", field)
-        .With("value", value)
-        .With("limit", limit)
-        .Message(std::string(field) + " = " + value +
-                 " is not supported by this server; use " + limit + ".");
-  };
   if (request.kind() != v1::SNAPSHOT_KIND_UNSPECIFIED &&
       request.kind() != v1::SNAPSHOT_KIND_AUTO &&
       request.kind() != v1::SNAPSHOT_KIND_BASE) {
-    return unsupported("kind", std::to_string(request.kind()), "base");
+    return Unsupported("kind", std::to_string(request.kind()), "base");
   }
   if (!request.parent().empty()) {
-    return unsupported("parent", request.parent().substr(0, 128), "none");
+    return Unsupported("parent", request.parent().substr(0, 128), "none");
   }
-  if (request.ttl_seconds() != 0) {
-    return unsupported("ttl_seconds", std::to_string(request.ttl_seconds()),
-                       "0 (kept)");
-  }
-  return absl::OkStatus();
+  return CheckTtl(request.ttl_seconds());
 }
 
 }  // namespace
@@ -182,8 +205,7 @@ grpc::Status TrainingServiceImpl::OptimStep(grpc::ServerContext*,
 grpc::Status TrainingServiceImpl::SaveSnapshot(
     grpc::ServerContext*, const v1::SaveSnapshotRequest* request,
     v1::OperationRef* reply) {
-  const std::string job_id =
-      request->model_id().substr(0, request->model_id().find('.'));
+  const std::string job_id = JobOfModel(request->model_id());
   v1::RankCommand command;
   command.mutable_save_snapshot()->set_directory(
       context_.environment->jobs_directory + "/" + job_id + "/snapshots/" +
@@ -193,6 +215,36 @@ grpc::Status TrainingServiceImpl::SaveSnapshot(
   return SubmitSimple(context_, request->model_id(), request->seq_id(),
                       v1::OPERATION_KIND_SAVE_SNAPSHOT, *request, command, "",
                       CheckSnapshot(*request), reply);
+}
+
+grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
+                                            const v1::SaveStateRequest* request,
+                                            v1::OperationRef* reply) {
+  const CheckpointRef ref = {JobOfModel(request->model_id()), request->name()};
+  v1::RankCommand command;
+  v1::RankSaveState& save = *command.mutable_save_state();
+  save.set_directory(DirectoryOf(context_, ref));
+  save.set_path("gradwire://" + ref.path());
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_SAVE_STATE, *request, command, "",
+                      CheckSaveState(*request), reply);
+}
+
+grpc::Status TrainingServiceImpl::LoadState(grpc::ServerContext*,
+                                            const v1::LoadStateRequest* request,
+                                            v1::OperationRef* reply) {
+  const auto ref =
+      ParseCheckpointRef(request->ref(), JobOfModel(request->model_id()));
+  v1::RankCommand command;
+  v1::RankLoadState& load = *command.mutable_load_state();
+  if (ref.ok()) {
+    load.set_directory(DirectoryOf(context_, *ref));
+    load.set_path("gradwire://" + ref->path());
+  }
+  load.set_optimizer(request->optimizer());
+  return SubmitSimple(context_, request->model_id(), request->seq_id(),
+                      v1::OPERATION_KIND_LOAD_STATE, *request, command, "",
+                      ref.status(), reply);
 }
 
 grpc::Status TrainingServiceImpl::Forward(

@@ -80,6 +80,12 @@ class Optimizer {
       const OptimParams& params, const std::function<void(int unit)>& updated);
 
   void Clear();
+  // Goes on after `step` applied steps, with the moments that are there. Clears
+  // the accumulator.
+  void Resume(int64_t step) {
+    Clear();
+    step_ = step;
+  }
 
  private:
   absl::Status CheckBefore(const OptimParams& params);

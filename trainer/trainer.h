@@ -142,6 +142,11 @@ struct ExportOutcome {
   std::string digest;
 };
 
+struct SavedState {
+  int64_t bytes = 0;
+  std::string digest;  // hexadecimal
+};
+
 // Thread rule: one thread at a time.
 class Trainer {
  public:
@@ -194,6 +199,25 @@ class Trainer {
   // Atomic: `directory` appears complete or not at all.
   virtual absl::StatusOr<ExportOutcome> Export(
       const std::string& directory) = 0;
+
+  // Writes a training checkpoint (checkpoint/training_state.h): the float32
+  // master, and once a step was taken the moments. Every rank writes what it
+  // holds; `directory`, which all of them see, appears complete or not at all.
+  // `attributes` are stored beside it. Gradients are left as they are.
+  // Errors: CHECKPOINT_EXISTS; the file system's.
+  virtual absl::StatusOr<SavedState> SaveState(
+      const std::string& directory,
+      const std::map<std::string, std::string>& attributes) = 0;
+  // Weights and weight_version, with `optimizer` also moments and step (else
+  // these begin at zero), of a checkpoint that any number of ranks has written.
+  // Drops gradients and activations, as Reset, and returns the same.
+  // Errors, after which all is as before: those of StateReader;
+  // FAILED_PRECONDITION CHECKPOINT_INCOMPATIBLE (field, value, limit). After
+  // another error is_valid() is false.
+  virtual absl::StatusOr<int64_t> LoadState(const std::string& directory,
+                                            bool optimizer) = 0;
+  // False: a load has stopped half-way, and only another one is of use.
+  virtual bool is_valid() const = 0;
 
   // For tests: the accumulator's gradient, or the float32 master (of a
   // forward-only job what it computes with), of one parameter by Hugging Face

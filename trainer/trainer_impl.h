@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checkpoint/safetensors.h"
+#include "checkpoint/training_state.h"
 #include "device/arena.h"
 #include "model/param_table.h"
 #include "sharding/gathered_weights.h"
@@ -95,6 +96,12 @@ class TrainerImpl : public Trainer {
   void ZeroGrad() override;
   int64_t Reset() override;
   absl::StatusOr<ExportOutcome> Export(const std::string& directory) override;
+  absl::StatusOr<SavedState> SaveState(
+      const std::string& directory,
+      const std::map<std::string, std::string>& attributes) override;
+  absl::StatusOr<int64_t> LoadState(const std::string& directory,
+                                    bool optimizer) override;
+  bool is_valid() const override { return valid_; }
   absl::StatusOr<std::vector<float>> Gradient(
       const std::string& hf_name) override;
   absl::StatusOr<std::vector<float>> Weight(
@@ -157,6 +164,16 @@ class TrainerImpl : public Trainer {
       RetainedMicroBatch* batch, const int64_t* index_of,
       const std::vector<std::vector<float>>& d_logprobs, bool stale,
       double& surrogate, bool& recomputed);
+  // What a checkpoint's elements mean.
+  std::string ModelDigest() const;
+  // Calls `visit` with the pieces that this rank holds, in order, each cut into
+  // parts that fit a buffer of the host's.
+  absl::Status ForEachPart(
+      const std::function<absl::Status(const ShardPiece& piece,
+                                       const ShardPiece& part)>& visit) const;
+  absl::Status WriteState(const std::string& pending);
+  absl::Status CheckState(StateReader& reader, bool optimizer) const;
+  absl::Status ReadState(StateReader& reader, bool optimizer);
   absl::StatusOr<FlatWeights> Weights() {
     return FlatWeights::Create(state_.weight, state_.low, device_, kernels_,
                                step_->stream());
@@ -188,6 +205,7 @@ class TrainerImpl : public Trainer {
 
   int64_t weight_version_ = 0;
   bool has_gradients_ = false;  // a backward has run
+  bool valid_ = true;           // see is_valid
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;
   std::vector<std::string> order_;

@@ -17,7 +17,9 @@ from gradwire.types import (
     AdamParams,
     ForwardBackwardResult,
     ForwardResult,
+    LoadStateResult,
     OptimStepResult,
+    SaveStateResult,
     SnapshotResult,
 )
 
@@ -30,9 +32,11 @@ __all__ = [
     "ForwardResult",
     "Future",
     "GradwireError",
+    "LoadStateResult",
     "LocalServer",
     "ModelInput",
     "OptimStepResult",
+    "SaveStateResult",
     "ServerError",
     "ServiceClient",
     "SnapshotResult",

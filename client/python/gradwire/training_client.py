@@ -24,7 +24,9 @@ from gradwire.types import (
     AdamParams,
     ForwardBackwardResult,
     ForwardResult,
+    LoadStateResult,
     OptimStepResult,
+    SaveStateResult,
     SnapshotResult,
 )
 
@@ -180,7 +182,7 @@ class TrainingClient:
                 effective=AdamParams.from_proto(done.effective),
             )
 
-        def announce(window: _Window) -> None:
+        def announce(window: _Window, _: _Window) -> None:
             if params.expected_ops is None:
                 message.expected_ops = window.ops
 
@@ -195,7 +197,7 @@ class TrainingClient:
             )
             self._sequenced(self.service.training.ZeroGrad, request, started)
 
-        return self._submit("zero_grad", work, ends_window=lambda _: None)
+        return self._submit("zero_grad", work, ends_window=lambda *_: None)
 
     def save_weights_for_sampler(
         self,
@@ -237,14 +239,80 @@ class TrainingClient:
 
         return self._submit("save_weights_for_sampler", work)
 
-    def save_state(self, name: str, ttl: float | None = None) -> Future[Any]:
-        raise _no_checkpoints("save_state")
+    def save_state(
+        self, name: str, ttl: float | None = None
+    ) -> Future[SaveStateResult]:
+        """Saves weights, moments and step as they are at this place in the
+        sequence. Gradients that were not yet applied are left as they are, and
+        are not saved. `name` is new in the job."""
 
-    def load_state(self, path: str) -> Future[Any]:
-        raise _no_checkpoints("load_state")
+        def work(seq: int, started: Callable[[str], None]) -> SaveStateResult:
+            request = training_pb2.SaveStateRequest(
+                model_id=self.model_id,
+                seq_id=seq,
+                name=name,
+                ttl_seconds=ttl or 0.0,
+            )
+            done = self._sequenced(
+                self.service.training.SaveState, request, started
+            ).save_state
+            return SaveStateResult(
+                path=done.path,
+                local_path=done.local_path,
+                bytes=done.bytes,
+                digest=done.digest,
+                weight_version=done.weight_version,
+                optimizer_step=done.optimizer_step,
+            )
 
-    def load_state_with_optimizer(self, path: str) -> Future[Any]:
-        raise _no_checkpoints("load_state_with_optimizer")
+        return self._submit("save_state", work)
+
+    def load_state(self, path: str) -> Future[LoadStateResult]:
+        """Puts the weights where `save_state` found them; moments and step
+        begin at zero. `path` is what it returned, or a name of this job; any
+        job with a model of the same shape can load it. Gradients and kept
+        activations are dropped."""
+        return self._load_state("load_state", path, optimizer=False)
+
+    def load_state_with_optimizer(self, path: str) -> Future[LoadStateResult]:
+        """`load_state`, with moments and step: training goes on as if it had
+        never stopped."""
+        return self._load_state(
+            "load_state_with_optimizer", path, optimizer=True
+        )
+
+    def _load_state(
+        self, what: str, path: str, optimizer: bool
+    ) -> Future[LoadStateResult]:
+        dropped: list[_Window] = []  # and the one that follows
+
+        def work(seq: int, started: Callable[[str], None]) -> LoadStateResult:
+            request = training_pb2.LoadStateRequest(
+                model_id=self.model_id,
+                seq_id=seq,
+                ref=path,
+                optimizer=optimizer,
+            )
+            try:
+                done = self._sequenced(
+                    self.service.training.LoadState, request, started
+                ).load_state
+            except GradwireError:
+                # The gradients are still there.
+                with self._lock:
+                    dropped[1].ops += dropped[0].ops
+                raise
+            return LoadStateResult(
+                path=done.path,
+                optimizer=done.optimizer,
+                weight_version=done.weight_version,
+                optimizer_step=done.optimizer_step,
+                dropped_ops=done.dropped_ops,
+            )
+
+        return self._submit(
+            what, work, ends_window=lambda *windows: dropped.extend(windows)
+        )
 
     def info(self) -> ModelInfo:
         """What the model is and where it stands; answered at once."""
@@ -303,7 +371,7 @@ class TrainingClient:
         *,
         width: int = 1,
         adds_gradient: bool = False,
-        ends_window: Callable[[_Window], None] | None = None,
+        ends_window: Callable[[_Window, _Window], None] | None = None,
     ) -> Future[Any]:
         future: Future[Any] = Future(what)
         inner, operation = future._inner, _Started(self)
@@ -331,8 +399,8 @@ class TrainingClient:
             if adds_gradient:
                 window.ops += 1
             if ends_window is not None:
-                ends_window(window)
                 self._window = _Window()
+                ends_window(window, self._window)
             self._outcomes = [
                 o
                 for o in self._outcomes
@@ -497,13 +565,3 @@ class _Started:
             operations_pb2.CancelOperationRequest(op_id=self._op_id),
         )
         return operation.state == operations_pb2.OPERATION_STATE_CANCELLED
-
-
-def _no_checkpoints(what: str) -> GradwireError:
-    return invalid(
-        "UNSUPPORTED_OPTION",
-        f"{what} is not available in this release; export the weights with "
-        "save_weights_for_sampler",
-        grpc.StatusCode.UNIMPLEMENTED,
-        field=what,
-    )

@@ -118,6 +118,25 @@ class OptimStepResult:
 
 
 @dataclasses.dataclass
+class SaveStateResult:
+    path: str  # gradwire://jobs/<job>/checkpoints/<name>
+    local_path: str
+    bytes: int
+    digest: str
+    weight_version: int
+    optimizer_step: int
+
+
+@dataclasses.dataclass
+class LoadStateResult:
+    path: str
+    optimizer: bool  # whether moments and step were loaded, too
+    weight_version: int
+    optimizer_step: int
+    dropped_ops: int  # whose gradients were dropped
+
+
+@dataclasses.dataclass
 class SnapshotResult:
     path: str  # gradwire://jobs/<job>/snapshots/<name>
     local_path: str

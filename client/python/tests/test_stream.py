@@ -227,13 +227,6 @@ def test_numbers_follow_the_order_of_the_calls(world):
     assert np.all(futures[0].result().logprobs[0] == [-2, -3])
 
 
-def test_what_does_not_exist_yet_is_refused(world):
-    for call in (world.client.save_state, world.client.load_state):
-        with pytest.raises(gradwire.UserError) as caught:
-            call("name")
-        assert caught.value.reason == "UNSUPPORTED_OPTION"
-
-
 def test_closed_client_refuses_calls(world):
     world.client.close()
     with pytest.raises(gradwire.UserError) as caught:

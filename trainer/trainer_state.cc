@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// Training checkpoints: every rank writes and reads what it holds.
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "base/status.h"
+#include "checkpoint/file_system.h"
+#include "checkpoint/training_state.h"
+#include "trainer/trainer_impl.h"
+#include "xxhash.h"
+
+namespace gradwire {
+namespace {
+
+// What is between the model and a file at a time.
+constexpr int64_t kPartElements = 1 << 20;
+
+absl::Status Incompatible(const std::string& field, const std::string& value,
+                          const std::string& limit,
+                          const std::string& message) {
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                      "CHECKPOINT_INCOMPATIBLE")
+      .With("field", field)
+      .With("value", value)
+      .With("limit", limit)
+      .Message(message);
+}
+
+absl::StatusOr<PendingState> CreatePending(const std::string& directory) {
+  FileSystem& files = PosixFileSystem();
+  GW_RETURN_IF_ERROR(MakeDirectories(files, DirectoryOf(directory)));
+  return PendingState::Create(files, directory);
+}
+
+// The moments, by the names that they have in a checkpoint.
+struct Moment {
+  const char* name;
+  Tensor values;
+};
+
+}  // namespace
+
+std::string TrainerImpl::ModelDigest() const {
+  std::string text;
+  for (const ParamRow& row : table_.rows()) {
+    text += row.hf_name + " " + std::to_string(row.offset);
+    for (const int64_t dim : row.shape) text += " " + std::to_string(dim);
+    text += "\n";
+  }
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits(text.data(), text.size()));
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string digest;
+  for (const unsigned char byte : canonical.digest) {
+    digest += {kDigits[byte >> 4], kDigits[byte & 15]};
+  }
+  return digest;
+}
+
+absl::Status TrainerImpl::ForEachPart(
+    const std::function<absl::Status(const ShardPiece& piece,
+                                     const ShardPiece& part)>& visit) const {
+  for (int unit = 0; unit < layout_.num_units(); ++unit) {
+    const ShardPiece piece = layout_.Owned(unit, shard_rank_);
+    for (int64_t begin = piece.begin; begin < piece.end;
+         begin += kPartElements) {
+      ShardPiece part = piece;
+      part.begin = begin;
+      part.end = std::min(piece.end, begin + kPartElements);
+      part.offset += begin - piece.begin;
+      GW_RETURN_IF_ERROR(visit(piece, part));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TrainerImpl::WriteState(const std::string& pending) {
+  GW_ASSIGN_OR_RETURN(
+      std::unique_ptr<StateWriter> writer,
+      StateWriter::Create(PosixFileSystem(), pending, shard_rank_));
+  GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
+  std::vector<double> buffer(kPartElements / 2);
+  const auto write = [&](const char* vector, DType dtype,
+                         const ShardPiece& piece,
+                         const ShardPiece& part) -> absl::Status {
+    if (part.begin == piece.begin) {
+      GW_RETURN_IF_ERROR(
+          writer->Begin({vector, dtype, piece.begin, piece.size()}));
+    }
+    return writer->Write(buffer.data(), part.size() * DTypeBytes(dtype));
+  };
+  GW_RETURN_IF_ERROR(ForEachPart(
+      [&](const ShardPiece& piece, const ShardPiece& part) -> absl::Status {
+        GW_RETURN_IF_ERROR(weights.Read(
+            part.offset, part.size(), reinterpret_cast<float*>(buffer.data())));
+        return write("weight", DType::kF32, piece, part);
+      }));
+  // Until the first step they are zero.
+  if (optimizer_->step() == 0) return writer->Finish();
+  for (const Moment& moment : {Moment{"m", state_.m}, Moment{"v", state_.v}}) {
+    GW_RETURN_IF_ERROR(ForEachPart(
+        [&](const ShardPiece& piece, const ShardPiece& part) -> absl::Status {
+          device_.CopyToHost(
+              step_->stream(),
+              moment.values.Rows(part.offset, part.offset + part.size()),
+              buffer.data());
+          GW_RETURN_IF_ERROR(step_->stream().Finish());
+          return write(moment.name, moment.values.dtype(), piece, part);
+        }));
+  }
+  return writer->Finish();
+}
+
+absl::StatusOr<SavedState> TrainerImpl::SaveState(
+    const std::string& directory,
+    const std::map<std::string, std::string>& attributes) {
+  std::unique_ptr<PendingState> pending;
+  absl::Status status;
+  if (rank_ == 0) {
+    auto made = CreatePending(directory);
+    status = made.status();
+    if (made.ok()) {
+      pending = std::make_unique<PendingState>(*std::move(made));
+    }
+  }
+  GW_RETURN_IF_ERROR(Agree(status));
+  // Replicas of the model hold the same.
+  if (rank_ < layout_.world()) status = WriteState(PendingPath(directory));
+  GW_RETURN_IF_ERROR(Agree(status));
+  SavedState saved;
+  if (rank_ == 0) {
+    const auto summary =
+        pending->Publish({.num_parameters = table_.num_elements(),
+                          .model_digest = ModelDigest(),
+                          .optimizer_step = optimizer_->step(),
+                          .weight_version = weight_version_,
+                          .attributes = attributes},
+                         layout_.world());
+    status = summary.status();
+    if (summary.ok()) saved = {summary->bytes, summary->digest};
+  }
+  GW_RETURN_IF_ERROR(Agree(status));
+  return saved;
+}
+
+absl::Status TrainerImpl::CheckState(StateReader& reader,
+                                     bool optimizer) const {
+  const StateHeader& header = reader.header();
+  if (header.model_digest != ModelDigest() ||
+      header.num_parameters != table_.num_elements()) {
+    return Incompatible(
+        "model", header.model_digest, ModelDigest(),
+        "The checkpoint is of a model with other parameters; load it into a "
+        "job whose base model has the same architecture.");
+  }
+  std::vector<std::string> vectors = {"weight"};
+  if (optimizer && header.optimizer_step > 0) {
+    for (const Moment& moment :
+         {Moment{"m", state_.m}, Moment{"v", state_.v}}) {
+      const auto dtype = reader.dtype(moment.name);
+      if (dtype != moment.values.dtype()) {
+        return Incompatible(
+            "moment_precision", dtype ? DTypeName(*dtype) : "none",
+            DTypeName(moment.values.dtype()),
+            "The checkpoint's optimizer state is of another precision than "
+            "the job's; load it without the optimizer, or into a job with "
+            "the same moment precision.");
+      }
+      vectors.push_back(moment.name);
+    }
+  }
+  for (const std::string& vector : vectors) {
+    GW_RETURN_IF_ERROR(
+        ForEachPart([&](const ShardPiece&, const ShardPiece& part) {
+          return reader.Verify(vector, part.begin, part.size());
+        }));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TrainerImpl::ReadState(StateReader& reader, bool optimizer) {
+  GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
+  std::vector<double> buffer(kPartElements / 2);
+  GW_RETURN_IF_ERROR(ForEachPart([&](const ShardPiece&,
+                                     const ShardPiece& part) -> absl::Status {
+    float* values = reinterpret_cast<float*>(buffer.data());
+    GW_RETURN_IF_ERROR(reader.Read("weight", part.begin, part.size(), values));
+    return weights.Write(part.offset, part.size(), values);
+  }));
+  const bool moments = optimizer && reader.header().optimizer_step > 0;
+  for (const Moment& moment : {Moment{"m", state_.m}, Moment{"v", state_.v}}) {
+    GW_RETURN_IF_ERROR(ForEachPart(
+        [&](const ShardPiece&, const ShardPiece& part) -> absl::Status {
+          const Tensor values =
+              moment.values.Rows(part.offset, part.offset + part.size());
+          if (moments) {
+            GW_RETURN_IF_ERROR(reader.Read(moment.name, part.begin, part.size(),
+                                           buffer.data()));
+            device_.CopyFromHost(step_->stream(), buffer.data(), values);
+          } else if (optimizer_->step() > 0) {
+            device_.Zero(step_->stream(), values);
+          }
+          return step_->stream().Finish();
+        }));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
+                                               bool optimizer) {
+  auto reader = StateReader::Open(PosixFileSystem(), directory);
+  absl::Status status = reader.status();
+  if (status.ok()) status = CheckState(**reader, optimizer);
+  // Behind it in the queue, no gather reads the weights any more.
+  GW_RETURN_IF_ERROR(Agree(status));
+  const int64_t dropped = Reset();
+  valid_ = false;
+  GW_RETURN_IF_ERROR(Agree(ReadState(**reader, optimizer)));
+  valid_ = true;
+  unit_weights_->NewVersion();
+  const StateHeader& header = (*reader)->header();
+  weight_version_ = header.weight_version;
+  optimizer_->Resume(optimizer ? header.optimizer_step : 0);
+  return dropped;
+}
+
+}  // namespace gradwire
