@@ -59,6 +59,23 @@ TEST(StateDamageTest, EveryFlippedBitIsFound) {
   RecordProperty("flips", std::to_string(flips));
 }
 
+// JSON does not care which white space it is; the digest does.
+TEST(StateDamageTest, EveryOtherSpaceIsFound) {
+  Saved saved;
+  for (auto& [path, content] : saved.image.files) {
+    for (char& byte : content) {
+      const char before = byte;
+      for (const char space : {' ', '\n', '\t', '\r'}) {
+        if (space == before) continue;
+        byte = space;
+        ASSERT_EQ(Outcome(saved.image, saved.state), kCorrupt)
+            << path << " at " << &byte - content.data();
+        byte = before;
+      }
+    }
+  }
+}
+
 TEST(StateDamageTest, EveryOtherLengthIsFound) {
   Saved saved;
   for (auto& [path, content] : saved.image.files) {

@@ -199,6 +199,12 @@ TEST(PublishTest, RefusesWhatIsNotWholeAndOnce) {
             invalid);
   EXPECT_EQ(PublishReason({weight, {{"weight", f32, 3, 1}}}, 2), invalid);
   EXPECT_EQ(PublishReason({weight, weight}, 2), invalid);
+  // One twice and one not at all: as many as there should be.
+  EXPECT_EQ(PublishReason({{{"weight", f32, 0, 6},
+                            {"weight", f32, 5, 1},
+                            {"weight", f32, 7, 3}}},
+                          1),
+            invalid);
   // Elements that the model has not.
   EXPECT_EQ(PublishReason({{{"weight", f32, 0, 11}}}, 1), invalid);
   EXPECT_EQ(PublishReason({weight, {{"weight", f32, 10, 1}}}, 2), invalid);
@@ -214,6 +220,27 @@ TEST(PublishTest, RefusesWhatIsNotWholeAndOnce) {
             invalid);
   EXPECT_EQ(PublishReason({with_m, {{"v", bf16, 0, 10}}}, 2), "");
   EXPECT_EQ(PublishReason({weight}, 1, 0), "STATE_HEADER_INVALID");
+}
+
+TEST(PublishTest, SaysWhichElement) {
+  const TestState state = MakeState(100, 1, std::nullopt);
+  const DType f32 = DType::kF32;
+  // Pieces for 10 elements, and the element that is named.
+  const std::vector<std::pair<std::vector<StatePiece>, std::string>> cases = {
+      {{{"weight", f32, 0, 12}}, "12"},
+      {{{"weight", f32, 0, 7}}, "7"},
+      {{{"weight", f32, 8, 2}, {"weight", f32, 0, 6}}, "6"},
+      {{{"weight", f32, 4, 6}, {"weight", f32, 0, 5}}, "4"}};
+  for (const auto& [pieces, element] : cases) {
+    CrashFileSystem files;
+    auto pending = *PendingState::Create(files, kDirectory);
+    ASSERT_TRUE(WriteRank(files, pending.path(), state, 0, pieces, 64).ok());
+    StateHeader header = state.header;
+    header.num_parameters = 10;
+    const auto detail = GetErrorDetail(pending.Publish(header, 1).status());
+    EXPECT_EQ(detail->metadata.at("field"), "weight");
+    EXPECT_EQ(detail->metadata.at("value"), element);
+  }
 }
 
 TEST(PublishTest, RefusesARankThatHasNotFinished) {
