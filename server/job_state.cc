@@ -86,7 +86,7 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       job.set_status_reason("RESTARTED");
       job.set_status_message(
           "The job starts again from its base model; the weights it had are "
-          "lost.");
+          "lost. Load the last checkpoint.");
       return {};
     }
     case JobEvent::kDelete:

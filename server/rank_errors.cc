@@ -12,8 +12,8 @@ namespace gradwire {
 namespace {
 
 constexpr char kLost[] =
-    " The weights that the ranks held are lost: restart the job from its base "
-    "model, or create another.";
+    " The weights that the ranks held are lost: restart the job and load its "
+    "last checkpoint, or create another.";
 
 std::string Name(int rank) { return "Rank " + std::to_string(rank); }
 

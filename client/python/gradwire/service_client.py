@@ -160,7 +160,8 @@ class ServiceClient:
         """Starts a failed job again, from its base model.
 
         The weights it had are lost, and its training clients are fenced:
-        attach anew with create_training_client(..., job_id=job_id).
+        attach anew with create_training_client(..., job_id=job_id), and load
+        the last checkpoint.
         """
         request = jobs_pb2.RestartJobRequest(job_id=job_id)
         return self.call(self._jobs.RestartJob, request)
