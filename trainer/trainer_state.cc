@@ -214,8 +214,10 @@ absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
   auto reader = StateReader::Open(PosixFileSystem(), directory);
   absl::Status status = reader.status();
   if (status.ok()) status = CheckState(**reader, optimizer);
-  // Behind it in the queue, no gather reads the weights any more.
   GW_RETURN_IF_ERROR(Agree(status));
+  // Behind this in the queue of those that share the model, no gather reads the
+  // weights any more.
+  GW_RETURN_IF_ERROR(shard_agreement_->Agree(absl::OkStatus(), nullptr));
   const int64_t dropped = Reset();
   valid_ = false;
   GW_RETURN_IF_ERROR(Agree(ReadState(**reader, optimizer)));
