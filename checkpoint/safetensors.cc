@@ -11,13 +11,13 @@
 #include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/error.h"
 #include "base/status.h"
+#include "checkpoint/strict_json.h"
 
 namespace gradwire {
 namespace {
@@ -75,33 +75,6 @@ bool ReadAt(int fd, int64_t offset, int64_t bytes, void* out) {
     bytes -= got;
   }
   return true;
-}
-
-// Parses with a bound on depth; a name that comes twice is refused, since two
-// readers could take different ones.
-absl::StatusOr<Json> ParseHeader(const std::string& text) {
-  bool deep = false;
-  std::string twice;
-  std::vector<std::set<std::string>> keys;
-  auto callback = [&](int depth, Json::parse_event_t event, Json& value) {
-    if (depth > kMaxDepth) deep = true;
-    if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end && !keys.empty()) {
-      keys.pop_back();
-    }
-    if (event == Json::parse_event_t::key && !keys.empty()) {
-      const std::string key = value.get<std::string>();
-      if (!keys.back().insert(key).second) twice = key;
-    }
-    return !deep && twice.empty();
-  };
-  Json json = Json::parse(text, callback, /*allow_exceptions=*/false);
-  if (deep) return Invalid("header", "", "is nested too deep");
-  if (!twice.empty()) return Invalid(twice, "", "is named twice");
-  if (json.is_discarded() || !json.is_object()) {
-    return Invalid("header", "", "is not a JSON object");
-  }
-  return json;
 }
 
 bool IsCount(const Json& value) {
@@ -173,7 +146,9 @@ absl::StatusOr<int64_t> HeaderBytes(const unsigned char* prefix, int64_t size,
 // Of a file of `size` bytes.
 absl::StatusOr<SafetensorsHeader> ReadHeader(const std::string& text,
                                              int64_t size) {
-  GW_ASSIGN_OR_RETURN(Json json, ParseHeader(text));
+  Json json;
+  const std::string wrong = ParseStrictJson(text, kMaxDepth, &json);
+  if (!wrong.empty()) return Invalid("header", "", wrong);
   SafetensorsHeader header;
   const int64_t data_begin = 8 + static_cast<int64_t>(text.size());
   std::vector<std::pair<int64_t, int64_t>> ranges;
@@ -328,7 +303,9 @@ absl::StatusOr<std::unique_ptr<HfWeights>> HfWeights::Open(
     const bool read = small && ReadAt(fd, 0, info.st_size, text.data());
     close(fd);
     if (!read) return Invalid(index_name, "", "cannot be read");
-    GW_ASSIGN_OR_RETURN(Json json, ParseHeader(text));
+    Json json;
+    const std::string wrong = ParseStrictJson(text, kMaxDepth, &json);
+    if (!wrong.empty()) return Invalid("header", "", wrong);
     auto map = json.find("weight_map");
     if (map == json.end() || !map->is_object()) {
       return Invalid("weight_map", "", "is missing");
