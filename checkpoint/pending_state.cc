@@ -152,6 +152,22 @@ absl::StatusOr<StateSummary> PendingState::Publish(const StateHeader& header,
   return summary;
 }
 
+absl::Status RemoveState(FileSystem& files, const std::string& directory) {
+  // First out of sight at once; RemoveLeftovers knows it by its end.
+  const std::string hidden = DirectoryOf(directory) + "/." +
+                             LastSegment(directory) + ".deleted" +
+                             std::string(kPendingEnd);
+  GW_RETURN_IF_ERROR(RemoveIfThere(files, hidden));
+  const auto info = files.Stat(directory);
+  if (absl::IsNotFound(info.status()) || (info.ok() && !info->is_directory)) {
+    return CheckpointNotFound();
+  }
+  GW_RETURN_IF_ERROR(info.status());
+  GW_RETURN_IF_ERROR(files.Rename(directory, hidden));
+  GW_RETURN_IF_ERROR(files.SyncDirectory(DirectoryOf(directory)));
+  return RemoveIfThere(files, hidden);
+}
+
 absl::Status RemoveLeftovers(FileSystem& files, const std::string& parent) {
   GW_ASSIGN_OR_RETURN(const auto names, files.List(parent));
   for (const std::string& name : names) {

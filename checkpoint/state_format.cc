@@ -307,6 +307,14 @@ absl::Status CorruptChunk(const std::string& file, int64_t chunk,
                std::to_string(chunk) + " " + what + "; load an older one");
 }
 
+absl::Status CheckpointNotFound() {
+  return ErrorBuilder(absl::StatusCode::kNotFound, "CHECKPOINT_NOT_FOUND")
+      .With("field", "name")
+      .Message(
+          "there is no such checkpoint; list the checkpoints and give the "
+          "name of one");
+}
+
 std::string LastSegment(const std::string& path) {
   return path.substr(path.find_last_of('/') + 1);
 }

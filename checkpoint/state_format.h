@@ -114,6 +114,9 @@ absl::Status CorruptChunk(const std::string& file, int64_t chunk,
 absl::Status PiecesInvalid(const std::string& field, int64_t value,
                            const std::string& what);
 
+// NOT_FOUND CHECKPOINT_NOT_FOUND.
+absl::Status CheckpointNotFound();
+
 std::string LastSegment(const std::string& path);
 
 }  // namespace gradwire

@@ -14,20 +14,12 @@ namespace {
 
 constexpr int64_t kWindowBytes = int64_t{1} << 20;
 
-absl::Status NotFound() {
-  return ErrorBuilder(absl::StatusCode::kNotFound, "CHECKPOINT_NOT_FOUND")
-      .With("field", "name")
-      .Message(
-          "there is no such checkpoint; list the checkpoints and give the "
-          "name of one");
-}
-
 // Of a directory without a manifest.
 absl::Status WhatIsThere(FileSystem& files, const std::string& directory) {
   const auto names = files.List(directory);
-  if (absl::IsNotFound(names.status())) return NotFound();
+  if (absl::IsNotFound(names.status())) return CheckpointNotFound();
   GW_RETURN_IF_ERROR(names.status());
-  if (names->empty()) return NotFound();
+  if (names->empty()) return CheckpointNotFound();
   const std::set<std::string> all(names->begin(), names->end());
   if (all.contains(TableName(0)) || all.contains(DataName(0))) {
     return CorruptField(kManifestName, "", "is missing");

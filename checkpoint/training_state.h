@@ -144,6 +144,11 @@ class PendingState {
 // "/a/.b.pending" of "/a/b".
 std::string PendingPath(const std::string& directory);
 
+// Takes a checkpoint away, be it damaged or not: its name is free when this
+// returns. Who has opened it may go on reading.
+// Errors: NOT_FOUND CHECKPOINT_NOT_FOUND.
+absl::Status RemoveState(FileSystem& files, const std::string& directory);
+
 // For the start of a process, while nobody saves in `parent`: removes what
 // earlier ones have left of checkpoints that they did not publish, and syncs
 // the directory, so that those which are there remain.

@@ -4,11 +4,13 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include "gradwire/v1/checkpoints.grpc.pb.h"
 #include "gradwire/v1/jobs.grpc.pb.h"
 #include "gradwire/v1/operations.grpc.pb.h"
 #include "gradwire/v1/rank.grpc.pb.h"
 #include "gradwire/v1/sessions.grpc.pb.h"
 #include "gradwire/v1/training.grpc.pb.h"
+#include "server/checkpoint_catalogue.h"
 #include "server/job_table.h"
 #include "server/session_table.h"
 
@@ -63,6 +65,39 @@ class JobServiceImpl final : public v1::JobService::Service {
                           v1::Profile* reply) override;
 
  private:
+  ServiceContext& context_;
+};
+
+class CheckpointServiceImpl final : public v1::CheckpointService::Service {
+ public:
+  explicit CheckpointServiceImpl(ServiceContext* context)
+      : context_(*context) {}
+  grpc::Status ListCheckpoints(grpc::ServerContext* call,
+                               const v1::ListCheckpointsRequest* request,
+                               v1::ListCheckpointsResponse* reply) override;
+  grpc::Status GetCheckpoint(grpc::ServerContext* call,
+                             const v1::CheckpointRequest* request,
+                             v1::Checkpoint* reply) override;
+  grpc::Status VerifyCheckpoint(grpc::ServerContext* call,
+                                const v1::CheckpointRequest* request,
+                                v1::Checkpoint* reply) override;
+  grpc::Status DeleteCheckpoint(grpc::ServerContext* call,
+                                const v1::CheckpointRequest* request,
+                                v1::Checkpoint* reply) override;
+
+ private:
+  using Call = absl::StatusOr<v1::Checkpoint> (CheckpointCatalogue::*)(
+      const CheckpointRef& ref) const;
+
+  absl::StatusOr<v1::ListCheckpointsResponse> List(
+      const v1::ListCheckpointsRequest& request) const;
+  grpc::Status Answer(const v1::CheckpointRequest& request, Call call,
+                      v1::Checkpoint* reply);
+
+  CheckpointCatalogue catalogue() const {
+    return CheckpointCatalogue(context_.environment->jobs_directory);
+  }
+
   ServiceContext& context_;
 };
 

@@ -232,6 +232,7 @@ absl::Status Supervisor::StartPublicListener(const std::string& listen) {
       interceptors;
   interceptors.push_back(std::make_unique<RpcMetricsFactory>(&registry_));
   builder.experimental().SetInterceptorCreators(std::move(interceptors));
+  builder.RegisterService(&checkpoint_service_);
   builder.RegisterService(&job_service_);
   builder.RegisterService(&session_service_);
   builder.RegisterService(&operation_service_);

@@ -69,6 +69,7 @@ class Supervisor {
   JobTable jobs_{&environment_};
   ServiceContext context_;
   JobServiceImpl job_service_{&context_};
+  CheckpointServiceImpl checkpoint_service_{&context_};
   SessionServiceImpl session_service_{&context_};
   OperationServiceImpl operation_service_{&context_};
   TrainingServiceImpl training_service_{&context_};

@@ -6,6 +6,7 @@
 #include "server/grpc_status.h"
 #include "server/names.h"
 #include "server/services.h"
+#include "server/version.h"
 
 namespace gradwire {
 namespace {
@@ -121,8 +122,8 @@ std::string JobOfModel(const std::string& model_id) {
 
 std::string DirectoryOf(const ServiceContext& context,
                         const CheckpointRef& ref) {
-  return context.environment->jobs_directory + "/" + ref.job_id +
-         "/checkpoints/" + ref.name;
+  return CheckpointCatalogue(context.environment->jobs_directory)
+      .DirectoryOf(ref);
 }
 
 absl::Status CheckSnapshot(const v1::SaveSnapshotRequest& request) {
@@ -225,6 +226,13 @@ grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
   v1::RankSaveState& save = *command.mutable_save_state();
   save.set_directory(DirectoryOf(context_, ref));
   save.set_path("gradwire://" + ref.path());
+  if (auto job = context_.jobs->OfModel(request->model_id()); job.ok()) {
+    const v1::JobSpec spec = (*job)->Get().spec();
+    auto& attributes = *save.mutable_attributes();
+    attributes["base_model"] = spec.base_model();
+    attributes["precision"] = spec.precision();
+    attributes["version"] = kVersion;
+  }
   return SubmitSimple(context_, request->model_id(), request->seq_id(),
                       v1::OPERATION_KIND_SAVE_STATE, *request, command, "",
                       CheckSaveState(*request), reply);

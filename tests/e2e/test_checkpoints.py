@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODELS, sequences
+from gradwire import cli
+from gradwire._proto.gradwire.v1 import checkpoints_pb2, checkpoints_pb2_grpc
 from processes import Server, ranks_by_number
 
 VOCAB = MODELS["llama"][1]["vocab_size"]
@@ -268,6 +270,140 @@ def test_damage_is_found_before_a_weight_is_used(new_client, world_size):
         shutil.rmtree(copy)
     assert weights_of(client) == want
     assert client.load_state_with_optimizer("good").result()
+
+
+def test_checkpoints_are_listed_verified_and_deleted(new_client, service):
+    client = new_client("llama", world_size=2)
+    other = new_client("qwen3")
+    assert service.list_checkpoints(client.job_id) == []
+    saved = client.save_state("zero").result()
+    steps(client, 0, 1)
+    second = client.save_state("a-later-one").result()
+    foreign = other.save_state("zero").result()
+
+    rows = service.list_checkpoints(client.job_id)
+    assert [row.path for row in rows] == [saved.path, second.path]
+    for row, want in zip(rows, (saved, second), strict=True):
+        assert row.local_path == want.local_path
+        assert (row.bytes, row.digest) == (want.bytes, want.digest)
+        assert row.optimizer_step == want.optimizer_step
+        assert row.weight_version == want.weight_version
+        assert row.has_optimizer == (want.optimizer_step > 0)
+        assert row.world_size == 2
+        assert row.attributes["precision"] == "f32"
+        assert row.attributes["base_model"]
+        assert service.get_checkpoint(row.path) == row
+        assert service.verify_checkpoint(row.path) == row
+    size = sum(
+        p.stat().st_size for p in pathlib.Path(saved.local_path).iterdir()
+    )
+    assert saved.bytes == size
+    everywhere = [row.path for row in service.list_checkpoints()]
+    assert {saved.path, second.path, foreign.path} <= set(everywhere)
+
+    # Damage that only reading all of it finds.
+    data = max(pathlib.Path(second.local_path).glob("*.data"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    assert service.get_checkpoint(second.path).digest == second.digest
+    with pytest.raises(gradwire.GradwireError) as caught:
+        service.verify_checkpoint(second.path)
+    assert caught.value.reason == "CHECKPOINT_CORRUPT"
+    # And damage that is found at once does not hide the others.
+    (pathlib.Path(second.local_path) / "manifest.json").write_text("{}")
+    rows = service.list_checkpoints(client.job_id)
+    assert [row.error.reason for row in rows] == ["", "CHECKPOINT_CORRUPT"]
+
+    assert service.delete_checkpoint(second.path).path == second.path
+    for call in (
+        service.get_checkpoint,
+        service.verify_checkpoint,
+        service.delete_checkpoint,
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            call(second.path)
+        assert caught.value.reason == "CHECKPOINT_NOT_FOUND"
+    assert reason(client.load_state("a-later-one")) == "CHECKPOINT_NOT_FOUND"
+    assert os.listdir(pathlib.Path(saved.local_path).parent) == ["zero"]
+    # The name is free.
+    client.save_state("a-later-one").result()
+
+
+def test_paths_and_pages_of_the_catalogue(new_client, service):
+    client = new_client("llama")
+    saves = [client.save_state(f"n-{index}") for index in range(7)]
+    paths = [save.result().path for save in saves]
+    stub = checkpoints_pb2_grpc.CheckpointServiceStub(service._channel)
+
+    def page(**fields):
+        return service.call(
+            stub.ListCheckpoints,
+            checkpoints_pb2.ListCheckpointsRequest(
+                job_id=client.job_id, **fields
+            ),
+        )
+
+    found, token = [], ""
+    while True:
+        got = page(page_size=3, page_token=token)
+        assert 0 < len(got.checkpoints) <= 3
+        found += [row.path for row in got.checkpoints]
+        token = got.next_page_token
+        if not token:
+            break
+    assert found == paths
+    for fields, want in (
+        ({"page_size": 201}, "OPTION_OUT_OF_RANGE"),
+        ({"page_size": -1}, "OPTION_OUT_OF_RANGE"),
+        ({"page_token": "elsewhere"}, "PAGE_TOKEN_INVALID"),
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            page(**fields)
+        assert caught.value.reason == want
+    for job, want in (
+        ("no-such-job", "JOB_NOT_FOUND"),
+        ("../..", "INVALID_NAME"),
+        ("A", "INVALID_NAME"),
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            service.list_checkpoints(job)
+        assert caught.value.reason == want
+    for path in (
+        "",
+        "n-0",
+        "..",
+        f"jobs/{client.job_id}/checkpoints/..",
+        f"jobs/{client.job_id}/checkpoints/.n-0.pending",
+        "jobs/../checkpoints/x",
+        f"gradwire://gradwire://jobs/{client.job_id}/checkpoints/n-0",
+        "/etc/passwd",
+    ):
+        for call in (service.get_checkpoint, service.delete_checkpoint):
+            with pytest.raises(gradwire.GradwireError) as caught:
+                call(path)
+            assert caught.value.reason == "INVALID_NAME", path
+
+
+def test_the_command_line_knows_checkpoints(
+    new_client, server, monkeypatch, capsys
+):
+    monkeypatch.setenv("GRADWIRE_ADDRESS", server.address)
+    client = new_client("llama")
+    saved = client.save_state("mine").result()
+    assert cli.main(["checkpoint", "list", client.job_id, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["path"] == saved.path and row["digest"] == saved.digest
+    assert cli.main(["checkpoint", "list", client.job_id]) == 0
+    assert "/checkpoints/mine" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "verify", saved.path]) == 0
+    assert capsys.readouterr().err.startswith("verified jobs/")
+    assert cli.main(["checkpoint", "get"]) == 1
+    assert "needs a path" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "delete", saved.path]) == 0
+    assert not os.path.exists(saved.local_path)
+    assert cli.main(["checkpoint", "get", saved.path]) == 1
+    assert "CHECKPOINT_NOT_FOUND" in capsys.readouterr().err
 
 
 @contextlib.contextmanager

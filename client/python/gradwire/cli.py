@@ -139,14 +139,15 @@ def _quickstart(args: argparse.Namespace) -> int:
     return run(steps=args.steps, out=args.out, precision=args.precision)
 
 
-def _print_job(job: Any, as_json: bool) -> None:
+def _fields(message: Any) -> dict[str, Any]:
     from google.protobuf import json_format
 
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def _print_job(job: Any, as_json: bool) -> None:
     if as_json:
-        fields = json_format.MessageToDict(
-            job, preserving_proto_field_name=True
-        )
-        print(json.dumps(fields), flush=True)
+        print(json.dumps(_fields(job)), flush=True)
         return
     _say(_line(job))
 
@@ -162,22 +163,57 @@ def _line(job: Any) -> str:
     )
 
 
-def _job(args: argparse.Namespace) -> int:
-    from google.protobuf import json_format
+def _checkpoint_line(row: Any) -> str:
+    path = row.path.removeprefix("gradwire://")
+    when = row.create_time.ToDatetime().isoformat(" ", "seconds")
+    if row.HasField("error"):
+        return f"{path:48} {when}  {row.error.reason}"
+    model = row.attributes["base_model"] if row.attributes else ""
+    return (
+        f"{path:48} {when}  step {row.optimizer_step}  "
+        f"{row.bytes / 2**20:.1f} MiB  {model}"
+    )
 
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from gradwire.service_client import ServiceClient
+
+    with ServiceClient() as service:
+        if args.action == "list":
+            rows = service.list_checkpoints(args.what or "")
+            if args.json:
+                print(json.dumps([_fields(row) for row in rows], indent=2))
+            for row in rows if not args.json else ():
+                _say(_checkpoint_line(row))
+            return 0
+        if not args.what:
+            raise UserError(
+                f"checkpoint {args.action} needs a path; `gradwire checkpoint "
+                "list` shows them",
+                reason="MISSING_ARGUMENT",
+            )
+        call = {
+            "get": service.get_checkpoint,
+            "verify": service.verify_checkpoint,
+            "delete": service.delete_checkpoint,
+        }[args.action]
+        row = call(args.what)
+        if args.json:
+            print(json.dumps(_fields(row)))
+        else:
+            done = {"get": "", "verify": "verified ", "delete": "deleted "}
+            _say(done[args.action] + _checkpoint_line(row))
+    return 0
+
+
+def _job(args: argparse.Namespace) -> int:
     from gradwire.service_client import ServiceClient
 
     with ServiceClient() as service:
         if args.action == "list":
             jobs = service.list_jobs()
             if args.json:
-                rows = [
-                    json_format.MessageToDict(
-                        job, preserving_proto_field_name=True
-                    )
-                    for job in jobs
-                ]
-                print(json.dumps(rows, indent=2))
+                print(json.dumps([_fields(job) for job in jobs], indent=2))
             for job in jobs if not args.json else ():
                 _say(_line(job))
             return 0
@@ -226,6 +262,17 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("job_id", nargs="?")
     job.add_argument("--json", action="store_true")
     job.set_defaults(run=_job)
+    checkpoint = commands.add_parser(
+        "checkpoint", help="list, get, verify, delete training checkpoints"
+    )
+    checkpoint.add_argument(
+        "action", choices=("list", "get", "verify", "delete")
+    )
+    checkpoint.add_argument(
+        "what", nargs="?", help="a job's id (list), or a checkpoint's path"
+    )
+    checkpoint.add_argument("--json", action="store_true")
+    checkpoint.set_defaults(run=_checkpoint)
     return parser
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 
 from gradwire._proto.gradwire.v1 import (
+    checkpoints_pb2,
+    checkpoints_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     operations_pb2_grpc,
@@ -85,6 +87,9 @@ class ServiceClient:
             self._channel = grpc.insecure_channel(
                 self.address, _CHANNEL_OPTIONS
             )
+        self._checkpoints = checkpoints_pb2_grpc.CheckpointServiceStub(
+            self._channel
+        )
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self.training = training_pb2_grpc.TrainingServiceStub(self._channel)
@@ -155,6 +160,38 @@ class ServiceClient:
     def delete_job(self, job_id: str) -> Any:
         request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
         return self.call(self._jobs.DeleteJob, request)
+
+    def list_checkpoints(self, job_id: str = "") -> list[Any]:
+        """Training checkpoints of a job, or of all jobs that there are or were;
+        oldest first. One that is damaged has its `error` set."""
+        rows: list[Any] = []
+        token = ""
+        while True:
+            request = checkpoints_pb2.ListCheckpointsRequest(
+                job_id=job_id, page_size=200, page_token=token
+            )
+            page = self.call(self._checkpoints.ListCheckpoints, request)
+            rows.extend(page.checkpoints)
+            token = page.next_page_token
+            if not token:
+                return rows
+
+    def get_checkpoint(self, path: str) -> Any:
+        """What a checkpoint holds; `path` is what `save_state` returned."""
+        request = checkpoints_pb2.CheckpointRequest(path=path)
+        return self.call(self._checkpoints.GetCheckpoint, request)
+
+    def verify_checkpoint(self, path: str) -> Any:
+        """Reads all of a checkpoint on the server and compares its digests."""
+        request = checkpoints_pb2.CheckpointRequest(path=path)
+        return self.call(
+            self._checkpoints.VerifyCheckpoint, request, timeout=None
+        )
+
+    def delete_checkpoint(self, path: str) -> Any:
+        """Deletes a checkpoint, be it damaged or not."""
+        request = checkpoints_pb2.CheckpointRequest(path=path)
+        return self.call(self._checkpoints.DeleteCheckpoint, request)
 
     def restart_job(self, job_id: str) -> Any:
         """Starts a failed job again, from its base model.

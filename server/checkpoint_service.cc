@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <vector>
+
+#include "base/error.h"
+#include "base/status.h"
+#include "server/grpc_status.h"
+#include "server/names.h"
+#include "server/services.h"
+
+namespace gradwire {
+namespace {
+
+constexpr int kMostRows = 200, kUsualRows = 50;
+
+absl::Status CheckList(const v1::ListCheckpointsRequest& request) {
+  if (request.page_size() < 0 || request.page_size() > kMostRows) {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                        "OPTION_OUT_OF_RANGE")
+        .With("field", "page_size")
+        .With("value", request.page_size())
+        .With("limit", kMostRows)
+        .Message("page_size must be 0 to 200.");
+  }
+  return request.job_id().empty() ? absl::OkStatus()
+                                  : CheckJobId(request.job_id());
+}
+
+}  // namespace
+
+absl::StatusOr<v1::ListCheckpointsResponse> CheckpointServiceImpl::List(
+    const v1::ListCheckpointsRequest& request) const {
+  GW_RETURN_IF_ERROR(CheckList(request));
+  if (!request.job_id().empty() && !catalogue().KnowsJob(request.job_id())) {
+    // It may have saved nothing yet.
+    GW_RETURN_IF_ERROR(context_.jobs->Get(request.job_id()).status());
+  }
+  GW_ASSIGN_OR_RETURN(const std::vector<v1::Checkpoint> rows,
+                      catalogue().List(request.job_id()));
+  auto next = rows.begin();
+  if (!request.page_token().empty()) {
+    // The last row of the page before; rows never change their order.
+    next = std::find_if(rows.begin(), rows.end(), [&](const auto& row) {
+      return row.path() == request.page_token();
+    });
+    if (next == rows.end()) {
+      return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                          "PAGE_TOKEN_INVALID")
+          .With("field", "page_token")
+          .With("value", request.page_token().substr(0, 256))
+          .Message(
+              "page_token must come from the previous page, whose last "
+              "checkpoint must still be there; begin again.");
+    }
+    ++next;
+  }
+  const int size = request.page_size() == 0 ? kUsualRows : request.page_size();
+  v1::ListCheckpointsResponse reply;
+  for (; next != rows.end(); ++next) {
+    if (reply.checkpoints_size() == size) {
+      reply.set_next_page_token(reply.checkpoints(size - 1).path());
+      break;
+    }
+    *reply.add_checkpoints() = *next;
+  }
+  return reply;
+}
+
+grpc::Status CheckpointServiceImpl::ListCheckpoints(
+    grpc::ServerContext*, const v1::ListCheckpointsRequest* request,
+    v1::ListCheckpointsResponse* reply) {
+  auto listed = List(*request);
+  if (!listed.ok()) return ToGrpcStatus(listed.status());
+  *reply = *std::move(listed);
+  return grpc::Status::OK;
+}
+
+grpc::Status CheckpointServiceImpl::Answer(const v1::CheckpointRequest& request,
+                                           Call call, v1::Checkpoint* reply) {
+  // A bare name belongs to a job, which is not said here.
+  auto ref = ParseCheckpointRef(request.path(), "");
+  if (!ref.ok()) return ToGrpcStatus(ref.status());
+  auto row = (catalogue().*call)(*ref);
+  if (!row.ok()) return ToGrpcStatus(row.status());
+  *reply = *std::move(row);
+  return grpc::Status::OK;
+}
+
+grpc::Status CheckpointServiceImpl::GetCheckpoint(
+    grpc::ServerContext*, const v1::CheckpointRequest* request,
+    v1::Checkpoint* reply) {
+  return Answer(*request, &CheckpointCatalogue::Get, reply);
+}
+
+grpc::Status CheckpointServiceImpl::VerifyCheckpoint(
+    grpc::ServerContext*, const v1::CheckpointRequest* request,
+    v1::Checkpoint* reply) {
+  return Answer(*request, &CheckpointCatalogue::Verify, reply);
+}
+
+grpc::Status CheckpointServiceImpl::DeleteCheckpoint(
+    grpc::ServerContext*, const v1::CheckpointRequest* request,
+    v1::Checkpoint* reply) {
+  return Answer(*request, &CheckpointCatalogue::Delete, reply);
+}
+
+}  // namespace gradwire
