@@ -122,8 +122,7 @@ TEST(NcclCollectivesTest, TheTimeThatAStreamWaitsIsCounted) {
     ASSERT_TRUE(zero.stream.Finish().ok());
   }
   EXPECT_GT(zero.group.statistics().wait_seconds, 0);
-  EXPECT_GE(zero.group.statistics().busy_seconds,
-            zero.group.statistics().wait_seconds);
+  EXPECT_GT(zero.group.statistics().busy_seconds, 0);
 }
 
 TEST(NcclCollectivesTest, AStreamLearnsOfAFailureAfterWait) {
