@@ -171,6 +171,9 @@ class TrainerImpl : public Trainer {
   absl::Status ForEachPart(
       const std::function<absl::Status(const ShardPiece& piece,
                                        const ShardPiece& part)>& visit) const;
+  // OK if all ranks see the path, or none. Errors: FAILED_PRECONDITION
+  // STATE_DIRECTORY_NOT_SHARED (value and limit: how many do, and should).
+  absl::Status CheckShared(const std::string& path);
   absl::Status WriteState(const std::string& pending);
   absl::Status CheckState(StateReader& reader, bool optimizer) const;
   absl::Status ReadState(StateReader& reader, bool optimizer);

@@ -77,6 +77,23 @@ absl::Status TrainerImpl::ForEachPart(
   return absl::OkStatus();
 }
 
+absl::Status TrainerImpl::CheckShared(const std::string& path) {
+  std::vector<double> seen = {PosixFileSystem().Stat(path).ok() ? 1.0 : 0.0};
+  GW_RETURN_IF_ERROR(agreement_->Sum(seen));
+  const auto count = static_cast<int64_t>(seen[0]);
+  if (count == 0 || count == world()) return absl::OkStatus();
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                      "STATE_DIRECTORY_NOT_SHARED")
+      .Server()
+      .With("value", count)
+      .With("limit", world())
+      .Message("only " + std::to_string(count) + " of " +
+               std::to_string(world()) +
+               " ranks see the server's state directory, to which each writes "
+               "its part; put it on a file system that is mounted under the "
+               "same path on all hosts");
+}
+
 absl::Status TrainerImpl::WriteState(const std::string& pending) {
   GW_ASSIGN_OR_RETURN(
       std::unique_ptr<StateWriter> writer,
@@ -127,6 +144,7 @@ absl::StatusOr<SavedState> TrainerImpl::SaveState(
     }
   }
   GW_RETURN_IF_ERROR(Agree(status));
+  GW_RETURN_IF_ERROR(CheckShared(PendingPath(directory)));
   // Replicas of the model hold the same.
   if (rank_ < layout_.world()) status = WriteState(PendingPath(directory));
   GW_RETURN_IF_ERROR(Agree(status));
@@ -211,6 +229,7 @@ absl::Status TrainerImpl::ReadState(StateReader& reader, bool optimizer) {
 
 absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
                                                bool optimizer) {
+  GW_RETURN_IF_ERROR(CheckShared(directory));
   auto reader = StateReader::Open(PosixFileSystem(), directory);
   absl::Status status = reader.status();
   if (status.ok()) status = CheckState(**reader, optimizer);

@@ -56,6 +56,14 @@ class Calls:
             losses.append(result.result().metrics["loss:sum"])
         return losses
 
+    def save(self, job, name):
+        client = calls.attach(self.service, job)
+        return {"path": client.save_state(name).result().path}
+
+    def load(self, job, path):
+        client = calls.attach(self.service, job)
+        client.load_state_with_optimizer(path).result()
+
     def delete(self, job):
         self.stubs.delete_job(job)
 
@@ -68,7 +76,7 @@ def main():
         try:
             answer = getattr(target, call)(**arguments)
         except gradwire.GradwireError as error:
-            answer = {"error": error.reason}
+            answer = {"error": error.reason, "metadata": error.metadata}
         print(json.dumps(answer), flush=True)
 
 

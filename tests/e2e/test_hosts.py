@@ -68,10 +68,14 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def start_ranks(self, job, world_size):
+    def start_ranks(self, job, world_size, blind=()):
+        """`blind` ones do not see the server's state directory."""
         for rank in range(world_size):
+            hide = f"mount -t tmpfs none {self._folder / 'state'}"
+            apart = ["unshare", "-m", "sh", "-c", f'{hide} && exec "$0" "$@"']
             self.ranks[rank] = self.hosts.start(
                 rank % self.hosts.count,
+                *(apart if rank in blind else ()),
                 find_server().with_name("gradwire_rank"),
                 f"--supervisor={self._rank_address}",
                 f"--job_id={job}",
@@ -162,3 +166,33 @@ def test_what_one_host_sends_another_is_lost(
         assert int(state["metadata"]["rank"]) in (sender, receiver)
         hosts.set_path(sender, receiver, up=True)
         assert start_again(cluster, 3) == first
+
+
+def test_a_state_directory_that_is_not_shared_is_said(tmp_path, models):
+    with Hosts(2) as hosts, Cluster(hosts, tmp_path) as cluster:
+        driver = cluster.driver
+        cluster.start_ranks("job", 2)
+        start = {"base_model": str(models["llama"]), "precision": "f32"}
+        driver.ask("start", job="job", world_size=2, **start)
+        assert driver.ask("settle", job="job")["ready"]
+        saved = driver.ask("save", job="job", name="shared")
+        assert saved["path"].endswith("jobs/job/checkpoints/shared")
+        driver.ask("delete", job="job")
+        cluster.await_ends()
+
+        cluster.start_ranks("apart", 2, blind=[1])
+        driver.ask("start", job="apart", world_size=2, **start)
+        assert driver.ask("settle", job="apart")["ready"]
+        for call in (
+            {"call": "save", "name": "mine"},
+            {"call": "load", "path": saved["path"]},
+        ):
+            failed = driver.ask(call.pop("call"), job="apart", **call)
+            assert failed["error"] == "STATE_DIRECTORY_NOT_SHARED"
+            assert failed["metadata"]["value"] == "1"
+        # Nothing is left of it, and the job trains on.
+        folder = tmp_path / "state" / "jobs" / "apart" / "checkpoints"
+        assert list(folder.iterdir()) == []
+        assert len(driver.ask("train", job="apart", vocab=VOCAB, steps=2)) == 2
+        driver.ask("delete", job="apart")
+        cluster.await_ends()
