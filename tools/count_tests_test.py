@@ -72,3 +72,21 @@ def test_failed_target_is_not_counted_twice(tmp_path):
         tmp_path, result(tmp_path, "FAILED", JUNIT), completed
     )
     assert count_bazel(events) == (1, ["//a:a_test: A.b"])
+
+
+def aborted(reason):
+    return {
+        "id": {"targetCompleted": {"label": "//a:a_test"}},
+        "aborted": {"reason": reason},
+    }
+
+
+def test_target_that_the_machine_cannot_have_counts_neither_way(tmp_path):
+    events = write_events(tmp_path, aborted("SKIPPED"))
+    assert count_bazel(events) == (0, [])
+
+
+def test_target_that_was_given_up_is_one_failure(tmp_path):
+    for reason in ("INCOMPLETE", "LOADING_FAILURE", "ANALYSIS_FAILURE"):
+        events = write_events(tmp_path, aborted(reason))
+        assert count_bazel(events) == (0, ["//a:a_test: not built"])

@@ -190,6 +190,28 @@ TEST_P(StateTest, WhatCannotBeLoadedChangesNothing) {
   EXPECT_EQ(Load(job, path, true), "");
 }
 
+TEST_P(StateTest, WhatWasRetainedIsReleased) {
+  Job job = New(GetParam());
+  Train(job, 0, 1);
+  const std::string path = Fresh("retained");
+  Save(job, path);
+  const auto data = Batch(job.config().vocab, 9, kLengths);
+  job.Forward(data, Retain("a"));
+  job.Forward(data, WithBackward());
+  job.OnAll([&](Rank& rank) {
+    const auto dropped = rank.trainer->LoadState(path, true);
+    ASSERT_TRUE(dropped.ok());
+    EXPECT_EQ(*dropped, 1);
+    BatchShare share;
+    Values d(rank.Own(data, share).size());
+    EXPECT_EQ(Reason(rank.trainer->Backward("a", d, true).status()),
+              "ACTIVATIONS_EXPIRED");
+    const auto step = rank.trainer->OptimStep(Params());
+    ASSERT_TRUE(step.ok());
+    EXPECT_TRUE(step->skipped);
+  });
+}
+
 constexpr auto kF32 = Precision::kF32, kBF16 = Precision::kBF16;
 
 INSTANTIATE_TEST_SUITE_P(All, StateTest,
