@@ -42,6 +42,7 @@ ABSL_FLAG(int, hidden, 576, "width of the model");
 ABSL_FLAG(int64_t, sequences, 4, "sequences of a step");
 ABSL_FLAG(int64_t, length, 256, "tokens of a sequence");
 ABSL_FLAG(int, rounds, 3, "timed steps for each speed");
+ABSL_FLAG(bool, keep_gathered, false, "weights stay between steps");
 ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
 
 namespace gradwire {
@@ -227,6 +228,7 @@ void Main() {
     TrainerOptions options;
     options.model_directory = directory;
     options.precision = Precision::kBF16;
+    options.reshard_after_forward = !absl::GetFlag(FLAGS_keep_gathered);
     options.collectives = rank.collectives.get();
     auto trainer = Trainer::Create(
         options, *rank.device, *rank.kernels, [](const MemoryPlan&) {},
@@ -245,6 +247,8 @@ void Main() {
         {"bench", "overlap"},
         {"commit", absl::GetFlag(FLAGS_commit)},
         {"world", world},
+        {"layers", absl::GetFlag(FLAGS_layers)},
+        {"keep_gathered", absl::GetFlag(FLAGS_keep_gathered)},
         {"gbps", bytes_per_second * 1e-9},
         {"step_ms", m.step * 1e3},
         {"compute_ms", m.compute * 1e3},
