@@ -77,8 +77,7 @@ grpc::Status CheckpointServiceImpl::ListCheckpoints(
 
 grpc::Status CheckpointServiceImpl::Answer(const v1::CheckpointRequest& request,
                                            Call call, v1::Checkpoint* reply) {
-  // A bare name belongs to a job, which is not said here.
-  auto ref = ParseCheckpointRef(request.path(), "");
+  auto ref = ParseCheckpointRef(request.path(), "", "path");
   if (!ref.ok()) return ToGrpcStatus(ref.status());
   auto row = (catalogue().*call)(*ref);
   if (!row.ok()) return ToGrpcStatus(row.status());

@@ -51,26 +51,28 @@ absl::Status CheckJobId(const std::string& job_id) {
 }
 
 absl::StatusOr<CheckpointRef> ParseCheckpointRef(const std::string& ref,
-                                                 const std::string& job_id) {
+                                                 const std::string& job_id,
+                                                 const std::string& field) {
   const std::string path(absl::StripPrefix(ref, "gradwire://"));
   const std::vector<std::string> parts = absl::StrSplit(path, '/');
   CheckpointRef parsed;
-  if (parts.size() == 1 && path == ref) {
+  if (parts.size() == 1 && path == ref && !job_id.empty()) {
     parsed = {job_id, ref};
   } else if (parts.size() == 4 && parts[0] == "jobs" &&
              parts[2] == "checkpoints") {
     parsed = {parts[1], parts[3]};
   } else {
     return ErrorBuilder(absl::StatusCode::kInvalidArgument, "INVALID_NAME")
-        .With("field", "ref")
+        .With("field", field)
         .With("value", ref.substr(0, 256))
-        .With("limit", "NAME or jobs/JOB/checkpoints/NAME")
-        .Message(
-            "ref must be the name of a checkpoint of this job, or "
-            "jobs/JOB/checkpoints/NAME, as save_state returned it.");
+        .With("limit", "jobs/JOB/checkpoints/NAME")
+        .Message(field +
+                 " must be jobs/JOB/checkpoints/NAME, as save_state returned "
+                 "it" +
+                 (job_id.empty() ? "." : ", or a name of this job."));
   }
   GW_RETURN_IF_ERROR(CheckJobId(parsed.job_id));
-  GW_RETURN_IF_ERROR(CheckName(parsed.name, "ref"));
+  GW_RETURN_IF_ERROR(CheckName(parsed.name, field));
   return parsed;
 }
 

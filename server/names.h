@@ -20,9 +20,11 @@ struct CheckpointRef {
 
   std::string path() const { return "jobs/" + job_id + "/checkpoints/" + name; }
 };
-// A name of `job_id`, or a path, also after gradwire://. Errors: INVALID_NAME.
+// A path, also after gradwire://; or a name of `job_id`, unless that is empty.
+// Errors: INVALID_NAME, of `field`.
 absl::StatusOr<CheckpointRef> ParseCheckpointRef(const std::string& ref,
-                                                 const std::string& job_id);
+                                                 const std::string& job_id,
+                                                 const std::string& field);
 // 1-63 of [a-z0-9-], starting with a letter or digit.
 absl::Status CheckJobId(const std::string& job_id);
 

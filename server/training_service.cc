@@ -241,8 +241,8 @@ grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
 grpc::Status TrainingServiceImpl::LoadState(grpc::ServerContext*,
                                             const v1::LoadStateRequest* request,
                                             v1::OperationRef* reply) {
-  const auto ref =
-      ParseCheckpointRef(request->ref(), JobOfModel(request->model_id()));
+  const auto ref = ParseCheckpointRef(request->ref(),
+                                      JobOfModel(request->model_id()), "ref");
   v1::RankCommand command;
   v1::RankLoadState& load = *command.mutable_load_state();
   if (ref.ok()) {

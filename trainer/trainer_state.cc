@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/check.h"
 #include "base/error.h"
 #include "base/status.h"
 #include "checkpoint/file_system.h"
@@ -134,6 +135,7 @@ absl::Status TrainerImpl::WriteState(const std::string& pending) {
 absl::StatusOr<SavedState> TrainerImpl::SaveState(
     const std::string& directory,
     const std::map<std::string, std::string>& attributes) {
+  GW_CHECK(!options_.forward_only);
   std::unique_ptr<PendingState> pending;
   absl::Status status;
   if (rank_ == 0) {
@@ -229,6 +231,7 @@ absl::Status TrainerImpl::ReadState(StateReader& reader, bool optimizer) {
 
 absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
                                                bool optimizer) {
+  GW_CHECK(!options_.forward_only);
   GW_RETURN_IF_ERROR(CheckShared(directory));
   auto reader = StateReader::Open(PosixFileSystem(), directory);
   absl::Status status = reader.status();

@@ -383,6 +383,10 @@ def test_paths_and_pages_of_the_catalogue(new_client, service):
             with pytest.raises(gradwire.GradwireError) as caught:
                 call(path)
             assert caught.value.reason == "INVALID_NAME", path
+    with pytest.raises(gradwire.GradwireError) as caught:
+        service.get_checkpoint("n-0")
+    assert caught.value.metadata["field"] == "path"
+    assert "jobs/JOB/checkpoints/NAME" in caught.value.message
 
 
 def test_the_command_line_knows_checkpoints(
