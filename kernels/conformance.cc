@@ -35,6 +35,9 @@ void Set(const Tensor& t, int64_t i, float value) {
   } else if (t.dtype() == DType::kI32) {
     t.data<int32_t>()[i] =
         std::isnan(value) ? kGuardWord : static_cast<int32_t>(value);
+  } else if (t.dtype() == DType::kI64) {
+    t.data<int64_t>()[i] =
+        std::isnan(value) ? kGuardWord : static_cast<int64_t>(value);
   } else if (t.dtype() == DType::kF64) {
     t.data<double>()[i] = value;
   } else {

@@ -19,6 +19,7 @@
 #include "device/device.h"
 #include "kernels/kernels.h"
 #include "kernels/reference/number.h"
+#include "kernels/state_digest.h"
 
 namespace gradwire {
 
@@ -41,6 +42,20 @@ std::string CompareWithin(const Tensor& got, const std::vector<Tracked>& want);
 struct Operand {
   Tensor host;
   Tensor device;
+};
+
+// What AdamW changes, with a gradient and a digest.
+struct OptimizerState {
+  Operand weight, low, m, v, grad, digest;
+
+  // `first` is the place of element 0 in the model.
+  AdamWTensors Device(int64_t first) const {
+    return {weight.device, low.device, m.device,     v.device,
+            grad.device,   first,      digest.device};
+  }
+  AdamWTensors Host(int64_t first) const {
+    return {weight.host, low.host, m.host, v.host, grad.host, first};
+  }
 };
 
 class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
@@ -73,6 +88,13 @@ class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
   // That `squares` are the sums of squares of what `matrix` holds now.
   void ExpectSquares(const std::string& what, const Operand& matrix,
                      const Operand& squares);
+
+  // Of any bits, NaNs and infinities among them; the digest is zero.
+  OptimizerState AnyState(int64_t n, DType moment);
+  void SetDigest(const OptimizerState& state, const DigestSums& sums);
+  DigestSums FetchDigest(const OptimizerState& state);
+  // Of what it holds, by the op of its own.
+  DigestSums DigestOf(const OptimizerState& state, int64_t first);
 
   std::mt19937 random_{17};
 

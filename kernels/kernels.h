@@ -114,6 +114,9 @@ struct AdamWTensors {
   Tensor grad;  // f32 [n], read
   // Of element 0, in the model's flat vector; a multiple of 64.
   int64_t first = 0;
+  // Null, or i64 [2] +=: the sums of kernels/state_digest.h over what is stored
+  // in weight, low, m and v when the op is done.
+  Tensor digest = {};
 };
 
 class Kernels {
@@ -357,6 +360,9 @@ class Kernels {
   //   w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
   virtual void AdamW(Stream& stream, const AdamWParams& params,
                      const AdamWTensors& tensors) = 0;
+  // tensors.digest += as AdamW does, of what is stored. m and v may both be
+  // null: zeros; grad is not used.
+  virtual void StateDigest(Stream& stream, const AdamWTensors& tensors) = 0;
 };
 
 }  // namespace gradwire

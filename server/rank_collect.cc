@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "server/payload_digest.h"
 
 namespace gradwire {
 namespace {
@@ -71,6 +72,7 @@ absl::StatusOr<v1::RankDone> Answers::Take() {
     if (done->has_error()) {
       *first.mutable_error() = v1::OperationError(done->error());
       first.clear_result();
+      first.clear_state_digest();
       return std::move(first);
     }
   }
@@ -80,6 +82,17 @@ absl::StatusOr<v1::RankDone> Answers::Take() {
                         std::to_string(order_.count()) + " of " +
                         std::to_string(first.forward().datum_count()) +
                         " datums.");
+  }
+  std::string digests;
+  for (const std::optional<v1::RankDone>& done : dones_) {
+    if (done->state_digest().size() != first.state_digest().size()) {
+      return Violated("state_digest", "all",
+                      "Only some of the ranks sent a digest of their state.");
+    }
+    digests += done->state_digest();
+  }
+  if (!digests.empty()) {
+    first.set_state_digest(PayloadDigest::OfBytes(digests));
   }
   return std::move(first);
 }

@@ -38,10 +38,11 @@ class Answers {
   // True once all ranks have answered.
   bool AddDone(int rank, v1::RankDone done);
 
-  // The answer of the group: rank 0's; an error is the first in rank order.
+  // The answer of the group: rank 0's, with one digest of all ranks' states; an
+  // error is the first in rank order.
   // REQUIRES: all have answered.
   // Errors: INTERNAL INVARIANT_VIOLATED: the ranks' weights are not of one
-  // step, or datums have no logprobs.
+  // step, only some say a digest of their state, or datums have no logprobs.
   absl::StatusOr<v1::RankDone> Take();
   // The most that any rank has used, class by class.
   v1::MemoryUse MostMemory() const;

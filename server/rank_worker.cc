@@ -260,6 +260,7 @@ absl::Status RankWorker::OptimStep(const v1::AdamParams& params,
   result.set_skipped(outcome.skipped);
   CopyMetrics(outcome.metrics, *result.mutable_metrics());
   *result.mutable_effective() = EncodeAdamParams(decoded);
+  GW_ASSIGN_OR_RETURN(*done.mutable_state_digest(), trainer_->StateDigest());
   return absl::OkStatus();
 }
 
@@ -299,6 +300,7 @@ absl::Status RankWorker::LoadState(const v1::RankLoadState& command,
   result.set_path(command.path());
   result.set_optimizer(command.optimizer());
   done.set_dropped_ops(dropped);
+  GW_ASSIGN_OR_RETURN(*done.mutable_state_digest(), trainer_->StateDigest());
   return absl::OkStatus();
 }
 

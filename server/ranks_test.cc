@@ -8,6 +8,7 @@
 #include <fstream>
 #include <numeric>
 #include <random>
+#include <set>
 
 #include "base/error.h"
 #include "server/rank_collect.h"
@@ -206,6 +207,36 @@ TEST(AnswersTest, RanksMustBeAtOneStep) {
   const absl::Status status = answers.Take().status();
   EXPECT_EQ(Reason(status), "INVARIANT_VIOLATED");
   EXPECT_EQ(Detail(status).metadata["ranks"], "0,2");
+}
+
+TEST(AnswersTest, ADigestIsOfAllRanksStatesInTheirOrder) {
+  const auto digest = [](const std::vector<std::string>& ranks) {
+    Answers answers(static_cast<int>(ranks.size()));
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+      v1::RankDone done = Done(2);
+      done.set_state_digest(ranks[rank]);
+      answers.AddDone(static_cast<int>(rank), done);
+    }
+    const auto done = answers.Take();
+    return done.ok() ? done->state_digest() : Reason(done.status());
+  };
+  const std::string a(16, 'a'), b(16, 'b');
+  std::set<std::string> seen;
+  for (const std::vector<std::string>& ranks :
+       {std::vector{a}, {a, a}, {a, b}, {b, a}, {b, b}, {a, a, b}}) {
+    EXPECT_EQ(digest(ranks).size(), 16u);
+    EXPECT_EQ(digest(ranks), digest(ranks));
+    EXPECT_TRUE(seen.insert(digest(ranks)).second);
+  }
+  EXPECT_EQ(digest({"", ""}), "") << "most commands have none";
+  EXPECT_EQ(digest({a, ""}), "INVARIANT_VIOLATED");
+  EXPECT_EQ(digest({"", a}), "INVARIANT_VIOLATED");
+  Answers failed(2);
+  v1::RankDone done = Done(2);
+  done.set_state_digest(a);
+  failed.AddDone(0, done);
+  failed.AddDone(1, Done(2, "B"));
+  EXPECT_EQ(failed.Take()->state_digest(), "");
 }
 
 TEST(AnswersTest, EveryDatumMustHaveItsLogprobs) {

@@ -102,9 +102,11 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config,
       Bytes(n, ActBytes(options.precision)) + (split ? Bytes(n, 2) : 0);
   plan.gradients =
       options.forward_only ? 0 : Bytes(n, 4) + Bytes(inputs.squares, 8);
-  plan.optimizer = options.forward_only
-                       ? 0
-                       : 2 * Bytes(n, ActBytes(options.moment_precision));
+  // Two moments, and the two sums of their digest.
+  plan.optimizer =
+      options.forward_only
+          ? 0
+          : 2 * Bytes(n, ActBytes(options.moment_precision)) + Bytes(2, 8);
   plan.workspace = ScratchBytes(config, options.precision, largest) +
                    Arena::AlignedBytes(inputs.kernel_workspace_bytes) +
                    inputs.gathered_bytes;

@@ -106,26 +106,53 @@ double Optimizer::SumOfSquares(const ParamRow& row) {
   return sum;
 }
 
-void Optimizer::Update(const AdamWParams& params,
-                       const std::function<void(int unit)>& updated) {
-  const auto part = [](const Tensor& t, const ShardPiece& piece) {
+AdamWTensors Optimizer::TensorsOf(const ShardPiece& piece) const {
+  const auto part = [&](const Tensor& t) {
     return t.is_null() ? t : t.Rows(piece.offset, piece.offset + piece.size());
   };
+  return {part(state_.weight), part(state_.low),      part(state_.m),
+          part(state_.v),      part(state_.gradient), piece.begin,
+          state_.digest};
+}
+
+void Optimizer::Update(const AdamWParams& params,
+                       const std::function<void(int unit)>& updated) {
   const auto update = [&](const ShardPiece& piece) {
     if (piece.size() == 0) return;
-    AdamWTensors tensors = {part(state_.weight, piece), part(state_.low, piece),
-                            part(state_.m, piece), part(state_.v, piece),
-                            part(state_.gradient, piece)};
-    tensors.first = piece.begin;
-    kernels_.AdamW(stream_, params, tensors);
+    kernels_.AdamW(stream_, params, TensorsOf(piece));
   };
   const ShardLayout& layout = sharding_.layout;
+  digest_.reset();
+  device_.Zero(stream_, state_.digest);
   // With one rank all units are one piece.
   if (sharding_.whole) update({.end = state_.weight.num_elements()});
   for (int unit = 0; unit < layout.num_units(); ++unit) {
     if (!sharding_.whole) update(layout.Owned(unit, sharding_.rank));
     updated(unit);
   }
+}
+
+absl::StatusOr<DigestSums> Optimizer::FetchDigest() {
+  DigestSums sums;
+  device_.CopyToHost(stream_, state_.digest, sums.lane);
+  GW_RETURN_IF_ERROR(stream_.Finish());
+  return sums;
+}
+
+absl::StatusOr<DigestSums> Optimizer::StateDigest() {
+  if (digest_.has_value()) return *digest_;
+  device_.Zero(stream_, state_.digest);
+  const ShardLayout& layout = sharding_.layout;
+  for (int unit = 0; unit < layout.num_units(); ++unit) {
+    const ShardPiece piece = layout.Owned(unit, sharding_.rank);
+    if (piece.size() == 0) continue;
+    AdamWTensors tensors = TensorsOf(piece);
+    // Until the first step they are zeros that nobody has touched.
+    if (step_ == 0) tensors.m = tensors.v = Tensor();
+    kernels_.StateDigest(stream_, tensors);
+  }
+  GW_ASSIGN_OR_RETURN(digest_, FetchDigest());
+  return *digest_;
 }
 
 absl::StatusOr<OptimOutcome> Optimizer::Step(
@@ -180,7 +207,7 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(
     adam.grad_scale = static_cast<float>(scale * outcome.clip_factor);
     adam.step = step_ + 1;
     Update(adam, updated);
-    GW_RETURN_IF_ERROR(stream_.Finish());
+    GW_ASSIGN_OR_RETURN(digest_, FetchDigest());
     accumulated_ = Accumulated();
     ++step_;
   }

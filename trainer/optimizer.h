@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
 #include "device/device.h"
 #include "kernels/kernels.h"
+#include "kernels/state_digest.h"
 #include "model/param_table.h"
 #include "sharding/layout.h"
 #include "trainer/agreement.h"
@@ -28,7 +30,8 @@ struct FlatState {
   // Of several ranks: [SquareBlocks(layout.shard_elements())], a step makes all
   // of them.
   Tensor squares;
-  Tensor m, v;  // f32 or bf16, or null without training
+  Tensor m, v;    // f32 or bf16, or null without training
+  Tensor digest;  // i64 [2], or null without training
 };
 
 // What lies in FlatState::gradient.
@@ -85,7 +88,12 @@ class Optimizer {
   void Resume(int64_t step) {
     Clear();
     step_ = step;
+    digest_.reset();
   }
+
+  // Of master and moments here (kernels/state_digest.h). A step takes it in its
+  // own pass; after Resume, or before the first one, it reads them all.
+  absl::StatusOr<DigestSums> StateDigest();
 
  private:
   absl::Status CheckBefore(const OptimParams& params);
@@ -98,8 +106,11 @@ class Optimizer {
   // Its part in `group`, after SumOfSquares().
   double SumOfSquares(ParamGroup group);
   double SumOfSquares(const ParamRow& row);
+  // The elements of `piece`; with one rank all units are one.
+  AdamWTensors TensorsOf(const ShardPiece& piece) const;
   void Update(const AdamWParams& params,
               const std::function<void(int unit)>& updated);
+  absl::StatusOr<DigestSums> FetchDigest();
 
   const ParamTable& table_;
   const FlatState state_;
@@ -109,6 +120,7 @@ class Optimizer {
   Stream& stream_;
   Accumulated accumulated_;
   int64_t step_ = 0;
+  std::optional<DigestSums> digest_;  // of what is there, if known
 };
 
 }  // namespace gradwire

@@ -71,6 +71,7 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
                              : DType::kF32;
     state_.m = parameters_.Alloc("m", moment, {n});
     state_.v = parameters_.Alloc("v", moment, {n});
+    state_.digest = parameters_.Alloc("digest", DType::kI64, {2});
   }
   if (plan_.activations > 0) {
     GW_ASSIGN_OR_RETURN(activations_, device_.Allocate(plan_.activations));

@@ -219,6 +219,12 @@ class Trainer {
   // False: a load has stopped half-way, and only another one is of use.
   virtual bool is_valid() const = 0;
 
+  // 16 bytes over optimizer_step(), weight_version() and every bit of this
+  // rank's float32 master and moments: the same state on as many ranks has the
+  // same, and two states do not (kernels/state_digest.h). After a step it is
+  // known; else it takes a pass over the state.
+  virtual absl::StatusOr<std::string> StateDigest() = 0;
+
   // For tests: the accumulator's gradient, or the float32 master (of a
   // forward-only job what it computes with), of one parameter by Hugging Face
   // name.

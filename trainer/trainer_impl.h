@@ -102,6 +102,7 @@ class TrainerImpl : public Trainer {
   absl::StatusOr<int64_t> LoadState(const std::string& directory,
                                     bool optimizer) override;
   bool is_valid() const override { return valid_; }
+  absl::StatusOr<std::string> StateDigest() override;
   absl::StatusOr<std::vector<float>> Gradient(
       const std::string& hf_name) override;
   absl::StatusOr<std::vector<float>> Weight(

@@ -229,6 +229,25 @@ absl::Status TrainerImpl::ReadState(StateReader& reader, bool optimizer) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::string> TrainerImpl::StateDigest() {
+  GW_CHECK(!options_.forward_only);
+  GW_ASSIGN_OR_RETURN(const DigestSums sums, optimizer_->StateDigest());
+  const uint64_t all[] = {static_cast<uint64_t>(optimizer_->step()),
+                          static_cast<uint64_t>(weight_version_), sums.lane[0],
+                          sums.lane[1]};
+  std::string bytes;
+  for (const uint64_t number : all) {
+    for (int i = 0; i < 64; i += 8) {
+      bytes += static_cast<char>((number >> i) & 0xff);
+    }
+  }
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical,
+                           XXH3_128bits(bytes.data(), bytes.size()));
+  return std::string(reinterpret_cast<const char*>(canonical.digest),
+                     sizeof(canonical.digest));
+}
+
 absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
                                                bool optimizer) {
   GW_CHECK(!options_.forward_only);

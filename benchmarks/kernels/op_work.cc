@@ -76,5 +76,9 @@ Work AdamWWork(const AdamWTensors& tensors) {
                   Bytes(tensors.m) + Bytes(tensors.v)) +
                  Bytes(tensors.grad)};
 }
+Work StateDigestWork(const AdamWTensors& tensors) {
+  return {0, Bytes(tensors.weight) + Bytes(tensors.low) + Bytes(tensors.m) +
+                 Bytes(tensors.v)};
+}
 
 }  // namespace gradwire

@@ -33,6 +33,7 @@ Work LogprobHeadGradWork(const LogprobHead& args,
 
 Work EmbeddingGradWork(const Tensor& d_out);
 Work AdamWWork(const AdamWTensors& tensors);
+Work StateDigestWork(const AdamWTensors& tensors);
 
 // A pass over memory without products: each tensor that is read and each that
 // is written, hence one that is updated twice. Null tensors count nothing.

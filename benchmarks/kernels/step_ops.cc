@@ -273,21 +273,27 @@ void StepOps::AddOptimizer() {
   if (act_ == DType::kBF16) {
     low = New("low", DType::kI16, n, 1, 0.0f)[0].Reshape({n});
   }
+  const Tensor digest = New("digest", DType::kI64, 2, 1, 0.0f)[0].Reshape({2});
   for (const DType moment : {DType::kF32, DType::kBF16}) {
     const Tensor m = New("m", moment, n, 1, 0.0f)[0];
     const Tensor v = New("v", moment, n, 1, 0.0f)[0];
-    const AdamWTensors tensors = {weight.Reshape({n}), low, m.Reshape({n}),
-                                  v.Reshape({n}), grad};
-    ops_.push_back({moment == DType::kF32 ? "adamw" : "adamw_bf16_moments", 0,
-                    AdamWWork(tensors), [=, this](int call) {
-                      kernels_.AdamW(*stream_,
-                                     {.learning_rate = 1e-5f,
-                                      .beta1 = 0.9f,
-                                      .beta2 = 0.95f,
-                                      .eps = 1e-8f,
-                                      .step = call + 1},
-                                     tensors);
-                    }});
+    AdamWTensors tensors = {weight.Reshape({n}), low, m.Reshape({n}),
+                            v.Reshape({n}), grad};
+    const std::string name =
+        moment == DType::kF32 ? "adamw" : "adamw_bf16_moments";
+    for (const Tensor& to : {Tensor(), digest}) {
+      tensors.digest = to;
+      ops_.push_back({name + (to.is_null() ? "" : "_digest"), 0,
+                      AdamWWork(tensors), [=, this](int call) {
+                        kernels_.AdamW(*stream_,
+                                       {.learning_rate = 1e-5f,
+                                        .beta1 = 0.9f,
+                                        .beta2 = 0.95f,
+                                        .eps = 1e-8f,
+                                        .step = call + 1},
+                                       tensors);
+                      }});
+    }
   }
   const Tensor squares = New("squares", DType::kF64, shape_.vocab,
                              SquareBlocks(shape_.hidden), 0.0f)[0];

@@ -245,5 +245,10 @@ void ProfilingKernels::AdamW(Stream& stream, const AdamWParams& params,
   Measure("adamw", AdamWWork(tensors),
           [&] { kernels_->AdamW(stream, params, tensors); });
 }
+void ProfilingKernels::StateDigest(Stream& stream,
+                                   const AdamWTensors& tensors) {
+  Measure("state_digest", StateDigestWork(tensors),
+          [&] { kernels_->StateDigest(stream, tensors); });
+}
 
 }  // namespace gradwire

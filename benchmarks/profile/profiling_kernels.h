@@ -103,6 +103,7 @@ class ProfilingKernels : public Kernels {
   double Sum(Stream& stream, const Tensor& x) override;
   void AdamW(Stream& stream, const AdamWParams& params,
              const AdamWTensors& tensors) override;
+  void StateDigest(Stream& stream, const AdamWTensors& tensors) override;
 
  private:
   // Runs `op` and adds its time and work to the totals under `name`.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bound by memory: one pass reads and writes every state once.
+// Bound by memory: one pass reads and writes every state once, and takes its
+// digest while it is in the cache.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "base/check.h"
@@ -13,6 +15,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/simd_math-inl.h"
+#include "kernels/cpu/state_digest-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gradwire {
@@ -89,12 +92,6 @@ HWY_INLINE void StoreMoments(const Factors& f, V m, V v, int64_t index,
   StoreStochastic(v, hn::ShiftRight<16>(random), to_v);
 }
 
-HWY_INLINE V LoadMaster(const float* weight, const int16_t*) {
-  return hn::LoadU(D(), weight);
-}
-HWY_INLINE V LoadMaster(const BFloat16* weight, const int16_t* low) {
-  return LoadHalves(D(), weight, low);
-}
 HWY_INLINE void StoreMaster(V master, float* weight, int16_t*) {
   hn::StoreU(master, D(), weight);
 }
@@ -128,7 +125,8 @@ HWY_INLINE void UpdateVector(const Factors& f, const S& at) {
       hn::MulAdd(f.rest2, hn::Mul(g, g), hn::Mul(f.beta2, LoadF32(d, at.v)));
   const V root = hn::Sqrt(hn::Mul(v, f.correct2));
   const V change = hn::Div(hn::Mul(f.rate, m), hn::Add(root, f.eps));
-  const V w = hn::Sub(hn::Mul(LoadMaster(at.weight, at.low), f.keep), change);
+  const V w =
+      hn::Sub(hn::Mul(LoadMaster(d, at.weight, at.low), f.keep), change);
   StoreMoments(f, m, v, at.index, at.m, at.v);
   StoreMaster(w, at.weight, at.low);
 }
@@ -164,27 +162,60 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
   move(copy, rest);
 }
 
+// What is updated before its digest is taken: fits the innermost cache.
+constexpr int64_t kStride = 8 * kDigestBlock;
+
 template <class Weight, class Moment>
 void UpdateStates(const Factors& factors, const AdamWTensors& tensors,
-                  int64_t begin, int64_t end) {
-  UpdateRange<Weight, Moment>(
-      factors,
-      {tensors.weight.data<Weight>(), tensors.low.data<int16_t>(),
-       tensors.m.data<Moment>(), tensors.v.data<Moment>(),
-       tensors.grad.data<float>(), tensors.first},
-      begin, end);
+                  int64_t begin, int64_t end, DigestSums* digest) {
+  const States<Weight, Moment> states = {
+      tensors.weight.data<Weight>(), tensors.low.data<int16_t>(),
+      tensors.m.data<Moment>(),      tensors.v.data<Moment>(),
+      tensors.grad.data<float>(),    tensors.first};
+  if (digest == nullptr) return UpdateRange(factors, states, begin, end);
+  for (int64_t i = begin; i < end; i += kStride) {
+    const int64_t stop = std::min(end, i + kStride);
+    UpdateRange(factors, states, i, stop);
+    // As it is stored, not as it was computed.
+    const auto at = states.From(i);
+    AddDigest<Weight, Moment>({at.weight, at.low, at.m, at.v}, stop - i,
+                              at.index, *digest);
+  }
 }
 
 void Update(const AdamWParams& params, const AdamWTensors& tensors,
-            int64_t begin, int64_t end) {
+            int64_t begin, int64_t end, DigestSums* digest) {
   const Factors factors = FactorsOf(params);
   const bool whole = tensors.low.is_null();
   if (tensors.m.dtype() == DType::kF32) {
-    (whole ? UpdateStates<float, float>
-           : UpdateStates<BFloat16, float>)(factors, tensors, begin, end);
+    (whole
+         ? UpdateStates<float, float>
+         : UpdateStates<BFloat16, float>)(factors, tensors, begin, end, digest);
   } else {
     (whole ? UpdateStates<float, BFloat16>
-           : UpdateStates<BFloat16, BFloat16>)(factors, tensors, begin, end);
+           : UpdateStates<BFloat16, BFloat16>)(factors, tensors, begin, end,
+                                               digest);
+  }
+}
+
+template <class Weight, class Moment>
+void DigestStates(const AdamWTensors& tensors, int64_t begin, int64_t end,
+                  DigestSums& digest) {
+  const DigestedState<Weight, Moment> state = {
+      tensors.weight.data<Weight>(), tensors.low.data<int16_t>(),
+      tensors.m.data<Moment>(), tensors.v.data<Moment>()};
+  AddDigest(state.From(begin), end - begin, tensors.first + begin, digest);
+}
+
+void Digest(const AdamWTensors& tensors, int64_t begin, int64_t end,
+            DigestSums& digest) {
+  const bool whole = tensors.low.is_null();
+  if (tensors.m.is_null() || tensors.m.dtype() == DType::kF32) {
+    (whole ? DigestStates<float, float>
+           : DigestStates<BFloat16, float>)(tensors, begin, end, digest);
+  } else {
+    (whole ? DigestStates<float, BFloat16>
+           : DigestStates<BFloat16, BFloat16>)(tensors, begin, end, digest);
   }
 }
 
@@ -198,9 +229,37 @@ namespace gradwire {
 namespace {
 
 HWY_EXPORT(Update);
+HWY_EXPORT(Digest);
 
-// Elements a thread takes at least.
+// Elements a thread takes at least; a multiple of kDigestBlock.
 constexpr int64_t kGrain = 1 << 16;
+
+// Threads' sums: integers, whose order does not matter.
+class SharedSums {
+ public:
+  void Add(const DigestSums& sums) {
+    for (int i = 0; i < 2; ++i) {
+      lanes_[i].fetch_add(sums.lane[i], std::memory_order_relaxed);
+    }
+  }
+  void AddTo(const Tensor& digest) const {
+    if (digest.is_null()) return;
+    for (int i = 0; i < 2; ++i) {
+      int64_t& to = digest.data<int64_t>()[i];
+      to = static_cast<int64_t>(static_cast<uint64_t>(to) + lanes_[i]);
+    }
+  }
+
+ private:
+  std::atomic<uint64_t> lanes_[2] = {};
+};
+
+void CheckSizes(const AdamWTensors& tensors) {
+  const int64_t n = tensors.weight.num_elements();
+  GW_CHECK(tensors.low.is_null() || tensors.low.num_elements() == n);
+  GW_CHECK(tensors.digest.is_null() || (tensors.digest.num_elements() == 2 &&
+                                        tensors.first % kDigestBlock == 0));
+}
 
 }  // namespace
 
@@ -208,12 +267,32 @@ void CpuKernels::AdamW(Stream& stream, const AdamWParams& params,
                        const AdamWTensors& tensors) {
   if (!stream.ok()) return;
   const int64_t n = tensors.weight.num_elements();
-  GW_CHECK(tensors.low.is_null() || tensors.low.num_elements() == n);
+  CheckSizes(tensors);
   GW_CHECK(tensors.m.num_elements() == n && tensors.v.num_elements() == n);
   GW_CHECK(tensors.grad.num_elements() == n && params.step >= 1);
+  SharedSums sums;
   Pool(stream).ParallelFor(n, kGrain, [&](int64_t begin, int64_t end) {
-    HWY_DYNAMIC_DISPATCH(Update)(params, tensors, begin, end);
+    DigestSums own;
+    HWY_DYNAMIC_DISPATCH(Update)
+    (params, tensors, begin, end, tensors.digest.is_null() ? nullptr : &own);
+    sums.Add(own);
   });
+  sums.AddTo(tensors.digest);
+}
+
+void CpuKernels::StateDigest(Stream& stream, const AdamWTensors& tensors) {
+  if (!stream.ok()) return;
+  const int64_t n = tensors.weight.num_elements();
+  CheckSizes(tensors);
+  GW_CHECK(!tensors.digest.is_null());
+  GW_CHECK(tensors.m.is_null() == tensors.v.is_null());
+  SharedSums sums;
+  Pool(stream).ParallelFor(n, kGrain, [&](int64_t begin, int64_t end) {
+    DigestSums own;
+    HWY_DYNAMIC_DISPATCH(Digest)(tensors, begin, end, own);
+    sums.Add(own);
+  });
+  sums.AddTo(tensors.digest);
 }
 
 }  // namespace gradwire

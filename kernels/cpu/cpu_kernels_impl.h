@@ -111,6 +111,7 @@ class CpuKernels : public Kernels {
   // adamw.cc
   void AdamW(Stream& stream, const AdamWParams& params,
              const AdamWTensors& tensors) override;
+  void StateDigest(Stream& stream, const AdamWTensors& tensors) override;
 
  private:
   static ThreadPool& Pool(Stream& stream) {

@@ -101,7 +101,8 @@ void AdamW(Kernels& k, Stream& s, DType act, Numbers& n) {
   const Tensor low =
       act == DType::kBF16 ? n.New(DType::kI16, {100003}) : Tensor();
   k.AdamW(s, params,
-          {n.New(act, {100003}), low, m, v, n.New(DType::kF32, {100003})});
+          {n.New(act, {100003}), low, m, v, n.New(DType::kF32, {100003}), 0,
+           n.New(DType::kI64, {2})});
 }
 
 void RmsNormBackward(Kernels& k, Stream& s, DType act, Numbers& n) {

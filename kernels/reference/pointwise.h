@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Definitions of RMSNorm, QK-norm with RoPE, SwiGLU and AdamW.
+// Definitions of RMSNorm, QK-norm with RoPE, SwiGLU, AdamW and the digest of
+// its state.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "kernels/kernels.h"
 #include "kernels/optimizer_state.h"
 #include "kernels/reference/linear.h"
 #include "kernels/reference/number.h"
+#include "kernels/state_digest.h"
 
 namespace gradwire::reference {
 
@@ -244,6 +248,38 @@ AdamWResult<Num> AdamW(const AdamWParams& p, const AdamWTensors& tensors) {
                             Num(lr) * (m * Num(correct1)) * Reciprocal(root));
   }
   return result;
+}
+
+// As a float32's; of a null tensor 0.
+inline uint32_t StoredBits(const Tensor& t, int64_t i) {
+  if (t.is_null()) return 0;
+  return t.dtype() == DType::kF32 ? std::bit_cast<uint32_t>(t.data<float>()[i])
+                                  : uint32_t{t.data<BFloat16>()[i].bits} << 16;
+}
+inline uint32_t MasterBits(const AdamWTensors& tensors, int64_t i) {
+  if (tensors.low.is_null()) return StoredBits(tensors.weight, i);
+  return std::bit_cast<uint32_t>(JoinHalves(
+      {tensors.weight.data<BFloat16>()[i], tensors.low.data<int16_t>()[i]}));
+}
+
+// Of what is stored now, alone.
+inline DigestSums StateDigest(const AdamWTensors& tensors) {
+  const int64_t n = tensors.weight.num_elements();
+  DigestSums digest;
+  for (int64_t begin = 0; begin < n; begin += kDigestBlock) {
+    uint64_t sums[2] = {0, 0};
+    for (int64_t i = begin; i < std::min(n, begin + kDigestBlock); ++i) {
+      const uint32_t bits[] = {MasterBits(tensors, i), StoredBits(tensors.m, i),
+                               StoredBits(tensors.v, i)};
+      for (int lane = 0; lane < 2; ++lane) {
+        for (int s = 0; s < 3; ++s) {
+          sums[lane] += uint64_t{kDigestKeys.key[lane][s][i - begin]} * bits[s];
+        }
+      }
+    }
+    digest.AddBlock((tensors.first + begin) / kDigestBlock, sums);
+  }
+  return digest;
 }
 
 }  // namespace gradwire::reference

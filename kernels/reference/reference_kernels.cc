@@ -255,6 +255,15 @@ class ReferenceKernels : public Kernels {
             (RoundingBits(key, tensors.first + i) >> shift) & 0xffffu);
       }
     }
+    if (!tensors.digest.is_null()) StateDigest(stream, tensors);
+  }
+  void StateDigest(Stream& stream, const AdamWTensors& tensors) override {
+    if (!stream.ok()) return;
+    const DigestSums sums = ref::StateDigest(tensors);
+    for (int i = 0; i < 2; ++i) {
+      int64_t& to = tensors.digest.data<int64_t>()[i];
+      to = static_cast<int64_t>(static_cast<uint64_t>(to) + sums.lane[i]);
+    }
   }
 
  private:

@@ -67,6 +67,18 @@ std::vector<double> Train(Job& job, uint32_t begin, uint32_t end) {
   return norms;
 }
 
+// Of each rank.
+std::vector<std::string> Digests(Job& job) {
+  std::vector<std::string> all(static_cast<size_t>(job.world()));
+  job.OnAll([&](Rank& rank) {
+    const auto digest = rank.trainer->StateDigest();
+    ASSERT_TRUE(digest.ok()) << digest.status();
+    EXPECT_EQ(digest->size(), 16u);
+    all[static_cast<size_t>(rank.rank)] = *digest;
+  });
+  return all;
+}
+
 // (ranks, replicas, precision)
 struct Shape {
   int world;
@@ -108,6 +120,42 @@ TEST_P(StateTest, GoesOnAsIfItHadNeverStopped) {
   EXPECT_EQ(Load(other, path, true), "");
   Train(other, 3, 5);
   EXPECT_EQ(other.Weights(), undisturbed.Weights());
+}
+
+TEST_P(StateTest, ADigestTellsStatesApart) {
+  Job job = New(GetParam()), same = New(GetParam());
+  // What each step left behind, and before the first.
+  std::vector<std::vector<std::string>> digests = {Digests(job)};
+  EXPECT_EQ(Digests(same), digests[0]);
+  const std::string path = Fresh("digest");
+  for (uint32_t step = 0; step < 3; ++step) {
+    Train(job, step, step + 1);
+    Train(same, step, step + 1);
+    digests.push_back(Digests(job));
+    EXPECT_EQ(Digests(same), digests.back());
+    if (step == 1) Save(job, path);
+  }
+  for (size_t i = 0; i < digests.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      for (size_t rank = 0; rank < digests[i].size(); ++rank) {
+        EXPECT_NE(digests[i][rank], digests[j][rank]) << i << ", " << j;
+      }
+    }
+  }
+  // Neither a forward nor a skipped step changes the state.
+  const auto data = Batch(job.config().vocab, 9, kLengths);
+  job.Forward(data, WithBackward());
+  EXPECT_EQ(Digests(job), digests[3]);
+  job.OnAll([](Rank& rank) { rank.trainer->ZeroGrad(); });
+  EXPECT_TRUE(job.Step(Params()).skipped);
+  EXPECT_EQ(Digests(job), digests[3]);
+  // A load takes it in a pass over what it has read.
+  EXPECT_EQ(Load(job, path, true), "");
+  EXPECT_EQ(Digests(job), digests[2]);
+  Train(job, 2, 3);
+  EXPECT_EQ(Digests(job), digests[3]);
+  EXPECT_EQ(Load(job, path, false), "");
+  EXPECT_NE(Digests(job), digests[2]) << "without its moments";
 }
 
 TEST_P(StateTest, AnotherNumberOfRanksLoadsTheSame) {
