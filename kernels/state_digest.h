@@ -5,7 +5,7 @@
 //
 // The flat vector's blocks of kDigestBlock elements count from its beginning.
 // Of block b, lane L is
-//   mix(mix(b) + sum over j and s of key[L][s][j] * bits[s][j])
+//   mix(mix(b) + sum over j and s of key[s][j ^ L] * bits[s][j])
 // where bits[s][j] are the 32 bits of element j's float32 master (s = 0), of m
 // (1) and of v (2), and of moments in bfloat16 those of the same float32. A
 // lane is the sum of those of all blocks.
@@ -33,17 +33,15 @@ constexpr uint64_t DigestMix(uint64_t x) {
 }
 
 struct DigestKeys {
-  uint32_t key[2][3][kDigestBlock];
+  uint32_t key[3][kDigestBlock];
 };
 
 inline constexpr DigestKeys kDigestKeys = [] {
   DigestKeys keys = {};
   uint64_t count = 0;
-  for (auto& lane : keys.key) {
-    for (auto& stream : lane) {
-      for (uint32_t& key : stream) {
-        key = static_cast<uint32_t>(DigestMix(++count) >> 32) | 1;
-      }
+  for (auto& stream : keys.key) {
+    for (uint32_t& key : stream) {
+      key = static_cast<uint32_t>(DigestMix(++count) >> 32) | 1;
     }
   }
   return keys;

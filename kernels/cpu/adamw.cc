@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bound by memory: one pass reads and writes every state once, and takes its
-// digest while it is in the cache.
+// Bound by memory: one pass reads and writes every state once. The digest is
+// taken vector by vector, so that its products are made while the next states
+// are on their way.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -162,8 +163,31 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
   move(copy, rest);
 }
 
-// What is updated before its digest is taken: fits the innermost cache.
-constexpr int64_t kStride = 8 * kDigestBlock;
+// As UpdateRange, from the beginning of a block on.
+template <class Weight, class Moment>
+void UpdateAndDigest(const Factors& factors,
+                     const States<Weight, Moment>& states, int64_t begin,
+                     int64_t end, DigestSums& digest) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
+  // As it is stored, not as it was computed.
+  const auto stored = [](const States<Weight, Moment>& at) {
+    return DigestedState<Weight, Moment>{at.weight, at.low, at.m, at.v};
+  };
+  int64_t i = begin;
+  for (; i + kDigestBlock <= end; i += kDigestBlock) {
+    const auto block = states.From(i);
+    DigestVectors vectors;
+    for (int64_t j = 0; j < kDigestBlock; j += lanes) {
+      const auto at = block.From(j);
+      UpdateVector(factors, at);
+      AddStored(stored(at), j, vectors);
+    }
+    vectors.AddTo(digest, block.index / kDigestBlock);
+  }
+  const auto rest = states.From(i);
+  UpdateRange(factors, rest, 0, end - i);
+  AddDigest(stored(rest), end - i, rest.index, digest);
+}
 
 template <class Weight, class Moment>
 void UpdateStates(const Factors& factors, const AdamWTensors& tensors,
@@ -172,14 +196,10 @@ void UpdateStates(const Factors& factors, const AdamWTensors& tensors,
       tensors.weight.data<Weight>(), tensors.low.data<int16_t>(),
       tensors.m.data<Moment>(),      tensors.v.data<Moment>(),
       tensors.grad.data<float>(),    tensors.first};
-  if (digest == nullptr) return UpdateRange(factors, states, begin, end);
-  for (int64_t i = begin; i < end; i += kStride) {
-    const int64_t stop = std::min(end, i + kStride);
-    UpdateRange(factors, states, i, stop);
-    // As it is stored, not as it was computed.
-    const auto at = states.From(i);
-    AddDigest<Weight, Moment>({at.weight, at.low, at.m, at.v}, stop - i,
-                              at.index, *digest);
+  if (digest == nullptr) {
+    UpdateRange(factors, states, begin, end);
+  } else {
+    UpdateAndDigest(factors, states, begin, end, *digest);
   }
 }
 

@@ -53,13 +53,26 @@ class DigestVectors {
   HWY_INLINE DigestVectors() : sum0_(hn::Zero(D64())), sum1_(sum0_) {}
 
   // `values` of stream `s`, from element j of the block on.
+#if HWY_TARGET == HWY_SCALAR
   HWY_INLINE void Add(hn::Vec<D> values, int s, int64_t j) {
-    const D32 d;
-    const V32 bits = hn::BitCast(d, values);
-    const auto& keys = kDigestKeys.key;
-    sum0_ = hn::Add(sum0_, Products(bits, hn::LoadU(d, keys[0][s] + j)));
-    sum1_ = hn::Add(sum1_, Products(bits, hn::LoadU(d, keys[1][s] + j)));
+    const uint64_t bits = hn::GetLane(hn::BitCast(D32(), values));
+    const auto product = [&](int64_t place) {
+      return hn::Set(D64(), bits * kDigestKeys.key[s][place]);
+    };
+    sum0_ = hn::Add(sum0_, product(j));
+    sum1_ = hn::Add(sum1_, product(j ^ 1));
   }
+#else
+  HWY_INLINE void Add(hn::Vec<D> values, int s, int64_t j) {
+    const V32 bits = hn::BitCast(D32(), values), odd_bits = Odd(bits);
+    const V32 keys = hn::LoadU(D32(), kDigestKeys.key[s] + j);
+    const V32 odd_keys = Odd(keys);
+    sum0_ = hn::Add(sum0_, hn::Add(hn::MulEven(bits, keys),
+                                   hn::MulEven(odd_bits, odd_keys)));
+    sum1_ = hn::Add(sum1_, hn::Add(hn::MulEven(bits, odd_keys),
+                                   hn::MulEven(odd_bits, keys)));
+  }
+#endif
   HWY_INLINE void AddTo(DigestSums& sums, int64_t block) const {
     const D64 d;
     sums.AddBlock(block, {hn::GetLane(hn::SumOfLanes(d, sum0_)),
@@ -67,14 +80,7 @@ class DigestVectors {
   }
 
  private:
-#if HWY_TARGET == HWY_SCALAR
-  static HWY_INLINE V64 Products(V32 a, V32 b) {
-    return hn::Set(D64(), uint64_t{hn::GetLane(a)} * hn::GetLane(b));
-  }
-#else
-  static HWY_INLINE V64 Products(V32 a, V32 b) {
-    return hn::Add(hn::MulEven(a, b), hn::MulEven(Odd(a), Odd(b)));
-  }
+#if HWY_TARGET != HWY_SCALAR
   static HWY_INLINE V32 Odd(V32 x) {
     return hn::BitCast(D32(), hn::ShiftRight<32>(hn::BitCast(D64(), x)));
   }
@@ -97,18 +103,24 @@ struct DigestedState {
   }
 };
 
+// A vector of them, from element j of a block on.
+template <class Weight, class Moment>
+HWY_INLINE void AddStored(const DigestedState<Weight, Moment>& at, int64_t j,
+                          DigestVectors& vectors) {
+  const DigestVectors::D d;
+  vectors.Add(LoadMaster(d, at.weight, at.low), 0, j);
+  if (at.m == nullptr) return;
+  vectors.Add(LoadF32(d, at.m), 1, j);
+  vectors.Add(LoadF32(d, at.v), 2, j);
+}
+
 template <class Weight, class Moment>
 HWY_INLINE void AddDigestBlock(const DigestedState<Weight, Moment>& state,
                                int64_t block, DigestSums& sums) {
-  const DigestVectors::D d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(DigestVectors::D()));
   DigestVectors vectors;
   for (int64_t j = 0; j < kDigestBlock; j += lanes) {
-    const auto at = state.From(j);
-    vectors.Add(LoadMaster(d, at.weight, at.low), 0, j);
-    if (at.m == nullptr) continue;
-    vectors.Add(LoadF32(d, at.m), 1, j);
-    vectors.Add(LoadF32(d, at.v), 2, j);
+    AddStored(state.From(j), j, vectors);
   }
   vectors.AddTo(sums, block);
 }

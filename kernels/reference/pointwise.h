@@ -273,7 +273,8 @@ inline DigestSums StateDigest(const AdamWTensors& tensors) {
                                StoredBits(tensors.v, i)};
       for (int lane = 0; lane < 2; ++lane) {
         for (int s = 0; s < 3; ++s) {
-          sums[lane] += uint64_t{kDigestKeys.key[lane][s][i - begin]} * bits[s];
+          sums[lane] +=
+              uint64_t{kDigestKeys.key[s][(i - begin) ^ lane]} * bits[s];
         }
       }
     }
