@@ -4,6 +4,7 @@
 #include "base/status.h"
 #include "server/batch_upload.h"
 #include "server/grpc_status.h"
+#include "server/job_errors.h"
 #include "server/services.h"
 #include "trainer/losses.h"
 
@@ -133,6 +134,7 @@ class CustomCall {
   }
 
   absl::Status SendLogprobs() {
+    GW_RETURN_IF_ERROR(target_.job->LoadItems(forward_));
     size_t sent = 0;
     while (true) {
       if (call_.IsCancelled()) return ClientGone();
@@ -158,6 +160,7 @@ class CustomCall {
       if (bytes > 0) GW_RETURN_IF_ERROR(Write(reply));
       sent += items.items.size();
       if (items.final) break;
+      if (target_.job->stopping()) return ServerStopping();
     }
     const v1::Operation done = target_.job->Describe(forward_);
     if (done.state() != v1::OPERATION_STATE_DONE) {
@@ -266,6 +269,7 @@ class CustomCall {
         return Write(reply);
       }
       if (call_.IsCancelled()) return ClientGone();
+      if (target_.job->stopping()) return ServerStopping();
     }
   }
 

@@ -56,6 +56,15 @@ ABSL_FLAG(double, gap_timeout_seconds, 600,
           "how long operations wait for a missing seq_id");
 ABSL_FLAG(double, result_retention_seconds, 3600,
           "how long results can be fetched");
+ABSL_FLAG(int, max_recoveries, 10,
+          "failures of ranks in a row, with no operation executed between "
+          "them, after which a job fails; until then its ranks start again "
+          "and its state is rebuilt. 0: it fails with the first");
+ABSL_FLAG(int64_t, auto_checkpoint_steps, 100,
+          "optimizer steps after which a checkpoint for recovery is written");
+ABSL_FLAG(double, max_replay_seconds, 300,
+          "a checkpoint for recovery is written once recovery without it would "
+          "repeat so many seconds of computing");
 ABSL_FLAG(int64_t, max_queued_ops, 64, "operations that wait in one model");
 
 namespace gradwire {
@@ -134,6 +143,9 @@ int Main() {
   options.result_retention_seconds =
       absl::GetFlag(FLAGS_result_retention_seconds);
   options.max_queued_ops = absl::GetFlag(FLAGS_max_queued_ops);
+  options.max_recoveries = absl::GetFlag(FLAGS_max_recoveries);
+  options.auto_checkpoint_steps = absl::GetFlag(FLAGS_auto_checkpoint_steps);
+  options.max_replay_seconds = absl::GetFlag(FLAGS_max_replay_seconds);
   options.rank_timeout_seconds = absl::GetFlag(FLAGS_rank_timeout_seconds);
   options.collective_timeout_seconds =
       absl::GetFlag(FLAGS_collective_timeout_seconds);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A job's life: its process, its state, who waits for it. See job_handles.cc,
-// job_operations.cc and job_rank.cc for the rest of the class.
+// A job's life: its process, its state, who waits for it. The rest of the class
+// is in job_*.cc.
 #include "server/job.h"
 
 #include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "google/protobuf/util/time_util.h"
 #include "server/grpc_status.h"
 #include "server/rank_errors.h"
 
@@ -32,7 +33,31 @@ Job::Job(std::string job_id, const v1::JobSpec& spec,
 Job::~Job() {
   Stop();
   if (executor_.joinable()) executor_.join();
+  EndCommit();
   ranks_.reset();
+}
+
+void Job::EndCommit() {
+  {
+    // What has ended is recorded before the end.
+    absl::MutexLock lock(&mu_);
+    end_commit_ = true;
+    commit_work_.Signal();
+  }
+  if (committer_.joinable()) committer_.join();
+}
+
+absl::Status Job::Create() {
+  JobRow row;
+  row.job_id = id_;
+  row.spec = spec_.SerializeAsString();
+  row.created_microseconds =
+      google::protobuf::util::TimeUtil::TimestampToMicroseconds(
+          job_.create_time());
+  GW_RETURN_IF_ERROR(environment_->metadata->AddJob(row));
+  absl::Status opened = OpenJournal(row);
+  if (!opened.ok()) environment_->metadata->ForgetJob(id_).IgnoreError();
+  return opened;
 }
 
 std::shared_ptr<RankGroup> Job::ranks() const {
@@ -46,16 +71,31 @@ void Job::Stop() {
     absl::MutexLock lock(&mu_);
     if (stopping_) return;
     stopping_ = true;
-    FailOperations();
     ranks = ranks_;
+    for (const auto& [id, handle] : handles_) handle->queue.WakeAll();
+    for (const Flight& flight : in_flight_) {
+      if (flight.op != nullptr) flight.op->changed.SignalAll();
+    }
+    for (const OperationPtr& op : again_) op->changed.SignalAll();
+    for (const OperationPtr& op : control_) op->changed.SignalAll();
     work_.SignalAll();
     state_changed_.SignalAll();
   }
   if (ranks != nullptr) ranks->Stop();
 }
 
+bool Job::stopping() const {
+  absl::MutexLock lock(&mu_);
+  return stopping_;
+}
+
 void Job::Start() {
+  committer_ = std::thread([this] { Commit(); });
   executor_ = std::thread([this] { Run(); });
+  {
+    absl::MutexLock lock(&mu_);
+    if (job_.state() != v1::JOB_STATE_CREATING) return;
+  }
   StartRanks();
 }
 
@@ -78,7 +118,10 @@ void Job::StartRanks() {
       options, [this](GroupEvent event) { OnRanks(std::move(event)); });
   {
     absl::MutexLock lock(&mu_);
-    if (stopping_ || job_.state() != v1::JOB_STATE_CREATING) return;
+    if (stopping_ || (job_.state() != v1::JOB_STATE_CREATING &&
+                      job_.phase() != v1::JOB_PHASE_RECOVERING)) {
+      return;
+    }
     ranks_ = ranks;
     ranks_ended_ = false;
   }
@@ -90,6 +133,7 @@ absl::StatusOr<v1::Job> Job::Restart() {
   std::shared_ptr<RankGroup> old;
   v1::Job restarted;
   {
+    absl::MutexLock attach_lock(&attach_mu_);
     absl::MutexLock lock(&mu_);
     if (environment_->draining) return Draining();
     if (job_.state() != v1::JOB_STATE_FAILED) {
@@ -106,17 +150,30 @@ absl::StatusOr<v1::Job> Job::Restart() {
           .Message("Only a failed job can be restarted; this one is " +
                    JobStateName(job_.state()) + ".");
     }
+    // A log that broke is examined, and mended, by the next server.
+    if (journal_broken_ || journal_ == nullptr) {
+      return FromOperationError(job_.error());
+    }
+    GW_RETURN_IF_ERROR(environment_->metadata->FenceHandles(id_));
+    GW_RETURN_IF_ERROR(
+        environment_->metadata->SetJobState(id_, JobRow::kLive, ""));
     environment_->metrics->CountRestart(id_, RestartCause(job_.error()));
-    environment_->metrics->SetStep(id_, 0, 0, 0);
     for (auto& [id, handle] : handles_) handle->fenced = true;
     current_ = nullptr;
     started_ = Clock::now();
     Decide({JobEvent::kRestart}, job_);
+    failures_in_row_ = 0;
+    failure_ = absl::OkStatus();
+    recovery_ = v1::Recovery();
+    recovery_.set_cause("RESTARTED");
+    recovery_began_ = Clock::now();
+    recovering_ = !history_.empty() || !points_.empty();
     Tell(false);
     restarted = job_;
     while (!ranks_ended_) state_changed_.WaitWithTimeout(&mu_, kTick);
     old = std::move(ranks_);
     load_due_ = false;
+    stage_ = Stage::kStarting;
   }
   // Its threads may be in a call of ours.
   old.reset();
@@ -132,6 +189,9 @@ void Job::Delete() {
   }
   Apply({JobEvent::kStopped});
   Stop();
+  absl::MutexLock attach_lock(&attach_mu_);
+  EndCommit();
+  RemoveDurableState();
 }
 
 void Job::Changed() {
@@ -143,9 +203,12 @@ void Job::Changed() {
 
 void Job::Apply(const JobEvent& event) {
   std::shared_ptr<RankGroup> to_stop;
+  JobRow::State row = JobRow::kLive;
+  std::string error;
   {
     absl::MutexLock lock(&mu_);
     const bool was_ready = job_.ready();
+    const v1::JobState was = job_.state();
     if (event.kind == JobEvent::kProgress) {
       *job_.mutable_last_progress_time() = WallNow();
     }
@@ -160,6 +223,21 @@ void Job::Apply(const JobEvent& event) {
       }
     }
     Tell(was_ready);
+    if (job_.state() != was && job_.state() == v1::JOB_STATE_FAILED) {
+      row = JobRow::kFailed;
+      error = job_.error().SerializeAsString();
+    } else if (job_.state() != was && job_.state() == v1::JOB_STATE_DELETING) {
+      row = JobRow::kDeleted;
+    }
+  }
+  if (row != JobRow::kLive) {
+    const absl::Status known =
+        environment_->metadata->SetJobState(id_, row, error);
+    // A server that starts without knowing it finds a job that lives.
+    if (!known.ok()) {
+      spdlog::error("job {}: its end is not recorded: {}", id_,
+                    std::string(known.message()));
+    }
   }
   if (to_stop != nullptr) to_stop->Stop();
 }
@@ -195,7 +273,10 @@ bool Job::ready() const {
 
 bool Job::busy() const {
   absl::MutexLock lock(&mu_);
-  return !in_flight_.empty();
+  for (const Flight& flight : in_flight_) {
+    if (flight.purpose == Flight::kOperation) return true;
+  }
+  return committing_ || !ended_.empty();
 }
 
 v1::Job Job::WaitForChange(int64_t& version, absl::Duration timeout) const {
@@ -210,6 +291,10 @@ v1::Job Job::WaitForChange(int64_t& version, absl::Duration timeout) const {
 
 absl::Status Job::Unready() const {
   if (job_.ready()) return absl::OkStatus();
+  const bool lives = job_.state() == v1::JOB_STATE_CREATING ||
+                     job_.state() == v1::JOB_STATE_PENDING ||
+                     job_.state() == v1::JOB_STATE_RUNNING;
+  if (recovering_ && lives) return absl::OkStatus();
   if (job_.state() == v1::JOB_STATE_FAILED) {
     return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "JOB_FAILED")
         .Server()

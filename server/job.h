@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One trainer job: its ranks, its handles and their operations.
+// One trainer job: its ranks, its handles and their operations, and the log
+// that all of them are rebuilt from. docs/recovery.md.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +24,8 @@
 #include "gradwire/v1/rank.pb.h"
 #include "gradwire/v1/training.pb.h"
 #include "server/job_state.h"
+#include "server/journal.h"
+#include "server/metadata/metadata.h"
 #include "server/metrics.h"
 #include "server/op_queue.h"
 #include "server/operation.h"
@@ -47,8 +50,18 @@ struct JobEnvironment {
   absl::Duration rank_timeout = absl::Seconds(30);
   // How long ranks wait for each other in one collective.
   absl::Duration collective_timeout = absl::Seconds(120);
-  // Snapshots of a job lie in <jobs_directory>/<job>/snapshots/<name>.
+  Metadata* metadata = nullptr;
+  // Of a job there lie in <jobs_directory>/<job>/: snapshots/<name>,
+  // checkpoints/<name>, its op-log in log/, and in recovery/<number> the
+  // checkpoints that its recovery begins with.
   std::string jobs_directory;
+  // Failures of ranks in a row, with no operation executed between them, after
+  // which a job is not started again; 0: it fails with the first.
+  int max_recoveries = 10;
+  // A checkpoint for recovery is due after so many optimizer steps, or once so
+  // much computing would have to be repeated.
+  int64_t auto_checkpoint_steps = 100;
+  double max_replay_seconds = 300;
   OpQueue::Limits queue;
   std::chrono::milliseconds retain_ttl = std::chrono::seconds(60);
   std::chrono::milliseconds result_retention = std::chrono::hours(1);
@@ -61,6 +74,12 @@ struct JobEnvironment {
 class Job {
  public:
   Job(std::string job_id, const v1::JobSpec& spec, JobEnvironment* environment);
+  // First one of these. A new job: its row, its log. Errors: those of Metadata
+  // and Journal; nothing stays.
+  absl::Status Create();
+  // What an earlier process has left of it. What cannot be read makes a job
+  // that has failed.
+  void Restore(const JobRow& row);
   ~Job();
   Job(const Job&) = delete;
 
@@ -68,14 +87,16 @@ class Job {
   const v1::JobSpec& spec() const { return spec_; }
 
   void Start();
-  // Starts a failed job again, from its base model: weights are lost, handles
-  // fenced. Errors: FAILED_PRECONDITION JOB_NOT_FAILED, JOB_DELETED;
-  // UNAVAILABLE SERVER_DRAINING.
+  // Starts a failed job again, and rebuilds its state; handles are fenced.
+  // Errors: FAILED_PRECONDITION JOB_NOT_FAILED, JOB_DELETED; UNAVAILABLE
+  // SERVER_DRAINING; those of Metadata and Journal.
   absl::StatusOr<v1::Job> Restart();
   // Returns when no rank is left.
   void Delete();
-  // Ends the ranks and what waits; the job is of no use afterwards.
+  // Ends the ranks, and the waiting for operations, which are in the log; the
+  // job is of no use afterwards.
   void Stop();
+  bool stopping() const;
   v1::Job Get() const;
   // Waits until the job has changed since `version` (0: at once) or `timeout`
   // is over; updates `version`.
@@ -133,6 +154,9 @@ class Job {
   };
   Items ReadItems(const OperationPtr& op, size_t from,
                   absl::Duration timeout) const;
+  // Reads arrays that are in the log alone. Errors: FAILED_PRECONDITION
+  // RESULT_EXPIRED; those of Journal.
+  absl::Status LoadItems(const OperationPtr& op);
   v1::CommitRecord ItemsCommit(const OperationPtr& op) const;
   v1::Operation Cancel(const OperationPtr& op);
   void Acknowledge(const OperationPtr& op);
@@ -145,12 +169,20 @@ class Job {
 
  private:
   struct Handle {
+    int64_t number = 0;
     std::string model_id;
     std::string session_id;
     v1::CreateModelRequest request;
     OpQueue queue;
+    bool attached = false;
     bool fenced = false;
     bool unloaded = false;
+    // Drops what the handle before it has left; its end is the handle's
+    // beginning.
+    OperationPtr reset;
+    int64_t closed_below = 0;
+    // As Operation.durable_through_seq.
+    int64_t durable_through = 0;
     Handle(const OpQueue::Limits& limits) : queue(limits) {}
   };
   struct Activation {
@@ -160,37 +192,153 @@ class Job {
     Clock::time_point delivered;
     std::chrono::milliseconds ttl;
     int pins = 0;
+    // The ranks have them, or will, and were sent no backward that uses them
+    // up.
+    bool kept = false;
   };
+  // What the ranks have been sent and have not answered.
+  struct Flight {
+    enum Purpose {
+      kOperation,
+      kRelease,    // of activations
+      kReplay,     // of `op`, which has ended
+      kLoadPoint,  // `point`
+      kSavePoint,  // `point`, which holds everything up to `op`
+    };
+    Purpose purpose = kOperation;
+    int64_t id = 0;
+    OperationPtr op = nullptr;
+    RecoveryPoint point = {};
+    // Logprobs of the run before, which come again.
+    size_t known_items = 0;
+    std::vector<v1::LogprobItem> items = {};  // of kReplay
+  };
+  // What the executor is to send.
+  struct Next {
+    OperationRequest request;
+    std::vector<DatumShape> shapes;
+    std::vector<int> rank_of;
+    int64_t id = 0;
+    // The request is in the log.
+    int64_t read_at = -1;
+    bool load = false;  // the model
+  };
+  // A checkpoint that is on the disk and nobody knows of yet; or only what the
+  // log may let go.
+  struct Reference {
+    OperationPtr last;
+    std::optional<RecoveryPoint> point = std::nullopt;
+    bool usable = true;
+  };
+  enum class Stage { kStarting, kLoadPoint, kReplay, kRunning };
 
   int world_size() const { return std::max(1, spec_.world_size()); }
+  std::string directory() const {
+    return environment_->jobs_directory + "/" + id_;
+  }
+  std::string PointDirectory(const RecoveryPoint& point) const;
   // The rank of each datum; empty if there is one rank.
   std::vector<int> Assign(const std::vector<DatumShape>& shapes) const
       ABSL_LOCKS_EXCLUDED(mu_);
   // Makes the group and starts it. Nothing happens if the job is to end.
   void StartRanks() ABSL_LOCKS_EXCLUDED(mu_);
+
+  // The executor: job_rank.cc.
   void Run();
-  Dispatch Load() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  Dispatch Begin(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // What is sent next, or nothing.
-  std::optional<Dispatch> NextDispatch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool RestartRanks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::optional<Next> TakeNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Next Begin(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Next Launch(Flight flight) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Dispatch LoadModel(int64_t id) const;
+  void Send(Next next) ABSL_LOCKS_EXCLUDED(mu_);
   void Housekeep(Clock::time_point now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnRanks(GroupEvent event) ABSL_LOCKS_EXCLUDED(mu_);
+
+  // What is said of the job: job.cc.
   void Apply(const JobEvent& event) ABSL_LOCKS_EXCLUDED(mu_);
   // Tells the log, the metrics and all who wait what the job's state is now.
   void Tell(bool was_ready) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Changed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void FailOperations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Finish(const OperationPtr& op, v1::OperationState state,
-              const absl::Status& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void OnRanks(GroupEvent event) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status Draining() const;
+  // OK also while the job recovers: what is accepted waits.
+  absl::Status Unready() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // What becomes of operations: job_results.cc.
   void OnLogprobs(GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void OnDone(const GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnOperationDone(const OperationPtr& op, const v1::RankDone& done)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void FailOperations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Decides the end of an operation; it is told once it is in the log.
+  void Finish(const OperationPtr& op, v1::OperationState state,
+              const absl::Status& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Measure(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  absl::Status Draining() const;
-  absl::Status Unready() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // The log: job_journal.cc.
+  absl::Status OpenJournal(const JobRow& row);
+  // Puts it in its handle's queue, or returns the one that is there.
+  absl::StatusOr<OperationPtr> Admit(const OperationPtr& op)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status Log(const OperationPtr& op);
+  void Commit();
+  void EndCommit() ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status Record(const std::vector<OperationPtr>& ended)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  void Publish(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status AddReference(const Reference& reference)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  int64_t LogNeededFrom(int64_t replay_from) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void BreakJournal(const absl::Status& status) ABSL_LOCKS_EXCLUDED(mu_);
+  // The job cannot go on.
+  void Break(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void RemoveDurableState();
+
+  // After a restart of the server: job_restore.cc.
+  absl::Status RestoreOperations(const JobRow& row)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void RestoreHandle(const HandleRow& row) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::chrono::milliseconds RetainTtl(const Operation& op) const;
+  void RestoreActivations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Checkpoints that were published, but not referred to, before the end of
+  // their ranks or of the server.
+  absl::Status RemoveStrayPoints() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // After a failure of ranks: job_recovery.cc.
+  void OnRanksFailed(const absl::Status& status) ABSL_LOCKS_EXCLUDED(mu_);
+  bool MayRecover(const absl::Status& status) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void TakeBackFlights(const absl::Status& status)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void BeginRecovery() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::optional<Next> NextReplay() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool NeedsReplay(const OperationPtr& op) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnPointLoaded(const Flight& flight, const v1::RankDone& done)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnReplayed(const Flight& flight, const v1::RankDone& done)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool RecoveryEnded() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void EndRecovery() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // So that it does not have to begin at the beginning.
+  bool PointDue(const OperationPtr& op) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Next SavePoint() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnPointSaved(const Flight& flight, const v1::RankDone& done)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   absl::Status CheckHandle(const Handle& handle, v1::OperationKind kind) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::StatusOr<Handle*> FindHandle(const std::string& model_id) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Makes and logs a handle for a request that is new.
+  absl::StatusOr<Handle*> Attach(const v1::CreateModelRequest& request)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status CheckAttach(const v1::CreateModelRequest& request) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Handle* FindAttached(const v1::CreateModelRequest& request) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  OperationPtr ResetOf(const Handle& handle) const;
   void Fence(Handle& handle, const absl::Status& error)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Drops the result of an operation whose time is over.
@@ -203,10 +351,17 @@ class Job {
   const std::string id_;
   const v1::JobSpec spec_;
   JobEnvironment* const environment_;
+  // One handle attaches at a time. Before mu_.
+  absl::Mutex attach_mu_;
+  // Set before the threads start, and by Restart while they idle; null if the
+  // log is damaged.
+  std::unique_ptr<Journal> journal_;
 
   mutable absl::Mutex mu_;
-  // Signalled for the executor, and for those who wait on the job's state.
+  // Signalled for the executor, for the committer, and for those who wait on
+  // the job's state.
   absl::CondVar work_;
+  absl::CondVar commit_work_;
   mutable absl::CondVar state_changed_;
   bool stopping_ = false;
   int64_t version_ = 1;
@@ -226,19 +381,57 @@ class Job {
   std::map<std::string, std::unique_ptr<Handle>> handles_;
   Handle* current_ = nullptr;
   int64_t num_handles_ = 0;
-  std::map<std::pair<std::string, int64_t>, v1::CreateModelResponse>
-      created_models_;
-  std::set<std::pair<std::string, int64_t>> creating_;
   // Sent to the ranks before any other operation; no number of their own.
   std::deque<OperationPtr> control_;
+  // Were under way when ranks failed; go before all others.
+  std::deque<OperationPtr> again_;
   // Sent, in order.
-  std::deque<std::pair<int64_t, OperationPtr>> in_flight_;
+  std::deque<Flight> in_flight_;
   int64_t next_command_ = 1;
   std::map<std::string, Activation> activations_;
   // Ended operations with results, oldest first.
   std::deque<OperationPtr> results_;
 
+  // Ended operations that the log does not know of yet, in order; checkpoints.
+  std::deque<OperationPtr> ended_;
+  std::deque<Reference> references_;
+  bool committing_ = false;
+  bool end_commit_ = false;
+  // The log takes nothing any more.
+  bool journal_broken_ = false;
+  // What the log has and the metadata do not.
+  std::vector<OperationPtr> unreferenced_;
+  int64_t referenced_at_ = 0;
+
+  // What the ranks have run, in order, from history_from_ (an offset of the
+  // log) on; of what came before, the state is in a point.
+  std::deque<OperationPtr> history_;
+  int64_t history_from_ = 0;
+  std::vector<RecoveryPoint> points_;  // oldest first
+  int64_t next_point_ = 1;             // no number is used twice
+
+  Stage stage_ = Stage::kStarting;
+  bool recovering_ = false;
+  bool restart_due_ = false;
+  Clock::time_point restart_at_;
+  Clock::time_point recovery_began_;
+  int failures_in_row_ = 0;
+  // Why the job cannot go on, for the executor to say.
+  absl::Status failure_;
+  v1::Recovery recovery_;
+  int64_t point_index_ = -1;  // that is loaded next; -1: the base model
+  size_t replay_next_ = 0;    // of history_
+
+  // Since the last point.
+  int64_t steps_since_point_ = 0;
+  double seconds_since_point_ = 0;
+  Clock::time_point no_point_before_;
+  // After this operation, and before any other.
+  OperationPtr save_after_;
+  bool saving_point_ = false;
+
   std::thread executor_;
+  std::thread committer_;
 };
 
 }  // namespace gradwire

@@ -17,4 +17,13 @@ absl::Status Unloaded() {
       .Message("The model was unloaded through this handle. Create another.");
 }
 
+absl::Status ServerStopping() {
+  return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_STOPPED")
+      .Server()
+      .With("retry_after_seconds", 1.0)
+      .Message(
+          "The server stopped before the operation ended. It is recorded, and "
+          "runs when the server is back: ask again then.");
+}
+
 }  // namespace gradwire

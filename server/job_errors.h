@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a handle that is no longer good is told.
+// What clients are told of handles that are no longer good, and of a server
+// that will not be for long.
 #pragma once
 
 #include "absl/status/status.h"
@@ -10,5 +11,7 @@ namespace gradwire {
 absl::Status Fenced();
 // FAILED_PRECONDITION MODEL_UNLOADED.
 absl::Status Unloaded();
+// UNAVAILABLE SERVER_STOPPED: what was accepted is in the log.
+absl::Status ServerStopping();
 
 }  // namespace gradwire

@@ -2,6 +2,7 @@
 // The handles of a job: who may train it, and who no longer may.
 #include "base/error.h"
 #include "base/status.h"
+#include "server/grpc_status.h"
 #include "server/job.h"
 #include "server/job_errors.h"
 
@@ -69,9 +70,108 @@ absl::Status Job::CheckHandle(const Handle& handle,
 }
 
 void Job::Fence(Handle& handle, const absl::Status& error) {
-  for (const OperationPtr& op : handle.queue.Drain()) {
+  const auto drained = handle.queue.Drain();
+  if (!drained.empty()) handle.closed_below = handle.queue.next_seq();
+  for (const OperationPtr& op : drained) {
+    op->closed_below = handle.closed_below;
     Finish(op, v1::OPERATION_STATE_FAILED, error);
   }
+}
+
+Job::Handle* Job::FindAttached(const v1::CreateModelRequest& request) const {
+  for (const auto& [id, handle] : handles_) {
+    if (handle->session_id == request.session_id() &&
+        handle->request.model_seq_id() == request.model_seq_id()) {
+      return handle.get();
+    }
+  }
+  return nullptr;
+}
+
+absl::Status Job::CheckAttach(const v1::CreateModelRequest& request) const {
+  GW_RETURN_IF_ERROR(Unready());
+  if (environment_->draining) return Draining();
+  if (!request.base_model().empty() &&
+      request.base_model() != spec_.base_model()) {
+    return Mismatch("base_model", request.base_model().substr(0, 256),
+                    spec_.base_model())
+        .Message("The job holds another base model.");
+  }
+  if (current_ != nullptr && !current_->unloaded && !request.take_over() &&
+      current_->session_id != request.session_id() &&
+      Clock::now() - environment_->sessions->LastSeen(current_->session_id) <
+          kInUse) {
+    return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "MODEL_IN_USE")
+        .With("field", "take_over")
+        .With("value", "false")
+        .With("job_id", id_)
+        .Message(
+            "A live session holds this model. Set take_over to fence "
+            "it.");
+  }
+  if (spec_.forward_only() && request.mode() != v1::MODEL_MODE_FORWARD_ONLY) {
+    return Mismatch("mode", "train", "forward_only")
+        .Message(
+            "The job was created forward-only; create the model with "
+            "that mode.");
+  }
+  return absl::OkStatus();
+}
+
+OperationPtr Job::ResetOf(const Handle& handle) const {
+  auto op = std::make_shared<Operation>();
+  op->op_id = handle.model_id + ".0";
+  op->model_id = handle.model_id;
+  op->session_id = handle.session_id;
+  op->handle = handle.number;
+  op->submitted = Clock::now();
+  op->record.set_op_id(op->op_id);
+  op->record.set_model_id(handle.model_id);
+  op->record.set_state(v1::OPERATION_STATE_QUEUED);
+  *op->record.mutable_create_time() = WallNow();
+  op->request.command.mutable_reset();
+  return op;
+}
+
+absl::StatusOr<Job::Handle*> Job::Attach(
+    const v1::CreateModelRequest& request) {
+  absl::MutexLock attach_lock(&attach_mu_);
+  auto handle = std::make_unique<Handle>(environment_->queue);
+  HandleRow row;
+  {
+    absl::MutexLock lock(&mu_);
+    if (Handle* earlier = FindAttached(request); earlier != nullptr) {
+      return earlier;
+    }
+    GW_RETURN_IF_ERROR(CheckAttach(request));
+    handle->number = ++num_handles_;
+    handle->attached = !handles_.empty();
+  }
+  handle->model_id = id_ + "." + RandomHex(8);
+  handle->session_id = request.session_id();
+  handle->request = request;
+  handle->reset = ResetOf(*handle);
+  row.number = handle->number;
+  row.model_id = handle->model_id;
+  row.session_id = handle->session_id;
+  row.request = request.SerializeAsString();
+  row.attached = handle->attached;
+  GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));
+  GW_RETURN_IF_ERROR(Log(handle->reset));
+
+  absl::MutexLock lock(&mu_);
+  GW_RETURN_IF_ERROR(Unready());
+  if (current_ != nullptr) {
+    current_->fenced = true;
+    Fence(*current_, Fenced());
+  }
+  current_ = handle.get();
+  handles_[handle->model_id] = std::move(handle);
+  activations_.clear();
+  // Before anything of the new handle, after what the old one has running.
+  control_.push_back(current_->reset);
+  work_.SignalAll();
+  return current_;
 }
 
 absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
@@ -94,71 +194,21 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
         .With("limit", 1)
         .Message("model_seq_id starts at 1.");
   }
-  const auto key = std::make_pair(request.session_id(), request.model_seq_id());
-  OperationPtr reset;
-  v1::CreateModelResponse response;
-  {
-    absl::MutexLock lock(&mu_);
-    // The same call again, while the first one waits for the rank.
-    while (creating_.count(key) != 0) state_changed_.Wait(&mu_);
-    if (auto it = created_models_.find(key); it != created_models_.end()) {
-      return it->second;
-    }
+  GW_ASSIGN_OR_RETURN(const Handle* handle, Attach(request));
+  absl::MutexLock lock(&mu_);
+  const OperationPtr reset = handle->reset;
+  while (!reset->Final() && !stopping_) reset->changed.Wait(&mu_);
+  if (!reset->Final()) return Draining();
+  if (reset->record.state() != v1::OPERATION_STATE_DONE) {
     GW_RETURN_IF_ERROR(Unready());
-    if (environment_->draining) return Draining();
-    if (!request.base_model().empty() &&
-        request.base_model() != spec_.base_model()) {
-      return Mismatch("base_model", request.base_model().substr(0, 256),
-                      spec_.base_model())
-          .Message("The job holds another base model.");
-    }
-    if (current_ != nullptr && !current_->unloaded && !request.take_over() &&
-        current_->session_id != request.session_id() &&
-        Clock::now() - environment_->sessions->LastSeen(current_->session_id) <
-            kInUse) {
-      return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "MODEL_IN_USE")
-          .With("field", "take_over")
-          .With("value", "false")
-          .With("job_id", id_)
-          .Message(
-              "A live session holds this model. Set take_over to fence "
-              "it.");
-    }
-    if (spec_.forward_only() && request.mode() != v1::MODEL_MODE_FORWARD_ONLY) {
-      return Mismatch("mode", "train", "forward_only")
-          .Message(
-              "The job was created forward-only; create the model with "
-              "that mode.");
-    }
-    response.set_attached(current_ != nullptr);
-    if (current_ != nullptr) {
-      current_->fenced = true;
-      Fence(*current_, Fenced());
-    }
-    auto handle = std::make_unique<Handle>(environment_->queue);
-    handle->model_id = id_ + "." + RandomHex(8);
-    handle->session_id = request.session_id();
-    handle->request = request;
-    response.set_model_id(handle->model_id);
-    current_ = handle.get();
-    ++num_handles_;
-    handles_[handle->model_id] = std::move(handle);
-    activations_.clear();
-    // Before anything of the new handle, after what the old one has running.
-    reset = std::make_shared<Operation>();
-    reset->request.command.mutable_reset();
-    control_.push_back(reset);
-    work_.SignalAll();
-    creating_.insert(key);
-    while (!reset->Final()) reset->changed.Wait(&mu_);
-    creating_.erase(key);
-    state_changed_.SignalAll();
-    if (reset->record.state() != v1::OPERATION_STATE_DONE) return Unready();
-    response.set_weight_version(job_.weight_version());
-    response.set_optimizer_step(job_.optimizer_step());
-    response.set_dropped_forward_backward_ops(reset->record.queue_position());
-    created_models_[key] = response;
+    return FromOperationError(reset->record.error());
   }
+  v1::CreateModelResponse response;
+  response.set_model_id(handle->model_id);
+  response.set_attached(handle->attached);
+  response.set_weight_version(reset->weight_version);
+  response.set_optimizer_step(reset->optimizer_step);
+  response.set_dropped_forward_backward_ops(reset->dropped_ops);
   return response;
 }
 

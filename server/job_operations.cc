@@ -7,6 +7,12 @@
 #include "trainer/rank_plan.h"
 
 namespace gradwire {
+namespace {
+
+// After so much of it, the log is shortened without a checkpoint if it can be.
+constexpr int64_t kLogBytes = int64_t{256} << 20;
+
+}  // namespace
 
 std::vector<int> Job::Assign(const std::vector<DatumShape>& shapes) const {
   if (world_size() == 1) return {};
@@ -39,19 +45,9 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   // Of backwards, as their forwards had it.
   std::vector<int> rank_of;
   if (request.command.has_forward()) rank_of = Assign(shapes);
-  absl::MutexLock lock(&mu_);
-  GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
-  if (handle->queue.Find(seq) == nullptr) {
-    // What is retained is for a backward, so it is judged as one.
-    const bool retains =
-        kind == v1::OPERATION_KIND_FORWARD && !activation_id.empty();
-    GW_RETURN_IF_ERROR(
-        CheckHandle(*handle, retains ? v1::OPERATION_KIND_BACKWARD : kind));
-  }
   auto op = std::make_shared<Operation>();
   op->op_id = model_id + "." + std::to_string(seq);
   op->model_id = model_id;
-  op->session_id = handle->session_id;
   op->seq = seq;
   op->kind = kind;
   op->rank_of = std::move(rank_of);
@@ -59,6 +55,7 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   op->bytes = request.bytes;
   op->tokens = request.tokens;
   op->activation_id = activation_id;
+  op->retain_ttl_seconds = retain_ttl_seconds;
   op->shapes = std::move(shapes);
   op->request = std::move(request);
   op->submitted = Clock::now();
@@ -69,41 +66,89 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   op->record.set_state(v1::OPERATION_STATE_QUEUED);
   op->record.set_queue_state(v1::QUEUE_STATE_ACTIVE);
   *op->record.mutable_create_time() = WallNow();
+  GW_ASSIGN_OR_RETURN(const OperationPtr admitted, Admit(op));
+  if (admitted != op) return admitted;
+
+  const absl::Status logged = Log(op);
+  absl::MutexLock lock(&mu_);
+  op->logging = false;
+  op->log_failure = logged;
+  op->changed.SignalAll();
+  if (op->Ended()) {
+    // Fenced, say, meanwhile.
+    op->request = OperationRequest();
+    return op;
+  }
+  GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(model_id));
+  if (!logged.ok()) {
+    handle->queue.Withdraw(op);
+    if (auto it = activations_.find(activation_id); it != activations_.end()) {
+      if (kind == v1::OPERATION_KIND_FORWARD) {
+        activations_.erase(it);
+      } else {
+        --it->second.pins;
+      }
+    }
+    return logged;
+  }
+  environment_->metrics->SetQueue(id_, handle->queue.queued(),
+                                  handle->queue.queued_bytes());
+  work_.SignalAll();
+  return op;
+}
+
+absl::StatusOr<OperationPtr> Job::Admit(const OperationPtr& op) {
+  absl::MutexLock lock(&mu_);
+  GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(op->model_id));
+  if (handle->queue.Find(op->seq) == nullptr) {
+    // What is retained is for a backward, so it is judged as one.
+    const bool retains = op->kind == v1::OPERATION_KIND_FORWARD &&
+                         !op->activation_id.empty();
+    GW_RETURN_IF_ERROR(CheckHandle(
+        *handle, retains ? v1::OPERATION_KIND_BACKWARD : op->kind));
+  }
+  op->session_id = handle->session_id;
+  op->handle = handle->number;
+  op->logging = true;
   absl::StatusOr<OperationPtr> admitted =
       handle->queue.Submit(op, Clock::now());
   if (!admitted.ok()) {
     const auto detail = GetErrorDetail(admitted.status());
     if (detail->reason == "SEQ_REUSED") {
-      environment_->metrics->CountDedup(KindName(kind), "conflict");
+      environment_->metrics->CountDedup(KindName(op->kind), "conflict");
     } else if (detail->reason == "QUEUE_FULL") {
       environment_->metrics->CountRejected("queue_full");
     }
     return admitted.status();
   }
   if (*admitted != op) {
+    const OperationPtr earlier = *admitted;
     environment_->metrics->CountDedup(
-        KindName(kind), (*admitted)->Final() ? "replayed" : "joined");
-    return admitted;
+        KindName(op->kind), earlier->Final() ? "replayed" : "joined");
+    while (earlier->logging) earlier->changed.Wait(&mu_);
+    GW_RETURN_IF_ERROR(earlier->log_failure);
+    return earlier;
   }
-  if (kind == v1::OPERATION_KIND_FORWARD && !activation_id.empty()) {
-    Activation& activation = activations_[activation_id];
+  if (op->kind == v1::OPERATION_KIND_FORWARD && !op->activation_id.empty()) {
+    Activation& activation = activations_[op->activation_id];
     activation.session_id = op->session_id;
     activation.shapes = op->shapes;
     activation.rank_of = op->rank_of;
-    activation.ttl = retain_ttl_seconds > 0
-                         ? std::chrono::milliseconds(
-                               static_cast<int64_t>(retain_ttl_seconds * 1000))
-                         : environment_->retain_ttl;
+    activation.ttl = RetainTtl(*op);
     activation.pins = 1;  // until the forward has ended
-  } else if (auto it = activations_.find(activation_id);
+  } else if (auto it = activations_.find(op->activation_id);
              it != activations_.end()) {
     ++it->second.pins;
     op->rank_of = it->second.rank_of;
   }
-  environment_->metrics->SetQueue(id_, handle->queue.queued(),
-                                  handle->queue.queued_bytes());
-  work_.SignalAll();
   return op;
+}
+
+std::chrono::milliseconds Job::RetainTtl(const Operation& op) const {
+  return op.retain_ttl_seconds > 0
+             ? std::chrono::milliseconds(
+                   static_cast<int64_t>(op.retain_ttl_seconds * 1000))
+             : environment_->retain_ttl;
 }
 
 void Job::EndSeq(const std::string& model_id, int64_t seq,
@@ -119,6 +164,7 @@ void Job::EndSeq(const std::string& model_id, int64_t seq,
   op->op_id = model_id + "." + std::to_string(seq);
   op->model_id = model_id;
   op->session_id = (*handle)->session_id;
+  op->handle = (*handle)->number;
   op->seq = seq;
   op->kind = kind;
   // No request has this digest: another one under this number is a reuse.
@@ -235,6 +281,25 @@ Job::Items Job::ReadItems(const OperationPtr& op, size_t from,
   return out;
 }
 
+absl::Status Job::LoadItems(const OperationPtr& op) {
+  int64_t at = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    if (!op->stored || op->expired) return absl::OkStatus();
+    at = op->outcome_at;
+  }
+  absl::StatusOr<Journal::Entry> entry = journal_->Read(at);
+  absl::MutexLock lock(&mu_);
+  if (absl::IsNotFound(entry.status())) Expire(*op);
+  if (!op->stored) return absl::OkStatus();
+  GW_RETURN_IF_ERROR(entry.status());
+  op->stored = false;
+  for (v1::LogprobItem& item : *entry->outcome->mutable_logprobs()) {
+    op->logprobs.emplace_back().Swap(&item);
+  }
+  return absl::OkStatus();
+}
+
 v1::CommitRecord Job::ItemsCommit(const OperationPtr& op) const {
   absl::MutexLock lock(&mu_);
   return op->logprobs_commit;
@@ -250,6 +315,8 @@ v1::Operation Job::Cancel(const OperationPtr& op) {
                .Message("The operation was cancelled before it ran."));
     work_.SignalAll();
   }
+  // Its end is told when it is recorded.
+  while (op->Ended() && !op->Final() && !stopping_) op->changed.Wait(&mu_);
   v1::Operation out;
   Describe(op, out);
   return out;
@@ -259,7 +326,7 @@ void Job::Acknowledge(const OperationPtr& op) {
   absl::MutexLock lock(&mu_);
   if (!op->Final()) return;
   op->acknowledged = true;
-  op->expired = op->expired || !op->logprobs.empty();
+  op->expired = op->expired || op->stored || !op->logprobs.empty();
   std::vector<v1::LogprobItem>().swap(op->logprobs);
 }
 
@@ -268,7 +335,12 @@ void Job::Acknowledge(const OperationPtr& op) {
 void Job::Housekeep(Clock::time_point now) {
   if (current_ != nullptr) {
     const int64_t missing = current_->queue.next_seq();
-    for (const OperationPtr& op : current_->queue.ExpireGap(now)) {
+    const auto expired = current_->queue.ExpireGap(now);
+    if (!expired.empty()) {
+      current_->closed_below = current_->queue.next_seq();
+    }
+    for (const OperationPtr& op : expired) {
+      op->closed_below = current_->closed_below;
       Finish(op, v1::OPERATION_STATE_FAILED,
              ErrorBuilder(absl::StatusCode::kAborted, "SEQUENCE_GAP")
                  .With("field", "seq_id")
@@ -293,10 +365,18 @@ void Job::Housekeep(Clock::time_point now) {
     Expire(*results_.front());
     results_.pop_front();
   }
+  // What needs no checkpoint must not keep the log for ever.
+  if (!journal_broken_ && references_.empty() && !committing_ &&
+      journal_->end() - referenced_at_ > kLogBytes) {
+    referenced_at_ = journal_->end();
+    references_.push_back({});
+    commit_work_.Signal();
+  }
 }
 
 void Job::Expire(Operation& op) {
   op.expired = true;
+  op.stored = false;
   std::vector<v1::LogprobItem>().swap(op.logprobs);
   std::vector<DatumShape>().swap(op.shapes);
   if (op.record.state() != v1::OPERATION_STATE_DONE) return;

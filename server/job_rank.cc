@@ -2,6 +2,7 @@
 // The ranks' side of a job: what is sent to them, in order, and what they
 // report. What becomes of operations is in job_results.cc.
 #include "base/log.h"
+#include "server/failpoint.h"
 #include "server/job.h"
 
 namespace gradwire {
@@ -18,42 +19,131 @@ void Job::Run() {
   mu_.Lock();
   while (!stopping_) {
     Housekeep(Clock::now());
-    const std::optional<Dispatch> next = NextDispatch();
+    if (!failure_.ok() && job_.state() != v1::JOB_STATE_FAILED &&
+        job_.state() != v1::JOB_STATE_DELETING &&
+        job_.state() != v1::JOB_STATE_DELETED) {
+      JobEvent failed{JobEvent::kRanksFailed};
+      failed.status = failure_;
+      recovering_ = false;
+      restart_due_ = false;
+      mu_.Unlock();
+      Apply(failed);
+      mu_.Lock();
+      continue;
+    }
+    if (restart_due_ && RestartRanks()) continue;
+    if (RecoveryEnded()) {
+      // First ready, then no longer recovering: whoever looks in between finds
+      // a job that takes operations.
+      mu_.Unlock();
+      Apply({JobEvent::kReady, {}, 1});
+      mu_.Lock();
+      EndRecovery();
+      continue;
+    }
+    std::optional<Next> next = TakeNext();
     if (!next.has_value()) {
       work_.WaitWithTimeout(&mu_, kTick);
       continue;
     }
-    std::shared_ptr<RankGroup> ranks = ranks_;
     mu_.Unlock();
-    ranks->Send(*next);
-    ranks.reset();
+    Send(*std::move(next));
     mu_.Lock();
   }
   mu_.Unlock();
 }
 
-std::optional<Dispatch> Job::NextDispatch() {
+bool Job::RestartRanks() {
+  if (!ranks_ended_ || Clock::now() < restart_at_) return false;
+  restart_due_ = false;
+  load_due_ = false;
+  if (references_.empty() && !committing_) {
+    if (absl::Status removed = RemoveStrayPoints(); !removed.ok()) {
+      spdlog::warn("job {}: {}", id_, std::string(removed.message()));
+    }
+  }
+  std::shared_ptr<RankGroup> old = std::move(ranks_);
+  mu_.Unlock();
+  // Its threads may be in a call of ours.
+  old.reset();
+  StartRanks();
+  mu_.Lock();
+  return true;
+}
+
+std::optional<Job::Next> Job::TakeNext() {
   if (load_due_) {
     load_due_ = false;
-    return Load();
+    Next next;
+    next.load = true;
+    next.id = next_command_++;
+    return next;
+  }
+  if (stage_ == Stage::kLoadPoint || stage_ == Stage::kReplay) {
+    return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
   }
   if (!job_.ready()) return std::nullopt;
+  if (save_after_ != nullptr) return SavePoint();
   if (!control_.empty()) {
     OperationPtr op = control_.front();
     control_.pop_front();
     return Begin(op);
   }
-  if (current_ == nullptr || in_flight_.size() >= kMaxInFlight) {
-    return std::nullopt;
+  if (in_flight_.size() >= kMaxInFlight) return std::nullopt;
+  // What has killed a rank runs alone.
+  for (const Flight& flight : in_flight_) {
+    if (flight.op != nullptr && flight.op->crashes > 0) return std::nullopt;
   }
+  if (!again_.empty()) {
+    if (again_.front()->crashes > 0 && !in_flight_.empty()) return std::nullopt;
+    OperationPtr op = again_.front();
+    again_.pop_front();
+    return Begin(op);
+  }
+  if (current_ == nullptr) return std::nullopt;
   OperationPtr op = current_->queue.TakeNext();
   if (op == nullptr) return std::nullopt;
   return Begin(op);
 }
 
-Dispatch Job::Load() {
+Job::Next Job::Launch(Flight flight) {
+  Next next;
+  next.id = next_command_++;
+  flight.id = next.id;
+  in_flight_.push_back(std::move(flight));
+  return next;
+}
+
+Job::Next Job::Begin(const OperationPtr& op) {
+  const bool released = op->handle == 0;
+  Next next = Launch({.purpose = released ? Flight::kRelease : Flight::kOperation,
+                      .op = op,
+                      .known_items = op->logprobs.size()});
+  if (op->request.command.command_case() == v1::RankCommand::COMMAND_NOT_SET) {
+    next.read_at = op->logged_at;
+  }
+  next.request = std::move(op->request);
+  op->request = OperationRequest();
+  next.shapes = op->shapes;
+  next.rank_of = op->rank_of;
+  op->started = Clock::now();
+  op->record.set_state(v1::OPERATION_STATE_RUNNING);
+  *op->record.mutable_start_time() = WallNow();
+  op->changed.SignalAll();
+  if (auto it = activations_.find(op->activation_id);
+      it != activations_.end()) {
+    it->second.kept = op->kind == v1::OPERATION_KIND_FORWARD;
+  }
+  if (PointDue(op)) save_after_ = op;
+  if (op->kind != v1::OPERATION_KIND_UNSPECIFIED && current_ != nullptr) {
+    environment_->metrics->SetQueue(id_, current_->queue.queued(),
+                                    current_->queue.queued_bytes());
+  }
+  return next;
+}
+
+Dispatch Job::LoadModel(int64_t id) const {
   Dispatch dispatch;
-  const int64_t id = next_command_++;
   for (int rank = 0; rank < world_size(); ++rank) {
     v1::RankCommand& command = dispatch.own.emplace_back().emplace_back();
     command.set_command_id(id);
@@ -68,21 +158,31 @@ Dispatch Job::Load() {
   return dispatch;
 }
 
-Dispatch Job::Begin(const OperationPtr& op) {
-  const int64_t id = next_command_++;
-  Dispatch dispatch = ShareRequest(std::move(op->request), op->shapes,
-                                   op->rank_of, world_size(), id);
-  op->request = OperationRequest();
-  op->started = Clock::now();
-  op->record.set_state(v1::OPERATION_STATE_RUNNING);
-  *op->record.mutable_start_time() = WallNow();
-  op->changed.SignalAll();
-  in_flight_.emplace_back(id, op);
-  if (op->kind != v1::OPERATION_KIND_UNSPECIFIED && current_ != nullptr) {
-    environment_->metrics->SetQueue(id_, current_->queue.queued(),
-                                    current_->queue.queued_bytes());
+void Job::Send(Next next) {
+  const std::shared_ptr<RankGroup> ranks = this->ranks();
+  if (ranks == nullptr) return;
+  if (next.load) {
+    ranks->Send(LoadModel(next.id));
+    return;
   }
-  return dispatch;
+  if (next.read_at >= 0) {
+    auto entry = journal_->Read(next.read_at);
+    if (!entry.ok()) {
+      BreakJournal(entry.status());
+      return;
+    }
+    v1::JournalOp& op = *entry->op;
+    next.request.command.Swap(op.mutable_command());
+    for (v1::DatumChunk& chunk : *op.mutable_datums()) {
+      next.request.datums.emplace_back().Swap(&chunk);
+    }
+    for (v1::GradientChunk& chunk : *op.mutable_gradients()) {
+      next.request.gradients.emplace_back().Swap(&chunk);
+    }
+  }
+  Failpoint("op.before_execute");
+  ranks->Send(ShareRequest(std::move(next.request), next.shapes, next.rank_of,
+                           world_size(), next.id));
 }
 
 // ---- The ranks -------------------------------------------------------------
@@ -100,24 +200,51 @@ void Job::OnRanks(GroupEvent event) {
       work_.SignalAll();
       return;
     }
-    case GroupEvent::kProgress:
-      if (event.progress.has_memory()) {
-        absl::MutexLock lock(&mu_);
-        *job_.mutable_memory() = event.progress.memory();
-        environment_->metrics->SetMemory(id_, event.progress.memory());
-      }
-      Apply({JobEvent::kProgress, event.progress.phase(),
-             event.progress.progress()});
-      return;
-    case GroupEvent::kReady: {
+    case GroupEvent::kProgress: {
+      v1::JobPhase phase = event.progress.phase();
       {
         absl::MutexLock lock(&mu_);
+        if (recovering_) phase = v1::JOB_PHASE_RECOVERING;
+        if (event.progress.has_memory()) {
+          *job_.mutable_memory() = event.progress.memory();
+          environment_->metrics->SetMemory(id_, event.progress.memory());
+        }
+      }
+      Apply({JobEvent::kProgress, phase, event.progress.progress()});
+      return;
+    }
+    case GroupEvent::kReady: {
+      bool is_new = false, recovers = false;
+      {
+        absl::MutexLock lock(&mu_);
+        is_new = profile_.SerializeAsString() !=
+                 event.ready.profile().SerializeAsString();
         profile_ = event.ready.profile();
         quadratic_ = event.ready.quadratic();
         *job_.mutable_memory() = event.ready.memory();
         job_.set_device(profile_.device());
+        recovers = recovering_;
       }
-      Apply({JobEvent::kReady, {}, 1});
+      if (is_new) {
+        const absl::Status known = environment_->metadata->SetProfile(
+            id_, event.ready.profile().SerializeAsString());
+        if (!known.ok()) {
+          spdlog::warn("job {}: its profile is not recorded: {}", id_,
+                       std::string(known.message()));
+        }
+      }
+      if (!recovers) {
+        {
+          absl::MutexLock lock(&mu_);
+          stage_ = Stage::kRunning;
+        }
+        Apply({JobEvent::kReady, {}, 1});
+        return;
+      }
+      Apply({JobEvent::kProgress, v1::JOB_PHASE_RECOVERING, 0});
+      absl::MutexLock lock(&mu_);
+      BeginRecovery();
+      work_.SignalAll();
       return;
     }
     case GroupEvent::kLogprobs: {
@@ -126,17 +253,19 @@ void Job::OnRanks(GroupEvent event) {
       return;
     }
     case GroupEvent::kDone: {
+      Failpoint("op.after_execute");
       absl::MutexLock lock(&mu_);
       OnDone(event);
       return;
     }
     case GroupEvent::kFailed:
-      Apply({JobEvent::kRanksFailed, {}, 0, event.status});
+      OnRanksFailed(event.status);
       return;
     case GroupEvent::kEnded: {
       absl::MutexLock lock(&mu_);
       ranks_ended_ = true;
       state_changed_.SignalAll();
+      work_.SignalAll();
       return;
     }
   }

@@ -8,25 +8,36 @@
 #include "server/job.h"
 #include "server/job_errors.h"
 #include "server/payload_digest.h"
+#include "server/result_digest.h"
 
 namespace gradwire {
 
 void Job::OnLogprobs(GroupEvent& event) {
-  for (const auto& [id, op] : in_flight_) {
-    if (id != event.command_id) continue;
-    std::move(event.logprobs.begin(), event.logprobs.end(),
-              std::back_inserter(op->logprobs));
-    op->changed.SignalAll();
+  for (Flight& flight : in_flight_) {
+    if (flight.id != event.command_id) continue;
+    std::vector<v1::LogprobItem>& items = flight.purpose == Flight::kReplay
+                                              ? flight.items
+                                              : flight.op->logprobs;
+    for (v1::LogprobItem& item : event.logprobs) {
+      // Bit for bit those that are there from the run before.
+      if (flight.known_items > 0) {
+        --flight.known_items;
+      } else {
+        items.push_back(std::move(item));
+      }
+    }
+    if (flight.purpose == Flight::kOperation) flight.op->changed.SignalAll();
   }
 }
 
 void Job::OnDone(const GroupEvent& event) {
   const v1::RankDone& done = event.done;
-  if (in_flight_.empty() || in_flight_.front().first != done.command_id()) {
-    return;
-  }
-  OperationPtr op = in_flight_.front().second;
-  in_flight_.pop_front();
+  const auto found = std::find_if(
+      in_flight_.begin(), in_flight_.end(),
+      [&](const Flight& flight) { return flight.id == done.command_id(); });
+  if (found == in_flight_.end()) return;
+  const Flight flight = std::move(*found);
+  in_flight_.erase(found);
   const bool stepped = done.optimizer_step() != job_.optimizer_step();
   job_.set_weight_version(done.weight_version());
   job_.set_optimizer_step(done.optimizer_step());
@@ -38,73 +49,99 @@ void Job::OnDone(const GroupEvent& event) {
                                             event.collectives);
     *job_.mutable_collective_use() = event.collectives;
   }
-  if (done.has_error()) {
-    Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
-  } else {
-    v1::Operation& record = op->record;
-    switch (done.result_case()) {
-      case v1::RankDone::kForward: {
-        *record.mutable_forward() = done.forward();
-        record.mutable_forward()->set_weight_version(done.weight_version());
-        record.mutable_forward()->set_optimizer_step(done.optimizer_step());
-        PayloadDigest digest;
-        for (const v1::LogprobItem& item : op->logprobs) digest.Add(item);
-        digest.Fill(&op->logprobs_commit);
-        break;
-      }
-      case v1::RankDone::kBackward:
-        *record.mutable_backward() = done.backward();
-        record.mutable_backward()->set_weight_version(done.weight_version());
-        record.mutable_backward()->set_optimizer_step(done.optimizer_step());
-        break;
-      case v1::RankDone::kOptimStep:
-        *record.mutable_optim_step() = done.optim_step();
-        break;
-      case v1::RankDone::kZeroGrad:
-        *record.mutable_zero_grad() = done.zero_grad();
-        break;
-      case v1::RankDone::kSnapshot:
-        *record.mutable_snapshot() = done.snapshot();
-        record.mutable_snapshot()->set_weight_version(done.weight_version());
-        record.mutable_snapshot()->set_optimizer_step(done.optimizer_step());
-        break;
-      case v1::RankDone::kSaveState:
-        *record.mutable_save_state() = done.save_state();
-        record.mutable_save_state()->set_weight_version(done.weight_version());
-        record.mutable_save_state()->set_optimizer_step(done.optimizer_step());
-        break;
-      case v1::RankDone::kLoadState:
-        *record.mutable_load_state() = done.load_state();
-        record.mutable_load_state()->set_weight_version(done.weight_version());
-        record.mutable_load_state()->set_optimizer_step(done.optimizer_step());
-        record.mutable_load_state()->set_dropped_ops(done.dropped_ops());
-        break;
-      case v1::RankDone::kRelease:
-        *record.mutable_release() = done.release();
-        break;
-      default:
-        break;
-    }
-    if (op->kind == v1::OPERATION_KIND_UNLOAD_MODEL) {
-      record.mutable_unload();
-      if (auto handle = FindHandle(op->model_id); handle.ok()) {
-        (*handle)->unloaded = true;
-        Fence(**handle, Unloaded());
-      }
-      activations_.clear();
-    } else if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) {
-      record.set_queue_position(static_cast<int32_t>(done.dropped_ops()));
-    }
-    Finish(op, v1::OPERATION_STATE_DONE, absl::OkStatus());
+  switch (flight.purpose) {
+    case Flight::kOperation:
+      failures_in_row_ = 0;
+      OnOperationDone(flight.op, done);
+      break;
+    case Flight::kRelease:
+      break;
+    case Flight::kReplay:
+      OnReplayed(flight, done);
+      break;
+    case Flight::kLoadPoint:
+      OnPointLoaded(flight, done);
+      break;
+    case Flight::kSavePoint:
+      OnPointSaved(flight, done);
+      break;
   }
   if (stepped) Changed();
   work_.SignalAll();
 }
 
+void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
+  op->ran = true;
+  op->tainted = done.tainted();
+  op->dropped_ops = done.dropped_ops();
+  seconds_since_point_ +=
+      std::chrono::duration<double>(Clock::now() - op->started).count();
+  if (done.has_error()) {
+    Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
+    return;
+  }
+  op->state_digest = ResultDigest(done, op->logprobs);
+  v1::Operation& record = op->record;
+  switch (done.result_case()) {
+    case v1::RankDone::kForward: {
+      *record.mutable_forward() = done.forward();
+      record.mutable_forward()->set_weight_version(done.weight_version());
+      record.mutable_forward()->set_optimizer_step(done.optimizer_step());
+      PayloadDigest digest;
+      for (const v1::LogprobItem& item : op->logprobs) digest.Add(item);
+      digest.Fill(&op->logprobs_commit);
+      break;
+    }
+    case v1::RankDone::kBackward:
+      *record.mutable_backward() = done.backward();
+      record.mutable_backward()->set_weight_version(done.weight_version());
+      record.mutable_backward()->set_optimizer_step(done.optimizer_step());
+      break;
+    case v1::RankDone::kOptimStep:
+      *record.mutable_optim_step() = done.optim_step();
+      ++steps_since_point_;
+      break;
+    case v1::RankDone::kZeroGrad:
+      *record.mutable_zero_grad() = done.zero_grad();
+      break;
+    case v1::RankDone::kSnapshot:
+      *record.mutable_snapshot() = done.snapshot();
+      record.mutable_snapshot()->set_weight_version(done.weight_version());
+      record.mutable_snapshot()->set_optimizer_step(done.optimizer_step());
+      break;
+    case v1::RankDone::kSaveState:
+      *record.mutable_save_state() = done.save_state();
+      record.mutable_save_state()->set_weight_version(done.weight_version());
+      record.mutable_save_state()->set_optimizer_step(done.optimizer_step());
+      break;
+    case v1::RankDone::kLoadState:
+      *record.mutable_load_state() = done.load_state();
+      record.mutable_load_state()->set_weight_version(done.weight_version());
+      record.mutable_load_state()->set_optimizer_step(done.optimizer_step());
+      record.mutable_load_state()->set_dropped_ops(done.dropped_ops());
+      break;
+    case v1::RankDone::kRelease:
+      *record.mutable_release() = done.release();
+      break;
+    default:
+      break;
+  }
+  if (op->kind == v1::OPERATION_KIND_UNLOAD_MODEL) {
+    record.mutable_unload();
+    if (auto handle = FindHandle(op->model_id); handle.ok()) {
+      (*handle)->unloaded = true;
+      Fence(**handle, Unloaded());
+    }
+    activations_.clear();
+  }
+  Finish(op, v1::OPERATION_STATE_DONE, absl::OkStatus());
+}
+
 void Job::Finish(const OperationPtr& op, v1::OperationState state,
                  const absl::Status& error) {
   op->ended = Clock::now();
-  op->request = OperationRequest();
+  // Else it is still being written to the log.
+  if (!op->logging) op->request = OperationRequest();
   const bool done = state == v1::OPERATION_STATE_DONE;
   if (auto it = activations_.find(op->activation_id);
       it != activations_.end() && op->kind != v1::OPERATION_KIND_UNSPECIFIED) {
@@ -120,46 +157,53 @@ void Job::Finish(const OperationPtr& op, v1::OperationState state,
               std::chrono::nanoseconds(activation.ttl).count());
     } else if (forward || done) {
       activations_.erase(it);
+    } else {
+      activation.kept = true;
     }
   }
   if (!done) {
     *op->record.mutable_error() = ToOperationError(error);
     std::vector<v1::LogprobItem>().swap(op->logprobs);
   }
-  op->record.set_state(state);
   *op->record.mutable_end_time() = WallNow();
-  op->changed.SignalAll();
-  if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) return;
-  results_.push_back(op);
-  environment_->sessions->Publish(op->session_id, op->record);
-  Measure(op);
+  op->final_state = state;
+  op->weight_version = job_.weight_version();
+  op->optimizer_step = job_.optimizer_step();
+  if (op->handle == 0) {
+    // No handle has asked for it.
+    op->record.set_state(state);
+    op->changed.SignalAll();
+    return;
+  }
+  if (op->ran) history_.push_back(op);
+  ended_.push_back(op);
+  commit_work_.Signal();
 }
 
 void Job::FailOperations() {
-  absl::Status error = absl::OkStatus();
-  if (job_.has_error()) {
-    error = FromOperationError(job_.error());
-  } else {
-    error = stopping_
-                ? ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_STOPPED")
-                      .Server()
-                      .Message("The server stopped before the operation ended.")
-                : ErrorBuilder(absl::StatusCode::kAborted, "JOB_DELETED")
-                      .With("job_id", id_)
-                      .Message(
-                          "The job was deleted before the operation "
-                          "ended.");
-  }
-  for (auto& [id, op] : in_flight_) {
-    Finish(op, v1::OPERATION_STATE_FAILED, error);
+  const absl::Status error =
+      job_.has_error()
+          ? FromOperationError(job_.error())
+          : ErrorBuilder(absl::StatusCode::kAborted, "JOB_DELETED")
+                .With("job_id", id_)
+                .Message(
+                    "The job was deleted before the operation ended.");
+  for (const Flight& flight : in_flight_) {
+    if (flight.purpose == Flight::kOperation) {
+      Finish(flight.op, v1::OPERATION_STATE_FAILED, error);
+    }
   }
   in_flight_.clear();
-  for (const OperationPtr& op : control_) {
-    Finish(op, v1::OPERATION_STATE_FAILED, error);
+  for (std::deque<OperationPtr>* queue : {&again_, &control_}) {
+    for (const OperationPtr& op : *queue) {
+      Finish(op, v1::OPERATION_STATE_FAILED, error);
+    }
+    queue->clear();
   }
-  control_.clear();
   for (auto& [id, handle] : handles_) Fence(*handle, error);
   activations_.clear();
+  save_after_ = nullptr;
+  saving_point_ = false;
 }
 
 void Job::Measure(const OperationPtr& op) {

@@ -63,6 +63,10 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       return {};
     case JobEvent::kReady:
       if (IsEnded(job.state())) return {};
+      if (job.phase() == v1::JOB_PHASE_RECOVERING) {
+        job.clear_status_reason();
+        job.clear_status_message();
+      }
       job.set_state(v1::JOB_STATE_RUNNING);
       job.set_phase(v1::JOB_PHASE_READY);
       job.set_progress(1);
@@ -72,21 +76,30 @@ std::vector<JobAction> Decide(const JobEvent& event, v1::Job& job) {
       if (IsEnded(job.state())) return {};
       Fail(event.status, job);
       return {JobAction::kFailOperations, JobAction::kStopRanks};
+    case JobEvent::kRecovering: {
+      if (IsEnded(job.state())) return {};
+      const v1::OperationError why = ToOperationError(event.status);
+      job.set_state(v1::JOB_STATE_RUNNING);
+      job.set_phase(v1::JOB_PHASE_RECOVERING);
+      job.set_ready(false);
+      job.set_progress(0);
+      job.set_status_reason(why.reason());
+      job.set_status_message(why.message());
+      return {JobAction::kStopRanks};
+    }
     case JobEvent::kRestart: {
       if (job.state() != v1::JOB_STATE_FAILED) return {};
       StartJob(job);
       job.clear_error();
       job.set_progress(0);
-      job.set_weight_version(0);
-      job.set_optimizer_step(0);
       job.clear_memory_use();
       job.clear_memory_use_max();
       job.clear_collective_use();
       job.set_seconds_to_ready(0);
       job.set_status_reason("RESTARTED");
       job.set_status_message(
-          "The job starts again from its base model; the weights it had are "
-          "lost. Load the last checkpoint.");
+          "The job starts again, and is put where its last executed operation "
+          "left it. Attach to it anew.");
       return {};
     }
     case JobEvent::kDelete:

@@ -18,6 +18,7 @@ struct JobEvent {
     kProgress,     // `phase`, `progress`
     kReady,        // the first forward would succeed
     kRanksFailed,  // they cannot start, or load, or go on: `status`
+    kRecovering,   // as kRanksFailed, but they start again: `status`
     kRestart,      // a client asked; the job has failed, and no rank is left
     kDelete,       // a client asked
     kStopped,      // after kStopRanks: no rank is left

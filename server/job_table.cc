@@ -151,10 +151,27 @@ absl::StatusOr<JobPtr> JobTable::Create(const std::string& job_id,
           .Message("The server is stopping. Try again when it is back.");
     }
     job = std::make_shared<Job>(job_id, spec, environment_);
+    GW_RETURN_IF_ERROR(job->Create());
     jobs_.push_back(job);
   }
   job->Start();
   return job;
+}
+
+absl::Status JobTable::Restore() {
+  GW_ASSIGN_OR_RETURN(const auto rows, environment_->metadata->Jobs());
+  for (const JobRow& row : rows) {
+    v1::JobSpec spec;
+    spec.ParseFromString(row.spec);
+    auto job = std::make_shared<Job>(row.job_id, spec, environment_);
+    job->Restore(row);
+    {
+      absl::MutexLock lock(&mu_);
+      jobs_.push_back(job);
+    }
+    if (row.state != JobRow::kDeleted) job->Start();
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<JobPtr> JobTable::Get(const std::string& job_id) const {

@@ -25,9 +25,12 @@ class JobTable {
   // Errors: INVALID_ARGUMENT INVALID_NAME, MISSING_FIELD, PRECISION_UNKNOWN,
   // OPTION_OUT_OF_RANGE; UNIMPLEMENTED UNSUPPORTED_OPTION; ALREADY_EXISTS
   // JOB_SPEC_MISMATCH; FAILED_PRECONDITION JOB_ID_TOMBSTONED; UNAVAILABLE
-  // SERVER_DRAINING.
+  // SERVER_DRAINING; those of Job::Create.
   absl::StatusOr<JobPtr> Create(const std::string& job_id,
                                 const v1::JobSpec& spec);
+  // Takes and starts the jobs that an earlier server had. Errors: those of
+  // Metadata.
+  absl::Status Restore();
   // Errors: NOT_FOUND JOB_NOT_FOUND.
   absl::StatusOr<JobPtr> Get(const std::string& job_id) const;
   // Oldest first.

@@ -89,7 +89,7 @@ void OpQueue::SkipExecuted() {
 
 OperationPtr OpQueue::TakeNext() {
   auto it = waiting_.find(next_seq_);
-  if (it == waiting_.end()) return nullptr;
+  if (it == waiting_.end() || it->second->logging) return nullptr;
   OperationPtr op = it->second;
   Remove(it);
   ++next_seq_;
@@ -109,6 +109,31 @@ bool OpQueue::Cancel(const OperationPtr& op) {
 void OpQueue::Close(const OperationPtr& op) {
   all_[op->seq] = op;
   executed_.insert(op->seq);
+  SkipExecuted();
+}
+
+void OpQueue::Withdraw(const OperationPtr& op) {
+  auto it = waiting_.find(op->seq);
+  if (it == waiting_.end() || it->second != op) return;
+  Remove(it);
+  all_.erase(op->seq);
+}
+
+void OpQueue::Restore(const OperationPtr& op, Clock::time_point now) {
+  all_[op->seq] = op;
+  if (op->Ended()) {
+    executed_.insert(op->seq);
+    SkipExecuted();
+    return;
+  }
+  waiting_[op->seq] = op;
+  queued_bytes_ += op->bytes;
+  last_arrival_ = now;
+}
+
+void OpQueue::CloseBelow(int64_t seq) {
+  next_seq_ = std::max(next_seq_, seq);
+  executed_.erase(executed_.begin(), executed_.lower_bound(next_seq_));
   SkipExecuted();
 }
 
@@ -133,6 +158,10 @@ std::vector<OperationPtr> OpQueue::Drain() {
   waiting_.clear();
   queued_bytes_ = 0;
   return out;
+}
+
+void OpQueue::WakeAll() {
+  for (const auto& [seq, op] : all_) op->changed.SignalAll();
 }
 
 void OpQueue::Unhold(int64_t seq, Clock::time_point now) {

@@ -40,8 +40,8 @@ class OpQueue {
   // The operation with this number, or null.
   OperationPtr Find(int64_t seq) const;
 
-  // The operation whose turn it is, or null; the caller runs it: its state
-  // becomes RUNNING and the next number's turn comes.
+  // The operation whose turn it is, or null, also while it is being logged; the
+  // caller runs it: its state becomes RUNNING and the next number's turn comes.
   OperationPtr TakeNext();
 
   // Removes a queued operation from the queue; its number counts as executed.
@@ -52,6 +52,16 @@ class OpQueue {
   // at or above next_seq() and not in use.
   void Close(const OperationPtr& op);
 
+  // Takes back what Submit admitted: its number stays open. Nothing happens if
+  // it is not queued any more.
+  void Withdraw(const OperationPtr& op);
+
+  // Takes an operation of an earlier process, which has ended or is to run. In
+  // any order, before anything else.
+  void Restore(const OperationPtr& op, Clock::time_point now);
+  // Numbers below `seq` that nothing is known of were closed.
+  void CloseBelow(int64_t seq);
+
   // Ends the wait behind a gap: once nothing has arrived for gap_timeout, and
   // the missing number is not held, all waiting operations leave the queue,
   // are returned, and the missing numbers are closed.
@@ -59,6 +69,14 @@ class OpQueue {
 
   // All queued operations leave the queue, in order.
   std::vector<OperationPtr> Drain();
+
+  // Every operation that there is, in order.
+  void Visit(const std::function<void(const Operation& op)>& visit) const {
+    for (const auto& [seq, op] : all_) visit(*op);
+  }
+
+  // All who wait for an operation look again.
+  void WakeAll();
 
   // While a number is held by a live stream, its gap does not time out.
   void Hold(int64_t seq) { held_.insert(seq); }

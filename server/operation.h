@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "gradwire/v1/operations.pb.h"
 #include "gradwire/v1/rank.pb.h"
@@ -50,6 +51,7 @@ struct Operation {
   // Of Backward and ReleaseActivations the id they name; of Forward with
   // retain, the id it makes.
   std::string activation_id;
+  double retain_ttl_seconds = 0;  // 0: the server's default
   // Of the datums of the call, or of those behind activation_id.
   std::vector<DatumShape> shapes;
   // Of several ranks: who has which of them.
@@ -57,6 +59,31 @@ struct Operation {
 
   OperationRequest request;  // empty once sent
   v1::Operation record;      // state, error, result, times
+
+  // In the job's log. -1: not there.
+  int64_t handle = 0;
+  int64_t logged_at = -1;
+  int64_t outcome_at = -1;
+  // Its record is being written: nobody runs it yet, or answers for it.
+  bool logging = false;
+  absl::Status log_failure;
+
+  // What it ended with, until the outcome is in the log and `record` may say
+  // so.
+  v1::OperationState final_state = v1::OPERATION_STATE_UNSPECIFIED;
+  // As in JournalOutcome.
+  std::string state_digest;
+  bool ran = false;
+  bool tainted = false;
+  int64_t weight_version = 0;
+  int64_t optimizer_step = 0;
+  int64_t dropped_ops = 0;
+  int64_t closed_below = 0;
+
+  // Ranks that died while they ran it.
+  int crashes = 0;
+  // Arrays of an ended operation are in the log alone.
+  bool stored = false;
 
   // Results of forward and forward_backward, in the order of datums.
   std::vector<v1::LogprobItem> logprobs;
@@ -69,6 +96,10 @@ struct Operation {
   // Signalled at every change of record and logprobs.
   absl::CondVar changed;
 
+  // Its end is decided, whether or not it is known yet.
+  bool Ended() const {
+    return final_state != v1::OPERATION_STATE_UNSPECIFIED;
+  }
   bool Final() const {
     return record.state() == v1::OPERATION_STATE_DONE ||
            record.state() == v1::OPERATION_STATE_FAILED ||

@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "server/grpc_status.h"
+#include "server/job_errors.h"
 #include "server/services.h"
 
 namespace gradwire {
@@ -40,6 +41,12 @@ grpc::Status OperationServiceImpl::WaitOperation(
     const absl::Duration left = deadline - absl::Now();
     *reply = found->first->Wait(found->second, std::min(left, kPoll));
     const v1::OperationState state = reply->state();
+    if (found->first->stopping()) {
+      // What has ended is told; the rest is in the log, for the next server.
+      return reply->has_error() || state == v1::OPERATION_STATE_DONE
+                 ? grpc::Status::OK
+                 : ToGrpcStatus(ServerStopping());
+    }
     if (state == v1::OPERATION_STATE_DONE ||
         state == v1::OPERATION_STATE_FAILED ||
         state == v1::OPERATION_STATE_CANCELLED || left <= kPoll ||
@@ -80,6 +87,9 @@ grpc::Status OperationServiceImpl::FetchResult(
             .Message("Only forward and forward_backward have arrays; "
                      "GetOperation gives this result."));
   }
+  if (absl::Status loaded = job->LoadItems(op); !loaded.ok()) {
+    return ToGrpcStatus(loaded);
+  }
   size_t sent = 0;
   while (!call->IsCancelled()) {
     const Job::Items items = job->ReadItems(op, sent, kPoll);
@@ -104,6 +114,7 @@ grpc::Status OperationServiceImpl::FetchResult(
     }
     if (bytes > 0 && !writer->Write(message)) return grpc::Status::OK;
     sent += items.items.size();
+    if (!items.final && job->stopping()) return ToGrpcStatus(ServerStopping());
     if (!items.final) continue;
     const v1::Operation done = job->Describe(op);
     if (done.state() != v1::OPERATION_STATE_DONE) {

@@ -12,8 +12,8 @@ namespace gradwire {
 namespace {
 
 constexpr char kLost[] =
-    " The weights that the ranks held are lost: restart the job and load its "
-    "last checkpoint, or create another.";
+    " When the job's ranks start again, what they had executed is rebuilt from "
+    "its log.";
 
 std::string Name(int rank) { return "Rank " + std::to_string(rank); }
 

@@ -156,7 +156,7 @@ absl::StatusOr<v1::Profile> RankWorker::WarmUp(const v1::RankLoad& load) {
   profile.add_modalities("text");
   profile.set_activation_bytes(trainer_->plan().activations);
   *profile.mutable_memory() = ToProto(trainer_->plan());
-  profile.set_durability_level("NONE");
+  profile.set_durability_level("LOCAL");
   profile.set_server_version(kVersion);
   return profile;
 }

@@ -85,6 +85,7 @@ bool RankWorker::Execute(v1::RankCommand command) {
   }
   done.set_weight_version(trainer_->weight_version());
   done.set_optimizer_step(trainer_->optimizer_step());
+  done.set_tainted(trainer_->is_tainted());
   *done.mutable_memory_use() = ToProto(trainer_->memory_use(), other_bytes_);
   for (Collectives* group : {group_.world.get(), group_.shards.get()}) {
     if (group == nullptr) continue;
@@ -130,6 +131,9 @@ absl::Status RankWorker::Run(const v1::RankCommand& command,
     case v1::RankCommand::kReleaseActivationId:
       trainer_->Release(command.release_activation_id());
       done.mutable_release();
+      return absl::OkStatus();
+    case v1::RankCommand::kTaint:
+      trainer_->Taint();
       return absl::OkStatus();
     case v1::RankCommand::kReset:
       done.set_dropped_ops(trainer_->Reset());

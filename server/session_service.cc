@@ -41,7 +41,9 @@ grpc::Status SessionServiceImpl::GetClientConfig(
 grpc::Status SessionServiceImpl::CreateSession(
     grpc::ServerContext*, const v1::CreateSessionRequest*,
     v1::CreateSessionResponse* reply) {
-  reply->set_session_id(context_.sessions->Create());
+  auto created = context_.sessions->Create();
+  if (!created.ok()) return ToGrpcStatus(created.status());
+  reply->set_session_id(*created);
   Fill(reply->mutable_config());
   return grpc::Status::OK;
 }

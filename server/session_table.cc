@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/error.h"
+#include "base/status.h"
 
 namespace gradwire {
 namespace {
@@ -29,8 +30,23 @@ std::string RandomHex(int bytes) {
 
 SessionTable::SessionTable() = default;
 
-std::string SessionTable::Create() {
+absl::Status SessionTable::Restore(Metadata* metadata) {
+  metadata_ = metadata;
+  GW_ASSIGN_OR_RETURN(const auto rows, metadata->Sessions());
+  absl::MutexLock lock(&mu_);
+  for (const SessionRow& row : rows) {
+    Session& session = sessions_[row.session_id];
+    session.last_seen = Clock::now();
+    session.finished = row.finished;
+    // Above any that the earlier server has given.
+    session.last_cursor = absl::ToUnixMicros(absl::Now());
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> SessionTable::Create() {
   const std::string id = "session-" + RandomHex(12);
+  GW_RETURN_IF_ERROR(metadata_->AddSession(id));
   absl::MutexLock lock(&mu_);
   const auto now = Clock::now();
   Forget(now);
@@ -61,12 +77,14 @@ absl::Status SessionTable::Heartbeat(const std::string& session_id) {
 }
 
 absl::Status SessionTable::Finish(const std::string& session_id) {
-  absl::MutexLock lock(&mu_);
-  auto it = sessions_.find(session_id);
-  if (it == sessions_.end()) return NotFound(session_id);
-  it->second.finished = true;
-  changed_.SignalAll();
-  return absl::OkStatus();
+  {
+    absl::MutexLock lock(&mu_);
+    auto it = sessions_.find(session_id);
+    if (it == sessions_.end()) return NotFound(session_id);
+    it->second.finished = true;
+    changed_.SignalAll();
+  }
+  return metadata_->FinishSession(session_id);
 }
 
 absl::Status SessionTable::Check(const std::string& session_id) const {

@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "gradwire/v1/operations.pb.h"
+#include "server/metadata/metadata.h"
 #include "server/operation.h"
 
 namespace gradwire {
@@ -24,8 +25,13 @@ class SessionTable {
  public:
   SessionTable();
 
-  std::string Create();
-  // Errors of all below: NOT_FOUND SESSION_NOT_FOUND.
+  // Takes the sessions that an earlier server had; from now on `metadata`,
+  // which outlives the table, knows of all. Errors: those of Metadata.
+  absl::Status Restore(Metadata* metadata);
+
+  // Errors: those of Metadata.
+  absl::StatusOr<std::string> Create();
+  // Errors of all below, too: NOT_FOUND SESSION_NOT_FOUND.
   absl::Status Heartbeat(const std::string& session_id);
   absl::Status Finish(const std::string& session_id);
   absl::Status Check(const std::string& session_id) const;
@@ -51,6 +57,7 @@ class SessionTable {
   // Sessions that have been silent for hours leave the table.
   void Forget(Clock::time_point now);
 
+  Metadata* metadata_ = nullptr;  // set before there are other threads
   mutable absl::Mutex mu_;
   absl::CondVar changed_;
   std::map<std::string, Session> sessions_;

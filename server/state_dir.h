@@ -21,6 +21,7 @@ class StateDir {
 
   const std::string& path() const { return path_; }
   std::string jobs() const { return path_ + "/jobs"; }
+  std::string metadata() const { return path_ + "/gradwire.db"; }
   // A path for the ranks' socket, short enough for one.
   const std::string& socket() const { return socket_; }
 

@@ -99,6 +99,47 @@ TEST(OpQueueTest, AGapTimesOutAndTheHandleGoesOn) {
   EXPECT_EQ(queue.TakeNext()->seq, 6);
 }
 
+TEST(OpQueueTest, WhatIsBeingLoggedWaits) {
+  OpQueue queue({});
+  OperationPtr op = Op(1);
+  op->logging = true;
+  ASSERT_TRUE(queue.Submit(op, kNow).ok());
+  EXPECT_EQ(queue.TakeNext(), nullptr);
+  op->logging = false;
+  EXPECT_EQ(queue.TakeNext(), op);
+}
+
+TEST(OpQueueTest, WhatCouldNotBeLoggedLeavesItsNumberOpen) {
+  OpQueue queue({});
+  OperationPtr op = Op(1);
+  ASSERT_TRUE(queue.Submit(op, kNow).ok());
+  queue.Withdraw(op);
+  EXPECT_EQ(queue.Find(1), nullptr);
+  EXPECT_EQ(queue.queued_bytes(), 0);
+  EXPECT_TRUE(queue.Submit(Op(1, "another"), kNow).ok());
+  queue.Withdraw(op);
+  EXPECT_NE(queue.Find(1), nullptr) << "it was not its own";
+}
+
+TEST(OpQueueTest, AnEarlierProcesssOperationsAreTaken) {
+  OpQueue queue({});
+  for (int64_t seq : {5, 1, 2, 7}) {
+    OperationPtr op = Op(seq);
+    // 1 and 2 were run, 5 and 7 were drained, what lies between never came.
+    op->final_state = v1::OPERATION_STATE_DONE;
+    queue.Restore(op, kNow);
+  }
+  queue.Restore(Op(8), kNow);
+  EXPECT_EQ(queue.next_seq(), 3);
+  queue.CloseBelow(8);
+  EXPECT_EQ(queue.next_seq(), 8);
+  EXPECT_EQ(Reason(queue.Submit(Op(6), kNow).status()), "SEQUENCE_CLOSED");
+  EXPECT_EQ((*queue.Submit(Op(2), kNow))->seq, 2) << "a repetition";
+  EXPECT_EQ(Reason(queue.Submit(Op(2, "b"), kNow).status()), "SEQ_REUSED");
+  EXPECT_EQ(queue.TakeNext()->seq, 8);
+  EXPECT_EQ(queue.TakeNext(), nullptr);
+}
+
 TEST(OpQueueTest, AHeldNumberDoesNotTimeOut) {
   OpQueue::Limits limits;
   limits.gap_timeout = std::chrono::seconds(5);
@@ -223,13 +264,33 @@ TEST(DecideTest, AFailedJobCanBeRestarted) {
   EXPECT_TRUE(Decide({JobEvent::kRestart}, job).empty());
   EXPECT_EQ(job.state(), v1::JOB_STATE_CREATING);
   EXPECT_FALSE(job.has_error());
-  EXPECT_EQ(job.weight_version(), 0);
-  EXPECT_EQ(job.optimizer_step(), 0);
+  EXPECT_EQ(job.optimizer_step(), 3) << "it comes back";
   EXPECT_EQ(job.status_reason(), "RESTARTED");
   Decide({JobEvent::kStarted}, job);
   Decide({JobEvent::kReady}, job);
   EXPECT_TRUE(job.ready());
   EXPECT_EQ(job.status_reason(), "RESTARTED") << "there is nothing older";
+}
+
+TEST(DecideTest, ADeadRankThatMayComeBackIsARecovery) {
+  v1::Job job = Running();
+  const JobEvent lost{JobEvent::kRecovering, {}, 0, Exit()};
+  EXPECT_EQ(Decide(lost, job), (Actions{JobAction::kStopRanks}))
+      << "operations wait";
+  EXPECT_EQ(job.state(), v1::JOB_STATE_RUNNING);
+  EXPECT_EQ(job.phase(), v1::JOB_PHASE_RECOVERING);
+  EXPECT_FALSE(job.ready());
+  EXPECT_EQ(job.status_reason(), "RANK_EXITED");
+  EXPECT_FALSE(job.has_error());
+  EXPECT_EQ(Decide(lost, job), (Actions{JobAction::kStopRanks})) << "again";
+  Decide({JobEvent::kProgress, v1::JOB_PHASE_RECOVERING, 0.5}, job);
+  EXPECT_EQ(job.progress(), 0.5);
+  Decide({JobEvent::kReady}, job);
+  EXPECT_TRUE(job.ready());
+  EXPECT_EQ(job.status_reason(), "") << "it is over";
+  Decide({JobEvent::kDelete}, job);
+  EXPECT_TRUE(Decide(lost, job).empty());
+  EXPECT_EQ(job.state(), v1::JOB_STATE_DELETING);
 }
 
 TEST(DecideTest, DeletionEndsEverythingOnce) {

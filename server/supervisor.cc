@@ -82,6 +82,10 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
       {"gap_timeout_seconds", options.gap_timeout_seconds, 0},
       {"result_retention_seconds", options.result_retention_seconds, 0},
       {"max_queued_ops", static_cast<double>(options.max_queued_ops), 0},
+      {"max_recoveries", options.max_recoveries, 0},
+      {"auto_checkpoint_steps",
+       static_cast<double>(options.auto_checkpoint_steps), 1},
+      {"max_replay_seconds", options.max_replay_seconds, 0},
       {"rank_timeout_seconds", options.rank_timeout_seconds, kLeastTimeout},
       {"collective_timeout_seconds", options.collective_timeout_seconds, 1}};
   for (const auto& [flag, value, least] : numbers) {
@@ -99,7 +103,14 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
 
   std::unique_ptr<Supervisor> server(new Supervisor);
   GW_ASSIGN_OR_RETURN(server->state_dir_, StateDir::Open(options.state_dir));
+  GW_ASSIGN_OR_RETURN(server->metadata_,
+                      Metadata::Open(server->state_dir_->metadata()));
+  GW_RETURN_IF_ERROR(server->sessions_.Restore(server->metadata_.get()));
   JobEnvironment& environment = server->environment_;
+  environment.metadata = server->metadata_.get();
+  environment.max_recoveries = options.max_recoveries;
+  environment.auto_checkpoint_steps = options.auto_checkpoint_steps;
+  environment.max_replay_seconds = options.max_replay_seconds;
   environment.sessions = &server->sessions_;
   environment.metrics = &server->registry_;
   environment.rank_binary = options.rank_binary;
@@ -145,6 +156,8 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   if (environment.external) {
     GW_RETURN_IF_ERROR(server->StartExternalRankListener(options));
   }
+  // Before the first client, who may ask for one of them.
+  GW_RETURN_IF_ERROR(server->jobs_.Restore());
   GW_RETURN_IF_ERROR(server->StartPublicListener(options.listen));
   for (const char* service : kServices) server->health_.Set(service, true);
   server->serving_ = true;

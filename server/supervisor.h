@@ -29,6 +29,10 @@ struct SupervisorOptions {
   double gap_timeout_seconds = 600;
   double result_retention_seconds = 3600;
   int64_t max_queued_ops = 64;
+  // As in JobEnvironment.
+  int max_recoveries = 10;
+  int64_t auto_checkpoint_steps = 100;
+  double max_replay_seconds = 300;
   double rank_timeout_seconds = 30;
   double collective_timeout_seconds = 120;
   // "local", or "external": ranks come by themselves, with the token, to
@@ -42,7 +46,7 @@ struct SupervisorOptions {
 class Supervisor {
  public:
   // Serves when it returns. Errors: those of StateDir, PortFile and OpsHttp;
-  // PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE; LAUNCH_INVALID;
+  // those of Metadata; PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE; LAUNCH_INVALID;
   // those of ReadJoinToken and RankServerCredentials.
   static absl::StatusOr<std::unique_ptr<Supervisor>> Start(
       const SupervisorOptions& options);
@@ -62,6 +66,7 @@ class Supervisor {
   absl::Status StartPublicListener(const std::string& listen);
 
   std::unique_ptr<StateDir> state_dir_;
+  std::unique_ptr<Metadata> metadata_;
   Metrics registry_;
   SessionTable sessions_;
   JobEnvironment environment_;

@@ -159,6 +159,12 @@ absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
 
 void TrainerImpl::ZeroGrad() { optimizer_->Clear(); }
 
+bool TrainerImpl::is_tainted() const {
+  return optimizer_ != nullptr && optimizer_->accumulated().tainted;
+}
+
+void TrainerImpl::Taint() { optimizer_->accumulated().tainted = true; }
+
 int64_t TrainerImpl::Reset() {
   const int64_t dropped = optimizer_->accumulated().ops;
   optimizer_->Clear();

@@ -190,6 +190,10 @@ class Trainer {
 
   virtual absl::StatusOr<OptimOutcome> OptimStep(const OptimParams& params) = 0;
   virtual void ZeroGrad() = 0;
+  // Work that failed half-way has left something in the accumulator, so that
+  // the next OptimStep will refuse it; or let it be so (in a replay).
+  virtual bool is_tainted() const = 0;
+  virtual void Taint() = 0;
   // Drops gradients, counters, taint and activations; returns the number of
   // forward_backward operations whose gradients were dropped.
   virtual int64_t Reset() = 0;

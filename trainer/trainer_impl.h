@@ -94,6 +94,8 @@ class TrainerImpl : public Trainer {
   }
   absl::StatusOr<OptimOutcome> OptimStep(const OptimParams& params) override;
   void ZeroGrad() override;
+  bool is_tainted() const override;
+  void Taint() override;
   int64_t Reset() override;
   absl::StatusOr<ExportOutcome> Export(const std::string& directory) override;
   absl::StatusOr<SavedState> SaveState(

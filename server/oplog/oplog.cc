@@ -252,6 +252,33 @@ absl::Status Oplog::Read(
   return absl::OkStatus();
 }
 
+absl::StatusOr<OplogRecord> Oplog::ReadOne(int64_t at,
+                                           std::string* payload) const {
+  Segment segment;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    GW_CHECK(at >= segments_.front().begin && at < end_);
+    for (const Segment& candidate : segments_) {
+      if (candidate.begin <= at) segment = candidate;
+    }
+  }
+  GW_ASSIGN_OR_RETURN(const std::unique_ptr<SegmentReader> reader,
+                      SegmentReader::Open(files_, directory_, segment.name));
+  OplogRecord record;
+  record.begin = at;
+  bool good = reader->valid();
+  if (good) {
+    reader->Seek(at);
+    GW_ASSIGN_OR_RETURN(const SegmentReader::Found found,
+                        reader->Next(&record.header, payload));
+    good = found == SegmentReader::Found::kRecord;
+  }
+  if (!good) return OplogCorrupt(segment.name, at, "there is no record");
+  record.end = reader->offset();
+  record.payload = *payload;
+  return record;
+}
+
 absl::Status Oplog::Trim(int64_t below) {
   std::lock_guard<std::mutex> append_lock(append_mutex_);
   GW_RETURN_IF_ERROR(trim_failure_);

@@ -92,6 +92,11 @@ class Oplog {
       int64_t from,
       const std::function<absl::Status(const OplogRecord&)>& visit) const;
 
+  // The record that begins at `at`, as Append said; its payload is kept in
+  // `payload`. REQUIRES: at >= begin(), and no Trim above `at` meanwhile.
+  // Errors: as of Read.
+  absl::StatusOr<OplogRecord> ReadOne(int64_t at, std::string* payload) const;
+
   // Removes the segments that lie below `below` as a whole; never the last with
   // a durable record. After an error begin() says what is left.
   absl::Status Trim(int64_t below);

@@ -35,6 +35,8 @@ class SegmentReader {
   int64_t file_bytes() const { return file_bytes_; }
   // Log offset of what Next looks at.
   int64_t offset() const { return offset_; }
+  // Where a record is known to begin. REQUIRES: not before header().begin.
+  void Seek(int64_t offset) { offset_ = offset; }
 
   // Looks at the next record, and passes it if it is one. Its payload is
   // verified in any case, and kept if `payload` is not null.

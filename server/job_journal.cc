@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+// What of a job is on the disk, and when: operations before they run, what
+// became of them before anybody is told. docs/recovery.md.
+#include <algorithm>
+
+#include "base/log.h"
+#include "base/status.h"
+#include "checkpoint/training_state.h"
+#include "server/failpoint.h"
+#include "server/job.h"
+
+namespace gradwire {
+namespace {
+
+// How long a full disk is waited for, before it is tried again.
+constexpr absl::Duration kFullPause = absl::Milliseconds(200);
+// Results that nobody has acknowledged hold the log so far back.
+constexpr int64_t kResultStoreBytes = int64_t{1} << 30;
+constexpr size_t kMostPoints = 2;
+
+// What a client may build on must be there after a power loss. Of other results
+// it keeps the inputs until an operation of these says that they are.
+bool MustBeDurable(const Operation& op) {
+  if (op.final_state != v1::OPERATION_STATE_DONE) return true;
+  return op.kind != v1::OPERATION_KIND_FORWARD &&
+         op.kind != v1::OPERATION_KIND_FORWARD_BACKWARD &&
+         op.kind != v1::OPERATION_KIND_BACKWARD &&
+         op.kind != v1::OPERATION_KIND_ZERO_GRAD &&
+         op.kind != v1::OPERATION_KIND_RELEASE_ACTIVATIONS;
+}
+
+v1::JournalOutcome OutcomeOf(const Operation& op, bool with_arrays) {
+  v1::JournalOutcome outcome;
+  *outcome.mutable_operation() = op.record;
+  outcome.mutable_operation()->set_state(op.final_state);
+  outcome.mutable_operation()->clear_queue_position();
+  outcome.set_request_digest(op.digest);
+  outcome.set_digest(op.state_digest);
+  outcome.set_ran(op.ran);
+  outcome.set_tainted(op.tainted);
+  outcome.set_weight_version(op.weight_version);
+  outcome.set_optimizer_step(op.optimizer_step);
+  outcome.set_dropped_ops(op.dropped_ops);
+  outcome.set_closed_below(op.closed_below);
+  outcome.set_activation_id(op.activation_id);
+  *outcome.mutable_logprobs_commit() = op.logprobs_commit;
+  if (op.kind == v1::OPERATION_KIND_BACKWARD) {
+    for (const DatumShape& shape : op.shapes) {
+      outcome.add_shape_n(shape.n);
+      outcome.add_shape_k(shape.k);
+    }
+  }
+  if (with_arrays) {
+    for (const v1::LogprobItem& item : op.logprobs) {
+      *outcome.add_logprobs() = item;
+    }
+  }
+  return outcome;
+}
+
+}  // namespace
+
+absl::Status Job::OpenJournal(const JobRow& row) {
+  GW_ASSIGN_OR_RETURN(journal_, Journal::Open(PosixFileSystem(),
+                                              environment_->metadata, row,
+                                              directory() + "/log"));
+  return absl::OkStatus();
+}
+
+// ---- Before an operation is answered -----------------------------------------
+
+absl::Status Job::Log(const OperationPtr& op) {
+  v1::JournalOp record;
+  record.set_kind(op->kind);
+  record.set_activation_id(op->activation_id);
+  record.set_retain_ttl_seconds(op->retain_ttl_seconds);
+  record.set_request_digest(op->digest);
+  record.set_datum_count(op->request.datum_count);
+  record.set_tokens(op->tokens);
+  record.set_bytes(op->bytes);
+  for (const DatumShape& shape : op->shapes) {
+    record.add_shape_n(shape.n);
+    record.add_shape_k(shape.k);
+  }
+  record.mutable_rank_of()->Add(op->rank_of.begin(), op->rank_of.end());
+  *record.mutable_create_time() = op->record.create_time();
+  // Lent, not copied: a batch is large.
+  OperationRequest& request = op->request;
+  record.mutable_command()->Swap(&request.command);
+  for (v1::DatumChunk& chunk : request.datums) {
+    record.add_datums()->Swap(&chunk);
+  }
+  for (v1::GradientChunk& chunk : request.gradients) {
+    record.add_gradients()->Swap(&chunk);
+  }
+  auto range = journal_->AppendOp(op->handle, op->seq, record);
+  request.command.Swap(record.mutable_command());
+  for (size_t i = 0; i < request.datums.size(); ++i) {
+    request.datums[i].Swap(record.mutable_datums(static_cast<int>(i)));
+  }
+  for (size_t i = 0; i < request.gradients.size(); ++i) {
+    request.gradients[i].Swap(record.mutable_gradients(static_cast<int>(i)));
+  }
+  GW_RETURN_IF_ERROR(range.status());
+  op->logged_at = range->begin;
+  return absl::OkStatus();
+}
+
+// ---- Before its end is told --------------------------------------------------
+
+void Job::Commit() {
+  mu_.Lock();
+  while (true) {
+    if (ended_.empty() && references_.empty()) {
+      if (end_commit_) break;
+      commit_work_.Wait(&mu_);
+      continue;
+    }
+    const std::vector<OperationPtr> ended(ended_.begin(), ended_.end());
+    const std::vector<Reference> references(references_.begin(),
+                                            references_.end());
+    ended_.clear();
+    references_.clear();
+    committing_ = true;
+    const bool broken = journal_broken_ || journal_ == nullptr;
+    mu_.Unlock();
+    absl::Status status;
+    if (!broken && !ended.empty()) status = Record(ended);
+    if (!status.ok() && !absl::IsCancelled(status)) BreakJournal(status);
+    if (!absl::IsCancelled(status)) {
+      absl::MutexLock lock(&mu_);
+      for (const OperationPtr& op : ended) Publish(op);
+    }
+    Failpoint("op.after_reply");
+    for (const Reference& reference : references) {
+      if (broken || !status.ok()) break;
+      if (absl::Status added = AddReference(reference); !added.ok()) {
+        // The log goes on, and grows until the next one.
+        spdlog::warn("job {}: its log cannot be shortened: {}", id_,
+                     std::string(added.message()));
+      }
+    }
+    mu_.Lock();
+    committing_ = false;
+    work_.SignalAll();
+  }
+  mu_.Unlock();
+}
+
+absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
+  bool durable = false;
+  for (const OperationPtr& op : ended) {
+    // Nobody changes it between its end and its publication.
+    const v1::JournalOutcome outcome = OutcomeOf(*op, true);
+    bool told = false;
+    while (true) {
+      auto range = journal_->AppendOutcome(op->handle, op->seq, outcome);
+      if (range.ok()) {
+        op->outcome_at = range->begin;
+        break;
+      }
+      if (!absl::IsResourceExhausted(range.status())) return range.status();
+      // The next server runs what is not recorded again.
+      if (stopping()) return absl::CancelledError("the server stops");
+      if (!told) {
+        spdlog::warn("job {}: results wait for space on the disk: {}", id_,
+                     std::string(range.status().message()));
+      }
+      told = true;
+      absl::SleepFor(kFullPause);
+    }
+    durable = durable || MustBeDurable(*op);
+  }
+  Failpoint("op.after_record");
+  if (durable) GW_RETURN_IF_ERROR(journal_->Commit());
+  Failpoint("op.before_reply");
+  return absl::OkStatus();
+}
+
+void Job::Publish(const OperationPtr& op) {
+  if (op->outcome_at < 0) {
+    // Whether it has happened will be known when the log has been examined.
+    op->final_state = v1::OPERATION_STATE_FAILED;
+    if (!op->record.has_error()) {
+      *op->record.mutable_error() = job_.error();
+    }
+  } else {
+    const int64_t durable = journal_->durable();
+    op->record.set_durable(op->outcome_at < durable);
+    if (auto handle = FindHandle(op->model_id); handle.ok()) {
+      int64_t& through = (*handle)->durable_through;
+      const auto is_durable = [&](int64_t seq) {
+        const OperationPtr other = (*handle)->queue.Find(seq);
+        if (other == nullptr) return seq < (*handle)->queue.next_seq();
+        const int64_t at =
+            other->logged_at >= 0 ? other->logged_at : other->outcome_at;
+        // Of what the log has let go, the metadata know.
+        return at >= 0 ? at < durable : other->Final();
+      };
+      while (is_durable(through + 1)) ++through;
+      op->record.set_durable_through_seq(through);
+    }
+    unreferenced_.push_back(op);
+  }
+  op->record.set_state(op->final_state);
+  op->changed.SignalAll();
+  if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) return;
+  results_.push_back(op);
+  environment_->sessions->Publish(op->session_id, op->record);
+  Measure(op);
+}
+
+void Job::BreakJournal(const absl::Status& status) {
+  spdlog::error("job {}: its op-log cannot be used: {}", id_,
+                std::string(status.message()));
+  JobEvent failed{JobEvent::kRanksFailed};
+  failed.status = status;
+  {
+    absl::MutexLock lock(&mu_);
+    journal_broken_ = true;
+    Break(status);
+    recovering_ = false;
+    restart_due_ = false;
+  }
+  Apply(failed);
+}
+
+// ---- What the log may let go -------------------------------------------------
+
+int64_t Job::LogNeededFrom(int64_t replay_from) const {
+  int64_t from = replay_from;
+  for (const OperationPtr& op : history_) {
+    if (op->outcome_at >= 0 && op->outcome_at < replay_from) continue;
+    if (op->logged_at >= 0) from = std::min(from, op->logged_at);
+  }
+  const int64_t results_from = journal_->end() - kResultStoreBytes;
+  for (const auto& [id, handle] : handles_) {
+    handle->queue.Visit([&](const Operation& op) {
+      if (!op.Final()) {
+        if (op.logged_at >= 0) from = std::min(from, op.logged_at);
+        return;
+      }
+      const bool has_arrays =
+          op.final_state == v1::OPERATION_STATE_DONE && !op.expired &&
+          (op.kind == v1::OPERATION_KIND_FORWARD ||
+           op.kind == v1::OPERATION_KIND_FORWARD_BACKWARD);
+      if (has_arrays && op.outcome_at >= results_from) {
+        from = std::min(from, op.outcome_at);
+      }
+    });
+  }
+  return from;
+}
+
+absl::Status Job::AddReference(const Reference& reference) {
+  FileSystem& files = PosixFileSystem();
+  if (!reference.usable) {
+    return RemoveState(files, PointDirectory(*reference.point));
+  }
+  Failpoint("checkpoint.before_reference");
+  Metadata::Reference row;
+  std::vector<RecoveryPoint> points;
+  std::vector<RecoveryPoint> old;
+  std::vector<OperationPtr> operations;
+  int64_t replay_from = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    points = points_;
+    if (reference.point.has_value()) {
+      points.push_back(*reference.point);
+      points.back().replay_from = reference.last->outcome_at + 1;
+      while (points.size() > kMostPoints) {
+        old.push_back(points.front());
+        points.erase(points.begin());
+      }
+    }
+    replay_from = points.empty() ? history_from_ : points.front().replay_from;
+    row.log_begin = LogNeededFrom(
+        history_.empty() && points.empty() ? journal_->end() : replay_from);
+    operations.swap(unreferenced_);
+    for (const auto& [id, handle] : handles_) {
+      row.closed.emplace_back(handle->number, handle->closed_below);
+    }
+    referenced_at_ = journal_->end();
+  }
+  for (const OperationPtr& op : operations) {
+    row.operations.push_back(
+        {op->handle, op->seq, OutcomeOf(*op, false).SerializeAsString()});
+  }
+  if (reference.point.has_value()) {
+    row.point = &points.back();
+    row.oldest_point = points.front().number;
+  }
+  const absl::Status added = environment_->metadata->AddReference(id_, row);
+  {
+    absl::MutexLock lock(&mu_);
+    if (!added.ok()) {
+      unreferenced_.insert(unreferenced_.begin(), operations.begin(),
+                           operations.end());
+      return added;
+    }
+    points_ = points;
+    if (!points.empty()) history_from_ = replay_from;
+    while (!history_.empty() && history_.front()->outcome_at >= 0 &&
+           history_.front()->outcome_at < replay_from) {
+      history_.pop_front();
+    }
+  }
+  Failpoint("checkpoint.after_reference");
+  for (const RecoveryPoint& point : old) {
+    const absl::Status removed = RemoveState(files, PointDirectory(point));
+    if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
+  }
+  GW_RETURN_IF_ERROR(journal_->Trim(row.log_begin));
+  Failpoint("checkpoint.after_trim");
+  return absl::OkStatus();
+}
+
+void Job::RemoveDurableState() {
+  FileSystem& files = PosixFileSystem();
+  for (const std::string part : {"/log", "/recovery"}) {
+    const auto names = files.List(directory() + part);
+    if (!names.ok()) continue;
+    for (const std::string& name : *names) {
+      const std::string path = directory() + part + "/" + name;
+      if (part == "/log") {
+        files.Remove(path).IgnoreError();
+      } else {
+        RemoveState(files, path).IgnoreError();
+      }
+    }
+    files.Remove(directory() + part).IgnoreError();
+  }
+}
+
+}  // namespace gradwire

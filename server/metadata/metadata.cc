@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/metadata/metadata.h"
+
+#include "base/error.h"
+#include "base/status.h"
+
+namespace gradwire {
+namespace {
+
+// One text a version of the schema; a text that has been released never
+// changes.
+const std::vector<const char*>& Migrations() {
+  static const auto* const migrations = new std::vector<const char*>{
+      R"(
+CREATE TABLE lease (
+  only INTEGER PRIMARY KEY CHECK (only = 1),
+  epoch INTEGER NOT NULL);
+INSERT INTO lease VALUES (1, 0);
+CREATE TABLE sessions (
+  session_id TEXT PRIMARY KEY,
+  finished INTEGER NOT NULL);
+CREATE TABLE jobs (
+  ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
+  job_id TEXT NOT NULL UNIQUE,
+  spec BLOB NOT NULL,
+  created_microseconds INTEGER NOT NULL,
+  state INTEGER NOT NULL,
+  error BLOB NOT NULL,
+  profile BLOB NOT NULL,
+  log_watermark INTEGER NOT NULL,
+  log_begin INTEGER NOT NULL);
+CREATE TABLE handles (
+  job_id TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  model_id TEXT NOT NULL,
+  session_id TEXT NOT NULL,
+  request BLOB NOT NULL,
+  attached INTEGER NOT NULL,
+  closed_below INTEGER NOT NULL,
+  fenced INTEGER NOT NULL,
+  PRIMARY KEY (job_id, number)) WITHOUT ROWID;
+CREATE TABLE operations (
+  job_id TEXT NOT NULL,
+  handle INTEGER NOT NULL,
+  seq INTEGER NOT NULL,
+  outcome BLOB NOT NULL,
+  PRIMARY KEY (job_id, handle, seq)) WITHOUT ROWID;
+CREATE TABLE recovery_points (
+  job_id TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  replay_from INTEGER NOT NULL,
+  optimizer_step INTEGER NOT NULL,
+  weight_version INTEGER NOT NULL,
+  PRIMARY KEY (job_id, number)) WITHOUT ROWID)",
+  };
+  return *migrations;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Metadata>> Metadata::Open(
+    const std::string& path) {
+  std::unique_ptr<Metadata> metadata(new Metadata);
+  GW_ASSIGN_OR_RETURN(metadata->database_,
+                      Database::Open(path, Migrations()));
+  Database& database = *metadata->database_;
+  GW_ASSIGN_OR_RETURN(
+      Statement lease,
+      database.Prepare("UPDATE lease SET epoch = epoch + 1 RETURNING epoch"));
+  GW_RETURN_IF_ERROR(lease.Step().status());
+  metadata->epoch_ = lease.Int(0);
+  // It has not been committed before it is through.
+  GW_RETURN_IF_ERROR(lease.Run());
+  return metadata;
+}
+
+template <typename Write>
+absl::Status Metadata::Transact(const Write& write) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_RETURN_IF_ERROR(database_->Execute("BEGIN IMMEDIATE"));
+  const auto run = [&]() -> absl::Status {
+    {
+      GW_ASSIGN_OR_RETURN(Statement lease,
+                          database_->Prepare("SELECT epoch FROM lease"));
+      GW_RETURN_IF_ERROR(lease.Step().status());
+      if (const int64_t highest = lease.Int(0); highest != epoch_) {
+        return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                            "EPOCH_FENCED")
+            .Server()
+            .With("epoch", epoch_)
+            .With("highest", highest)
+            .Message(
+                "Another server has taken over this state directory. Stop "
+                "this one.");
+      }
+    }
+    GW_RETURN_IF_ERROR(write());
+    return database_->Execute("COMMIT");
+  };
+  absl::Status status = run();
+  // Fails where SQLite has rolled back by itself.
+  if (!status.ok()) database_->Execute("ROLLBACK").IgnoreError();
+  return status;
+}
+
+absl::Status Metadata::AddSession(const std::string& session_id) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement add,
+        database_->Prepare("INSERT INTO sessions VALUES (?, 0)"));
+    return add.Bind(session_id).Run();
+  });
+}
+
+absl::Status Metadata::FinishSession(const std::string& session_id) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement finish,
+        database_->Prepare(
+            "UPDATE sessions SET finished = 1 WHERE session_id = ?"));
+    return finish.Bind(session_id).Run();
+  });
+}
+
+absl::StatusOr<std::vector<SessionRow>> Metadata::Sessions() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_ASSIGN_OR_RETURN(
+      Statement find,
+      database_->Prepare("SELECT session_id, finished FROM sessions"));
+  std::vector<SessionRow> rows;
+  while (true) {
+    GW_ASSIGN_OR_RETURN(const bool more, find.Step());
+    if (!more) return rows;
+    rows.push_back({find.Bytes(0), find.Int(1) != 0});
+  }
+}
+
+absl::Status Metadata::AddJob(const JobRow& job) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement add,
+        database_->Prepare(
+            "INSERT INTO jobs (job_id, spec, created_microseconds, state, "
+            "error, profile, log_watermark, log_begin) "
+            "VALUES (?, ?, ?, ?, ?, ?, 0, 0)"));
+    return add.Bind(job.job_id)
+        .BindBlob(job.spec)
+        .Bind(job.created_microseconds)
+        .Bind(int64_t{job.state})
+        .BindBlob(job.error)
+        .BindBlob(job.profile)
+        .Run();
+  });
+}
+
+absl::Status Metadata::ForgetJob(const std::string& job_id) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement remove,
+        database_->Prepare("DELETE FROM jobs WHERE job_id = ?"));
+    return remove.Bind(job_id).Run();
+  });
+}
+
+absl::Status Metadata::SetJobState(const std::string& job_id,
+                                   JobRow::State state,
+                                   const std::string& error) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement set,
+        database_->Prepare(
+            "UPDATE jobs SET state = ?, error = ? WHERE job_id = ?"));
+    GW_RETURN_IF_ERROR(
+        set.Bind(int64_t{state}).BindBlob(error).Bind(job_id).Run());
+    if (state != JobRow::kDeleted) return absl::OkStatus();
+    for (const char* sql : {"DELETE FROM handles WHERE job_id = ?",
+                            "DELETE FROM operations WHERE job_id = ?",
+                            "DELETE FROM recovery_points WHERE job_id = ?"}) {
+      GW_ASSIGN_OR_RETURN(Statement remove, database_->Prepare(sql));
+      GW_RETURN_IF_ERROR(remove.Bind(job_id).Run());
+    }
+    return absl::OkStatus();
+  });
+}
+
+absl::Status Metadata::SetProfile(const std::string& job_id,
+                                  const std::string& profile) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement set,
+        database_->Prepare("UPDATE jobs SET profile = ? WHERE job_id = ?"));
+    return set.BindBlob(profile).Bind(job_id).Run();
+  });
+}
+
+absl::StatusOr<std::vector<JobRow>> Metadata::Jobs() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_ASSIGN_OR_RETURN(
+      Statement find,
+      database_->Prepare(
+          "SELECT job_id, spec, created_microseconds, state, error, profile, "
+          "log_watermark, log_begin FROM jobs ORDER BY ordinal"));
+  std::vector<JobRow> rows;
+  while (true) {
+    GW_ASSIGN_OR_RETURN(const bool more, find.Step());
+    if (!more) return rows;
+    JobRow& row = rows.emplace_back();
+    row.job_id = find.Bytes(0);
+    row.spec = find.Bytes(1);
+    row.created_microseconds = find.Int(2);
+    row.state = static_cast<JobRow::State>(find.Int(3));
+    row.error = find.Bytes(4);
+    row.profile = find.Bytes(5);
+    row.log_watermark = find.Int(6);
+    row.log_begin = find.Int(7);
+  }
+}
+
+absl::Status Metadata::AddHandle(const std::string& job_id,
+                                 const HandleRow& handle) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement add,
+        database_->Prepare(
+            "INSERT INTO handles VALUES (?, ?, ?, ?, ?, ?, ?, ?)"));
+    return add.Bind(job_id)
+        .Bind(handle.number)
+        .Bind(handle.model_id)
+        .Bind(handle.session_id)
+        .BindBlob(handle.request)
+        .Bind(int64_t{handle.attached})
+        .Bind(handle.closed_below)
+        .Bind(int64_t{handle.fenced})
+        .Run();
+  });
+}
+
+absl::Status Metadata::FenceHandles(const std::string& job_id) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement fence,
+        database_->Prepare("UPDATE handles SET fenced = 1 WHERE job_id = ?"));
+    return fence.Bind(job_id).Run();
+  });
+}
+
+absl::StatusOr<std::vector<HandleRow>> Metadata::Handles(
+    const std::string& job_id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_ASSIGN_OR_RETURN(
+      Statement find,
+      database_->Prepare("SELECT number, model_id, session_id, request, "
+                         "attached, closed_below, fenced FROM handles "
+                         "WHERE job_id = ? ORDER BY number"));
+  find.Bind(job_id);
+  std::vector<HandleRow> rows;
+  while (true) {
+    GW_ASSIGN_OR_RETURN(const bool more, find.Step());
+    if (!more) return rows;
+    HandleRow& row = rows.emplace_back();
+    row.number = find.Int(0);
+    row.model_id = find.Bytes(1);
+    row.session_id = find.Bytes(2);
+    row.request = find.Bytes(3);
+    row.attached = find.Int(4) != 0;
+    row.closed_below = find.Int(5);
+    row.fenced = find.Int(6) != 0;
+  }
+}
+
+absl::Status Metadata::SetWatermark(const std::string& job_id,
+                                    int64_t watermark) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement set,
+        database_->Prepare(
+            "UPDATE jobs SET log_watermark = ? WHERE job_id = ?"));
+    return set.Bind(watermark).Bind(job_id).Run();
+  });
+}
+
+absl::Status Metadata::AddReference(const std::string& job_id,
+                                    const Reference& reference) {
+  return Transact([&]() -> absl::Status {
+    for (const OperationRow& row : reference.operations) {
+      GW_ASSIGN_OR_RETURN(
+          Statement add,
+          database_->Prepare(
+              "INSERT OR REPLACE INTO operations VALUES (?, ?, ?, ?)"));
+      GW_RETURN_IF_ERROR(add.Bind(job_id)
+                             .Bind(row.handle)
+                             .Bind(row.seq)
+                             .BindBlob(row.outcome)
+                             .Run());
+    }
+    for (const auto& [handle, closed_below] : reference.closed) {
+      GW_ASSIGN_OR_RETURN(
+          Statement close,
+          database_->Prepare("UPDATE handles SET closed_below = ? "
+                             "WHERE job_id = ? AND number = ?"));
+      GW_RETURN_IF_ERROR(
+          close.Bind(closed_below).Bind(job_id).Bind(handle).Run());
+    }
+    if (const RecoveryPoint* point = reference.point; point != nullptr) {
+      GW_ASSIGN_OR_RETURN(
+          Statement add,
+          database_->Prepare(
+              "INSERT INTO recovery_points VALUES (?, ?, ?, ?, ?)"));
+      GW_RETURN_IF_ERROR(add.Bind(job_id)
+                             .Bind(point->number)
+                             .Bind(point->replay_from)
+                             .Bind(point->optimizer_step)
+                             .Bind(point->weight_version)
+                             .Run());
+      GW_ASSIGN_OR_RETURN(
+          Statement remove,
+          database_->Prepare("DELETE FROM recovery_points "
+                             "WHERE job_id = ? AND number < ?"));
+      GW_RETURN_IF_ERROR(
+          remove.Bind(job_id).Bind(reference.oldest_point).Run());
+    }
+    GW_ASSIGN_OR_RETURN(
+        Statement begin,
+        database_->Prepare("UPDATE jobs SET log_begin = ? WHERE job_id = ?"));
+    return begin.Bind(reference.log_begin).Bind(job_id).Run();
+  });
+}
+
+absl::StatusOr<std::vector<OperationRow>> Metadata::Operations(
+    const std::string& job_id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_ASSIGN_OR_RETURN(
+      Statement find,
+      database_->Prepare("SELECT handle, seq, outcome FROM operations "
+                         "WHERE job_id = ? ORDER BY handle, seq"));
+  find.Bind(job_id);
+  std::vector<OperationRow> rows;
+  while (true) {
+    GW_ASSIGN_OR_RETURN(const bool more, find.Step());
+    if (!more) return rows;
+    rows.push_back({find.Int(0), find.Int(1), find.Bytes(2)});
+  }
+}
+
+absl::StatusOr<std::vector<RecoveryPoint>> Metadata::Points(
+    const std::string& job_id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_ASSIGN_OR_RETURN(
+      Statement find,
+      database_->Prepare(
+          "SELECT number, replay_from, optimizer_step, weight_version "
+          "FROM recovery_points WHERE job_id = ? ORDER BY number"));
+  find.Bind(job_id);
+  std::vector<RecoveryPoint> rows;
+  while (true) {
+    GW_ASSIGN_OR_RETURN(const bool more, find.Step());
+    if (!more) return rows;
+    rows.push_back({find.Int(0), find.Int(1), find.Int(2), find.Int(3)});
+  }
+}
+
+}  // namespace gradwire
