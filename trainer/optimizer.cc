@@ -115,20 +115,15 @@ AdamWTensors Optimizer::TensorsOf(const ShardPiece& piece) const {
           state_.digest};
 }
 
-void Optimizer::Update(const AdamWParams& params,
-                       const std::function<void(int unit)>& updated) {
-  const auto update = [&](const ShardPiece& piece) {
-    if (piece.size() == 0) return;
-    kernels_.AdamW(stream_, params, TensorsOf(piece));
-  };
-  const ShardLayout& layout = sharding_.layout;
+void Optimizer::Update(const AdamWParams& params, const OnUnit& on_unit) {
   digest_.reset();
   device_.Zero(stream_, state_.digest);
-  // With one rank all units are one piece.
-  if (sharding_.whole) update({.end = state_.weight.num_elements()});
+  const ShardLayout& layout = sharding_.layout;
   for (int unit = 0; unit < layout.num_units(); ++unit) {
-    if (!sharding_.whole) update(layout.Owned(unit, sharding_.rank));
-    updated(unit);
+    on_unit.before(unit);
+    const ShardPiece piece = layout.Owned(unit, sharding_.rank);
+    if (piece.size() > 0) kernels_.AdamW(stream_, params, TensorsOf(piece));
+    on_unit.after(unit);
   }
 }
 
@@ -155,8 +150,8 @@ absl::StatusOr<DigestSums> Optimizer::StateDigest() {
   return *digest_;
 }
 
-absl::StatusOr<OptimOutcome> Optimizer::Step(
-    const OptimParams& params, const std::function<void(int unit)>& updated) {
+absl::StatusOr<OptimOutcome> Optimizer::Step(const OptimParams& params,
+                                             const OnUnit& on_unit) {
   if (absl::Status status = CheckBefore(params); !status.ok()) {
     Clear();
     GW_RETURN_IF_ERROR(stream_.Finish());
@@ -206,7 +201,7 @@ absl::StatusOr<OptimOutcome> Optimizer::Step(
     adam.weight_decay = static_cast<float>(params.weight_decay);
     adam.grad_scale = static_cast<float>(scale * outcome.clip_factor);
     adam.step = step_ + 1;
-    Update(adam, updated);
+    Update(adam, on_unit);
     GW_ASSIGN_OR_RETURN(digest_, FetchDigest());
     accumulated_ = Accumulated();
     ++step_;

@@ -77,10 +77,14 @@ class Optimizer {
   // accumulator clear.
   // Errors: FAILED_PRECONDITION ACCUMULATION_MISMATCH, GRADIENTS_TAINTED,
   // NONFINITE_GRADIENT.
-  // `updated` is called for each unit of the layout, in order, on all ranks,
-  // when its weights here are those of the step, while later ones are not.
-  absl::StatusOr<OptimOutcome> Step(
-      const OptimParams& params, const std::function<void(int unit)>& updated);
+  // For each unit of the layout, in order, on all ranks: `before` it changes,
+  // and `after`, when its weights here are those of the step, while later ones
+  // are not.
+  struct OnUnit {
+    std::function<void(int unit)> before, after;
+  };
+  absl::StatusOr<OptimOutcome> Step(const OptimParams& params,
+                                    const OnUnit& on_unit);
 
   void Clear();
   // Goes on after `step` applied steps, with the moments that are there. Clears
@@ -106,10 +110,8 @@ class Optimizer {
   // Its part in `group`, after SumOfSquares().
   double SumOfSquares(ParamGroup group);
   double SumOfSquares(const ParamRow& row);
-  // The elements of `piece`; with one rank all units are one.
   AdamWTensors TensorsOf(const ShardPiece& piece) const;
-  void Update(const AdamWParams& params,
-              const std::function<void(int unit)>& updated);
+  void Update(const AdamWParams& params, const OnUnit& on_unit);
   absl::StatusOr<DigestSums> FetchDigest();
 
   const ParamTable& table_;

@@ -141,13 +141,15 @@ absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
   // What the next forward begins with is on its way while later units still
   // change. It is there before it changes again: the norm's sum, which AdamW
   // waits for, comes behind it in the queue.
-  const auto updated = [this](int unit) {
+  Optimizer::OnUnit on_unit;
+  on_unit.after = [this](int unit) {
     if (unit == 0) unit_weights_->NewVersion();
     if (unit < unit_weights_->room()) {
       unit_weights_->Prefetch(step_->stream(), unit);
     }
   };
-  GW_ASSIGN_OR_RETURN(OptimOutcome outcome, optimizer_->Step(params, updated));
+  on_unit.before = [this](int unit) { AwaitRead(unit); };
+  GW_ASSIGN_OR_RETURN(OptimOutcome outcome, optimizer_->Step(params, on_unit));
   if (!outcome.skipped) {
     ++weight_version_;
     // Activations of other weights are of no use; inputs stay.

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "checkpoint/file_system.h"
 #include "device/cpu_device.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
@@ -46,6 +47,9 @@ struct TrainerOptions {
   bool reshard_after_forward = true;
   // Ranks that share this machine's memory.
   int ranks_on_host = 1;
+  // Where training checkpoints lie; null: the machine's files. Outlives the
+  // trainer.
+  FileSystem* files = nullptr;
 };
 
 // Bytes by class; made before the first allocation.
@@ -145,6 +149,7 @@ struct ExportOutcome {
 struct SavedState {
   int64_t bytes = 0;
   std::string digest;  // hexadecimal
+  int64_t optimizer_step = 0, weight_version = 0;
 };
 
 // Thread rule: one thread at a time.
@@ -212,6 +217,20 @@ class Trainer {
   virtual absl::StatusOr<SavedState> SaveState(
       const std::string& directory,
       const std::map<std::string, std::string>& attributes) = 0;
+  // The same in parts, between which the training goes on. After BeginSave a
+  // thread of its own writes what this rank holds as it is now, and calls
+  // `written` at its end, which may be before this returns; OptimStep and
+  // LoadState wait for what they change until it has been read. Once all ranks'
+  // parts are written PublishSave makes the checkpoint; AbandonSave, also while
+  // they are, removes what there is. One of them ends the save, and with it the
+  // trainer's end does.
+  // REQUIRES: none goes on before BeginSave; one does before the others.
+  virtual absl::Status BeginSave(
+      const std::string& directory,
+      std::function<void(const absl::Status&)> written) = 0;
+  virtual absl::StatusOr<SavedState> PublishSave(
+      const std::map<std::string, std::string>& attributes) = 0;
+  virtual void AbandonSave() = 0;
   // Weights and weight_version, with `optimizer` also moments and step (else
   // these begin at zero), of a checkpoint that any number of ranks has written.
   // Drops gradients and activations, as Reset, and returns the same.

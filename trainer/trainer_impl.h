@@ -25,6 +25,7 @@
 #include "trainer/losses.h"
 #include "trainer/optimizer.h"
 #include "trainer/pack.h"
+#include "trainer/state_save.h"
 #include "trainer/train_step.h"
 #include "trainer/trainer.h"
 
@@ -62,6 +63,7 @@ class TrainerImpl : public Trainer {
         table_(config_),
         device_(device),
         kernels_(kernels),
+        files_(options.files != nullptr ? *options.files : PosixFileSystem()),
         shards_(options.shards != nullptr ? options.shards
                                           : options.collectives),
         rank_(options.collectives == nullptr ? 0 : options.collectives->rank()),
@@ -101,6 +103,12 @@ class TrainerImpl : public Trainer {
   absl::StatusOr<SavedState> SaveState(
       const std::string& directory,
       const std::map<std::string, std::string>& attributes) override;
+  absl::Status BeginSave(
+      const std::string& directory,
+      std::function<void(const absl::Status&)> written) override;
+  absl::StatusOr<SavedState> PublishSave(
+      const std::map<std::string, std::string>& attributes) override;
+  void AbandonSave() override { saving_.reset(); }
   absl::StatusOr<int64_t> LoadState(const std::string& directory,
                                     bool optimizer) override;
   bool is_valid() const override { return valid_; }
@@ -177,7 +185,11 @@ class TrainerImpl : public Trainer {
   // OK if all ranks see the path, or none. Errors: FAILED_PRECONDITION
   // STATE_DIRECTORY_NOT_SHARED (value and limit: how many do, and should).
   absl::Status CheckShared(const std::string& path);
-  absl::Status WriteState(const std::string& pending);
+  // Waits until a save, if one goes on, has read what this unit holds.
+  void AwaitRead(int unit) const {
+    if (saving_ == nullptr || saving_->part == nullptr) return;
+    saving_->part->AwaitRead(unit);
+  }
   absl::Status CheckState(StateReader& reader, bool optimizer) const;
   absl::Status ReadState(StateReader& reader, bool optimizer);
   absl::StatusOr<FlatWeights> Weights() {
@@ -191,6 +203,7 @@ class TrainerImpl : public Trainer {
   const ParamTable table_;
   CpuDevice& device_;
   Kernels& kernels_;
+  FileSystem& files_;
   Collectives* const shards_;  // null: one rank
   const int rank_;             // of all
   const int shard_rank_;       // of those among which the model is sharded
@@ -215,6 +228,17 @@ class TrainerImpl : public Trainer {
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;
   std::vector<std::string> order_;
+
+  // A checkpoint that is not published yet.
+  struct Saving {
+    std::unique_ptr<PendingState> pending;  // the first rank's
+    int64_t optimizer_step = 0, weight_version = 0;
+    // Null on a rank that writes nothing. Ends before what is pending is
+    // removed.
+    std::unique_ptr<StateSave> part;
+  };
+  // Ends before what it reads.
+  std::unique_ptr<Saving> saving_;
 };
 
 // Whether a gradient is exactly zero.

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "base/status.h"
@@ -30,8 +32,8 @@ absl::Status Incompatible(const std::string& field, const std::string& value,
       .Message(message);
 }
 
-absl::StatusOr<PendingState> CreatePending(const std::string& directory) {
-  FileSystem& files = PosixFileSystem();
+absl::StatusOr<PendingState> CreatePending(FileSystem& files,
+                                           const std::string& directory) {
   GW_RETURN_IF_ERROR(MakeDirectories(files, DirectoryOf(directory)));
   return PendingState::Create(files, directory);
 }
@@ -79,7 +81,7 @@ absl::Status TrainerImpl::ForEachPart(
 }
 
 absl::Status TrainerImpl::CheckShared(const std::string& path) {
-  std::vector<double> seen = {PosixFileSystem().Stat(path).ok() ? 1.0 : 0.0};
+  std::vector<double> seen = {files_.Stat(path).ok() ? 1.0 : 0.0};
   GW_RETURN_IF_ERROR(agreement_->Sum(seen));
   const auto count = static_cast<int64_t>(seen[0]);
   if (count == 0 || count == world()) return absl::OkStatus();
@@ -95,75 +97,79 @@ absl::Status TrainerImpl::CheckShared(const std::string& path) {
                "same path on all hosts");
 }
 
-absl::Status TrainerImpl::WriteState(const std::string& pending) {
-  GW_ASSIGN_OR_RETURN(
-      std::unique_ptr<StateWriter> writer,
-      StateWriter::Create(PosixFileSystem(), pending, shard_rank_));
-  GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
-  std::vector<double> buffer(kPartElements / 2);
-  const auto write = [&](const char* vector, DType dtype,
-                         const ShardPiece& piece,
-                         const ShardPiece& part) -> absl::Status {
-    if (part.begin == piece.begin) {
-      GW_RETURN_IF_ERROR(
-          writer->Begin({vector, dtype, piece.begin, piece.size()}));
+absl::Status TrainerImpl::BeginSave(
+    const std::string& directory,
+    std::function<void(const absl::Status&)> written) {
+  GW_CHECK(!options_.forward_only && saving_ == nullptr);
+  auto saving = std::make_unique<Saving>();
+  absl::Status status;
+  if (rank_ == 0) {
+    auto made = CreatePending(files_, directory);
+    status = made.status();
+    if (made.ok()) {
+      saving->pending = std::make_unique<PendingState>(*std::move(made));
     }
-    return writer->Write(buffer.data(), part.size() * DTypeBytes(dtype));
-  };
-  GW_RETURN_IF_ERROR(ForEachPart(
-      [&](const ShardPiece& piece, const ShardPiece& part) -> absl::Status {
-        GW_RETURN_IF_ERROR(weights.Read(
-            part.offset, part.size(), reinterpret_cast<float*>(buffer.data())));
-        return write("weight", DType::kF32, piece, part);
-      }));
-  // Until the first step they are zero.
-  if (optimizer_->step() == 0) return writer->Finish();
-  for (const Moment& moment : {Moment{"m", state_.m}, Moment{"v", state_.v}}) {
-    GW_RETURN_IF_ERROR(ForEachPart(
-        [&](const ShardPiece& piece, const ShardPiece& part) -> absl::Status {
-          device_.CopyToHost(
-              step_->stream(),
-              moment.values.Rows(part.offset, part.offset + part.size()),
-              buffer.data());
-          GW_RETURN_IF_ERROR(step_->stream().Finish());
-          return write(moment.name, moment.values.dtype(), piece, part);
-        }));
   }
-  return writer->Finish();
+  GW_RETURN_IF_ERROR(Agree(status));
+  GW_RETURN_IF_ERROR(CheckShared(PendingPath(directory)));
+  saving->optimizer_step = optimizer_->step();
+  saving->weight_version = weight_version_;
+  // Replicas of the model hold the same.
+  if (rank_ >= layout_.world()) {
+    written(absl::OkStatus());
+  } else {
+    // Until the first step moments are zero.
+    const StateSave::Part part = {layout_, shard_rank_, state_,
+                                  optimizer_->step() > 0};
+    saving->part = std::make_unique<StateSave>(files_, PendingPath(directory),
+                                               part, std::move(written));
+  }
+  saving_ = std::move(saving);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<SavedState> TrainerImpl::PublishSave(
+    const std::map<std::string, std::string>& attributes) {
+  GW_CHECK(saving_ != nullptr);
+  const std::unique_ptr<Saving> saving = std::move(saving_);
+  saving->part.reset();
+  SavedState saved;
+  saved.optimizer_step = saving->optimizer_step;
+  saved.weight_version = saving->weight_version;
+  absl::Status status;
+  if (rank_ == 0) {
+    const auto summary =
+        saving->pending->Publish({.num_parameters = table_.num_elements(),
+                                  .model_digest = ModelDigest(),
+                                  .optimizer_step = saved.optimizer_step,
+                                  .weight_version = saved.weight_version,
+                                  .attributes = attributes},
+                                 layout_.world());
+    status = summary.status();
+    if (summary.ok()) {
+      saved.bytes = summary->bytes;
+      saved.digest = summary->digest;
+    }
+  }
+  GW_RETURN_IF_ERROR(Agree(status));
+  return saved;
 }
 
 absl::StatusOr<SavedState> TrainerImpl::SaveState(
     const std::string& directory,
     const std::map<std::string, std::string>& attributes) {
-  GW_CHECK(!options_.forward_only);
-  std::unique_ptr<PendingState> pending;
-  absl::Status status;
-  if (rank_ == 0) {
-    auto made = CreatePending(directory);
-    status = made.status();
-    if (made.ok()) {
-      pending = std::make_unique<PendingState>(*std::move(made));
-    }
+  absl::Notification ended;
+  absl::Status mine;
+  GW_RETURN_IF_ERROR(BeginSave(directory, [&](const absl::Status& status) {
+    mine = status;
+    ended.Notify();
+  }));
+  ended.WaitForNotification();
+  if (absl::Status status = Agree(mine); !status.ok()) {
+    AbandonSave();
+    return status;
   }
-  GW_RETURN_IF_ERROR(Agree(status));
-  GW_RETURN_IF_ERROR(CheckShared(PendingPath(directory)));
-  // Replicas of the model hold the same.
-  if (rank_ < layout_.world()) status = WriteState(PendingPath(directory));
-  GW_RETURN_IF_ERROR(Agree(status));
-  SavedState saved;
-  if (rank_ == 0) {
-    const auto summary =
-        pending->Publish({.num_parameters = table_.num_elements(),
-                          .model_digest = ModelDigest(),
-                          .optimizer_step = optimizer_->step(),
-                          .weight_version = weight_version_,
-                          .attributes = attributes},
-                         layout_.world());
-    status = summary.status();
-    if (summary.ok()) saved = {summary->bytes, summary->digest};
-  }
-  GW_RETURN_IF_ERROR(Agree(status));
-  return saved;
+  return PublishSave(attributes);
 }
 
 absl::Status TrainerImpl::CheckState(StateReader& reader,
@@ -252,13 +258,14 @@ absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
                                                bool optimizer) {
   GW_CHECK(!options_.forward_only);
   GW_RETURN_IF_ERROR(CheckShared(directory));
-  auto reader = StateReader::Open(PosixFileSystem(), directory);
+  auto reader = StateReader::Open(files_, directory);
   absl::Status status = reader.status();
   if (status.ok()) status = CheckState(**reader, optimizer);
   GW_RETURN_IF_ERROR(Agree(status));
   // Behind this in the queue of those that share the model, no gather reads the
   // weights any more.
   GW_RETURN_IF_ERROR(shard_agreement_->Agree(absl::OkStatus(), nullptr));
+  AwaitRead(layout_.num_units() - 1);
   const int64_t dropped = Reset();
   valid_ = false;
   GW_RETURN_IF_ERROR(Agree(ReadState(**reader, optimizer)));

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+// A checkpoint that is written while the training goes on has the bytes of one
+// that the training stood still for.
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
+#include "checkpoint/training_state.h"
+#include "tests/equivalence/sharded_job.h"
+#include "tests/equivalence/slow_files.h"
+#include "trainer/trainer.h"
+
+namespace gradwire {
+namespace {
+
+// Writes wait until they are allowed.
+class Gate {
+ public:
+  int Pass() {
+    const auto open = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+      return allowed_ > 0 || error_ != 0;
+    };
+    absl::MutexLock lock(&mu_);
+    ++waiting_;
+    mu_.Await(absl::Condition(&open));
+    --waiting_;
+    if (error_ != 0) return error_;
+    --allowed_;
+    return 0;
+  }
+  void Allow(int64_t writes) {
+    absl::MutexLock lock(&mu_);
+    allowed_ += writes;
+  }
+  void Close() {
+    absl::MutexLock lock(&mu_);
+    allowed_ = 0;
+  }
+  void Fail(int error) {
+    absl::MutexLock lock(&mu_);
+    error_ = error;
+  }
+  // Once so many threads are at the gate; false if that takes too long.
+  bool Await(int waiting) {
+    const auto are = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+      return waiting_ >= waiting;
+    };
+    absl::MutexLock lock(&mu_);
+    return mu_.AwaitWithTimeout(absl::Condition(&are), absl::Seconds(60));
+  }
+
+ private:
+  absl::Mutex mu_;
+  int64_t allowed_ ABSL_GUARDED_BY(mu_) = 0;
+  int waiting_ ABSL_GUARDED_BY(mu_) = 0;
+  int error_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
+constexpr int64_t kAny = int64_t{1} << 40;
+
+std::string Fresh(const std::string& name) {
+  static int number = 0;
+  const std::string path =
+      testing::TempDir() + "/save_" + name + "_" + std::to_string(++number);
+  std::filesystem::remove_all(path);
+  return path;
+}
+
+std::map<std::string, std::string> Files(const std::string& directory) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    std::ifstream file(entry.path(), std::ios::binary);
+    files[entry.path().filename()] =
+        std::string(std::istreambuf_iterator<char>(file), {});
+  }
+  return files;
+}
+
+OptimParams Params() {
+  OptimParams params;
+  params.learning_rate = 1e-2;
+  params.weight_decay = 0.1;
+  return params;
+}
+
+void Backward(Job& job, uint32_t seed) {
+  job.Forward(Batch(job.config().vocab, seed, kLengths), WithBackward());
+}
+
+void Train(Job& job, uint32_t begin, uint32_t end) {
+  for (uint32_t step = begin; step < end; ++step) {
+    Backward(job, step);
+    job.Step(Params());
+  }
+}
+
+struct Shape {
+  int world;
+  int replicas;
+  Precision precision, moments;
+  int writers() const { return world / replicas; }
+};
+
+// A save of a job, rank by rank.
+class Save {
+ public:
+  Save(Job& job, const std::string& directory) : job_(job) {
+    for (int r = 0; r < job.world(); ++r) {
+      ends_.push_back(std::make_shared<End>());
+    }
+    job.OnAll([&](Rank& rank) {
+      const auto written = [end = ends_[static_cast<size_t>(rank.rank)]](
+                               const absl::Status& status) {
+        end->status = status;
+        end->written.Notify();
+      };
+      const absl::Status begun = rank.trainer->BeginSave(directory, written);
+      ASSERT_TRUE(begun.ok()) << begun;
+    });
+  }
+  // The first rank's error, when all have ended.
+  absl::Status Written() {
+    absl::Status first;
+    for (const auto& end : ends_) {
+      end->written.WaitForNotification();
+      if (first.ok()) first = end->status;
+    }
+    return first;
+  }
+  bool HasEnded() const {
+    for (const auto& end : ends_) {
+      if (!end->written.HasBeenNotified()) return false;
+    }
+    return true;
+  }
+  SavedState Publish() {
+    SavedState saved;
+    job_.OnAll([&](Rank& rank) {
+      const auto mine = rank.trainer->PublishSave({{"who", "a test"}});
+      ASSERT_TRUE(mine.ok()) << mine.status();
+      if (rank.rank == 0) saved = *mine;
+    });
+    return saved;
+  }
+  void Abandon() {
+    job_.OnAll([](Rank& rank) { rank.trainer->AbandonSave(); });
+  }
+
+ private:
+  struct End {
+    absl::Notification written;
+    absl::Status status;
+  };
+  Job& job_;
+  // They outlive this: a trainer that ends tells them.
+  std::vector<std::shared_ptr<End>> ends_;
+};
+
+class SaveTest : public testing::TestWithParam<Shape> {
+ protected:
+  Job New(FileSystem* files = nullptr) {
+    TrainerOptions options;
+    options.precision = GetParam().precision;
+    options.moment_precision = GetParam().moments;
+    options.files = files;
+    return Job("untied", GetParam().world, options, GetParam().replicas);
+  }
+  // After `steps`, while the training stands still.
+  std::string Undisturbed(uint32_t steps) {
+    Job job = New();
+    Train(job, 0, steps);
+    const std::string path = Fresh("undisturbed");
+    job.OnAll([&](Rank& rank) {
+      const auto saved = rank.trainer->SaveState(path, {{"who", "a test"}});
+      ASSERT_TRUE(saved.ok()) << saved.status();
+    });
+    return path;
+  }
+
+  Gate gate_;
+  SlowFiles files_{[this] { return gate_.Pass(); }};
+};
+
+TEST_P(SaveTest, HasTheBytesOfOneThatTheTrainingStoodStillFor) {
+  for (const uint32_t before : {0, 2}) {
+    gate_.Close();
+    Job job = New(&files_), undisturbed = New();
+    Train(job, 0, before);
+    Train(undisturbed, 0, before + 3);
+    const std::string path = Fresh("overlapped");
+    Save save(job, path);
+    ASSERT_TRUE(gate_.Await(GetParam().writers()));
+    // Nothing is written yet, and all of this goes on.
+    Backward(job, before);
+    EXPECT_FALSE(save.HasEnded());
+    // The steps wait for each unit; the disk writes when it pleases.
+    std::thread disk([&] {
+      for (int write = 0; write < 300; ++write) {
+        absl::SleepFor(absl::Microseconds(100));
+        gate_.Allow(1);
+      }
+      gate_.Allow(kAny);
+    });
+    job.Step(Params());
+    Train(job, before + 1, before + 3);
+    ASSERT_TRUE(save.Written().ok());
+    disk.join();
+    const SavedState saved = save.Publish();
+    EXPECT_EQ(saved.optimizer_step, before);
+    EXPECT_EQ(saved.weight_version, before);
+    EXPECT_EQ(Files(path), Files(Undisturbed(before)));
+    EXPECT_EQ(job.Weights(), undisturbed.Weights());
+  }
+}
+
+TEST_P(SaveTest, AStepWaitsForTheUnitThatItChanges) {
+  Job job = New(&files_);
+  Train(job, 0, 1);
+  Save save(job, Fresh("waits"));
+  ASSERT_TRUE(gate_.Await(GetParam().writers()));
+  Backward(job, 1);
+  absl::Notification stepped;
+  std::thread step([&] {
+    job.Step(Params());
+    stepped.Notify();
+  });
+  // It cannot end before the last unit is written: weight, m and v of a unit
+  // that has elements on a rank are a write each.
+  gate_.Allow(GetParam().writers());
+  EXPECT_FALSE(stepped.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
+  gate_.Allow(kAny);
+  step.join();
+  EXPECT_TRUE(save.Written().ok());
+  save.Publish();
+}
+
+TEST_P(SaveTest, ALoadWaitsForWhatIsSavedAndTheSaveGoesOn) {
+  const std::string other = Undisturbed(1);
+  Job job = New(&files_);
+  Train(job, 0, 2);
+  const std::string path = Fresh("loaded");
+  Save save(job, path);
+  ASSERT_TRUE(gate_.Await(GetParam().writers()));
+  absl::Notification loaded;
+  std::thread load([&] {
+    job.OnAll([&](Rank& rank) {
+      EXPECT_TRUE(rank.trainer->LoadState(other, true).ok());
+    });
+    loaded.Notify();
+  });
+  EXPECT_FALSE(loaded.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
+  gate_.Allow(kAny);
+  load.join();
+  ASSERT_TRUE(save.Written().ok());
+  EXPECT_EQ(save.Publish().optimizer_step, 2);
+  EXPECT_EQ(Files(path), Files(Undisturbed(2)));
+  EXPECT_EQ(job.trainer(0).optimizer_step(), 1);
+}
+
+TEST_P(SaveTest, AFullDiskLosesNothing) {
+  Job job = New(&files_), undisturbed = New();
+  Train(job, 0, 1);
+  Train(undisturbed, 0, 3);
+  const std::string path = Fresh("full");
+  Save save(job, path);
+  ASSERT_TRUE(gate_.Await(GetParam().writers()));
+  Backward(job, 1);
+  // Each rank's first piece fits, and no more; a step that waits goes on.
+  gate_.Allow(GetParam().writers());
+  gate_.Fail(ENOSPC);
+  job.Step(Params());
+  EXPECT_EQ(Reason(save.Written()), "STORAGE_FULL");
+  save.Abandon();
+  EXPECT_FALSE(std::filesystem::exists(path));
+  EXPECT_FALSE(std::filesystem::exists(PendingPath(path)));
+  Train(job, 2, 3);
+  EXPECT_EQ(job.Weights(), undisturbed.Weights());
+  // Now there is room, under the same name.
+  gate_.Fail(0);
+  gate_.Allow(kAny);
+  Save again(job, path);
+  ASSERT_TRUE(again.Written().ok());
+  again.Publish();
+  EXPECT_EQ(Files(path), Files(Undisturbed(3)));
+}
+
+TEST_P(SaveTest, TheEndOfTheTrainerLeavesNothing) {
+  const std::string path = Fresh("ended");
+  {
+    Job job = New(&files_);
+    Save save(job, path);
+    ASSERT_TRUE(gate_.Await(GetParam().writers()));
+    gate_.Allow(GetParam().writers());
+    ASSERT_TRUE(gate_.Await(GetParam().writers()));
+    gate_.Allow(kAny);
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
+}
+
+constexpr auto kF32 = Precision::kF32, kBF16 = Precision::kBF16;
+
+INSTANTIATE_TEST_SUITE_P(All, SaveTest,
+                         testing::Values(Shape{1, 1, kF32, kF32},
+                                         Shape{1, 1, kBF16, kBF16},
+                                         Shape{3, 1, kF32, kF32},
+                                         Shape{3, 1, kBF16, kBF16},
+                                         Shape{4, 2, kBF16, kF32}),
+                         [](const testing::TestParamInfo<Shape>& info) {
+                           return std::to_string(info.param.world) + "ranks" +
+                                  std::to_string(info.param.replicas) +
+                                  "groups" + std::to_string(info.index);
+                         });
+
+}  // namespace
+}  // namespace gradwire

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "trainer/state_save.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/optimizer_state.h"
+
+namespace gradwire {
+namespace {
+
+// Between two looks at whether to give up; of a split master, what is joined at
+// a time, in the second cache.
+constexpr int64_t kPartElements = 1 << 16;
+
+// What is handed to the operating system at a time of what lies there as it is
+// written.
+constexpr int64_t kPartBytes = int64_t{4} << 20;
+
+}  // namespace
+
+StateSave::StateSave(FileSystem& files, std::string directory, Part part,
+                     std::function<void(const absl::Status&)> written)
+    : files_(files),
+      directory_(std::move(directory)),
+      part_(std::move(part)),
+      thread_([this, written = std::move(written)] {
+        const absl::Status status = Write();
+        // Nobody waits for what will not be written.
+        SetRead(part_.layout.num_units());
+        written(status);
+      }) {}
+
+StateSave::~StateSave() {
+  {
+    absl::MutexLock lock(&mu_);
+    given_up_ = true;
+  }
+  thread_.join();
+}
+
+void StateSave::AwaitRead(int unit) const {
+  const auto read = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return units_read_ > unit;
+  };
+  absl::MutexLock lock(&mu_);
+  mu_.Await(absl::Condition(&read));
+}
+
+void StateSave::SetRead(int unit) {
+  absl::MutexLock lock(&mu_);
+  units_read_ = unit;
+}
+
+absl::Status StateSave::Write() {
+  GW_ASSIGN_OR_RETURN(std::unique_ptr<StateWriter> writer,
+                      StateWriter::Create(files_, directory_, part_.rank));
+  for (int unit = 0; unit < part_.layout.num_units(); ++unit) {
+    GW_RETURN_IF_ERROR(WriteUnit(unit, *writer));
+    SetRead(unit + 1);
+  }
+  return writer->Finish();
+}
+
+absl::Status StateSave::WriteUnit(int unit, StateWriter& writer) {
+  const ShardPiece piece = part_.layout.Owned(unit, part_.rank);
+  GW_RETURN_IF_ERROR(
+      writer.Begin({"weight", DType::kF32, piece.begin, piece.size()}));
+  GW_RETURN_IF_ERROR(WriteMaster(piece, writer));
+  if (!part_.moments) return absl::OkStatus();
+  for (const auto& [name, values] :
+       {std::pair("m", part_.state.m), {"v", part_.state.v}}) {
+    const DType dtype = values.dtype();
+    GW_RETURN_IF_ERROR(writer.Begin({name, dtype, piece.begin, piece.size()}));
+    GW_RETURN_IF_ERROR(WriteValues(values, piece, writer));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StateSave::WriteValues(const Tensor& values,
+                                    const ShardPiece& piece,
+                                    StateWriter& writer) {
+  const int64_t element = DTypeBytes(values.dtype());
+  const char* data =
+      static_cast<const char*>(values.raw()) + piece.offset * element;
+  for (int64_t left = piece.size() * element; left > 0;) {
+    GW_RETURN_IF_ERROR(CheckGoesOn());
+    const int64_t bytes = std::min(left, kPartBytes);
+    GW_RETURN_IF_ERROR(writer.Write(data, bytes));
+    data += bytes;
+    left -= bytes;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StateSave::WriteMaster(const ShardPiece& piece,
+                                    StateWriter& writer) {
+  const FlatState& state = part_.state;
+  if (state.low.is_null()) return WriteValues(state.weight, piece, writer);
+  std::vector<float> joined(kPartElements);
+  const BFloat16* high = state.weight.data<BFloat16>() + piece.offset;
+  const int16_t* low = state.low.data<int16_t>() + piece.offset;
+  for (int64_t left = piece.size(); left > 0;) {
+    GW_RETURN_IF_ERROR(CheckGoesOn());
+    const int64_t n = std::min(left, kPartElements);
+    for (int64_t i = 0; i < n; ++i) {
+      joined[static_cast<size_t>(i)] = JoinHalves({high[i], low[i]});
+    }
+    GW_RETURN_IF_ERROR(
+        writer.Write(joined.data(), n * DTypeBytes(DType::kF32)));
+    high += n;
+    low += n;
+    left -= n;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StateSave::CheckGoesOn() const {
+  absl::MutexLock lock(&mu_);
+  return given_up_ ? absl::CancelledError("the save was given up")
+                   : absl::OkStatus();
+}
+
+}  // namespace gradwire

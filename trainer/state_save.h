@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// One rank's part of a checkpoint, written by a thread of its own while the
+// training goes on. docs/checkpoints.md.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "checkpoint/file_system.h"
+#include "checkpoint/training_state.h"
+#include "sharding/layout.h"
+#include "trainer/optimizer.h"
+
+namespace gradwire {
+
+// Elements go to the disk from where they lie, unit by unit, in the order in
+// which an optimizer step changes them: so a step that waits for each unit
+// before it changes it waits for no more than that, and nothing is copied. What
+// has been handed to the operating system may be changed; the sync comes at the
+// end.
+//
+// Thread rule: one thread at a time, beside its own.
+class StateSave {
+ public:
+  struct Part {
+    const ShardLayout& layout;
+    int rank = 0;
+    FlatState state;       // in the host's memory
+    bool moments = false;  // else they are zero, and not written
+  };
+  // Begins to write into `directory` at once. `written` is called by the
+  // thread, once, when all is on the disk or could not be brought there. What
+  // `part` names outlives this.
+  StateSave(FileSystem& files, std::string directory, Part part,
+            std::function<void(const absl::Status&)> written);
+  // Gives up what is not yet written.
+  ~StateSave();
+  StateSave(const StateSave&) = delete;
+
+  // Waits until the elements of this unit, and of those before it, may change.
+  void AwaitRead(int unit) const;
+
+ private:
+  absl::Status Write();
+  absl::Status WriteUnit(int unit, StateWriter& writer);
+  absl::Status WriteMaster(const ShardPiece& piece, StateWriter& writer);
+  absl::Status WriteValues(const Tensor& values, const ShardPiece& piece,
+                           StateWriter& writer);
+  absl::Status CheckGoesOn() const;
+  // Those before `unit` have been read.
+  void SetRead(int unit);
+
+  FileSystem& files_;
+  const std::string directory_;
+  const Part part_;
+  mutable absl::Mutex mu_;
+  int units_read_ ABSL_GUARDED_BY(mu_) = 0;
+  bool given_up_ ABSL_GUARDED_BY(mu_) = false;
+  std::thread thread_;  // last: it uses the others
+};
+
+}  // namespace gradwire
