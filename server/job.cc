@@ -276,7 +276,7 @@ bool Job::busy() const {
   for (const Flight& flight : in_flight_) {
     if (flight.purpose == Flight::kOperation) return true;
   }
-  return committing_ || !ended_.empty();
+  return saving_.has_value() || committing_ || !ended_.empty();
 }
 
 v1::Job Job::WaitForChange(int64_t& version, absl::Duration timeout) const {

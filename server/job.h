@@ -249,6 +249,16 @@ class Job {
   std::optional<Next> TakeNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Next Begin(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Next Launch(Flight flight) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // A save runs beside what follows it: job_saves.cc.
+  bool WaitsForSave(const OpQueue& queue) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnWritten(const v1::RankDone& written)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Next EndSave() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether what is in the way of a save was made by it, before the end of the
+  // process that would have said so; sets the result.
+  bool FindSaved(const OperationPtr& op, const v1::OperationError& error)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Dispatch LoadModel(int64_t id) const;
   void Send(Next next) ABSL_LOCKS_EXCLUDED(mu_);
   void Housekeep(Clock::time_point now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -311,6 +321,9 @@ class Job {
   void TakeBackFlights(const absl::Status& status)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void BeginRecovery() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // A save that was under way, and is of the state that `op` was run on.
+  OperationPtr TakeSaveBefore(const OperationPtr& op)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::optional<Next> NextReplay() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool NeedsReplay(const OperationPtr& op) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -387,6 +400,11 @@ class Job {
   std::deque<OperationPtr> again_;
   // Sent, in order.
   std::deque<Flight> in_flight_;
+  // The save that goes on, beside what is in flight. Its id is that of the
+  // ranks' writing, or 0 once they have answered it.
+  std::optional<Flight> saving_;
+  // Set once they have: with what the save is to be ended.
+  std::optional<v1::RankEndSave> end_save_;
   int64_t next_command_ = 1;
   std::map<std::string, Activation> activations_;
   // Ended operations with results, oldest first.
@@ -428,7 +446,6 @@ class Job {
   Clock::time_point no_point_before_;
   // After this operation, and before any other.
   OperationPtr save_after_;
-  bool saving_point_ = false;
 
   std::thread executor_;
   std::thread committer_;

@@ -79,11 +79,12 @@ std::optional<Job::Next> Job::TakeNext() {
     next.id = next_command_++;
     return next;
   }
+  if (end_save_.has_value()) return EndSave();
   if (stage_ == Stage::kLoadPoint || stage_ == Stage::kReplay) {
     return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
   }
   if (!job_.ready()) return std::nullopt;
-  if (save_after_ != nullptr) return SavePoint();
+  if (save_after_ != nullptr && !saving_.has_value()) return SavePoint();
   if (!control_.empty()) {
     OperationPtr op = control_.front();
     control_.pop_front();
@@ -95,12 +96,18 @@ std::optional<Job::Next> Job::TakeNext() {
     if (flight.op != nullptr && flight.op->crashes > 0) return std::nullopt;
   }
   if (!again_.empty()) {
-    if (again_.front()->crashes > 0 && !in_flight_.empty()) return std::nullopt;
+    const OperationPtr& first = again_.front();
+    if (first->crashes > 0 && !in_flight_.empty()) return std::nullopt;
+    if (saving_.has_value() &&
+        (first->kind == v1::OPERATION_KIND_SAVE_STATE ||
+         first->kind == v1::OPERATION_KIND_LOAD_STATE)) {
+      return std::nullopt;
+    }
     OperationPtr op = again_.front();
     again_.pop_front();
     return Begin(op);
   }
-  if (current_ == nullptr) return std::nullopt;
+  if (current_ == nullptr || WaitsForSave(current_->queue)) return std::nullopt;
   OperationPtr op = current_->queue.TakeNext();
   if (op == nullptr) return std::nullopt;
   return Begin(op);
@@ -110,7 +117,14 @@ Job::Next Job::Launch(Flight flight) {
   Next next;
   next.id = next_command_++;
   flight.id = next.id;
-  in_flight_.push_back(std::move(flight));
+  const bool saves = flight.purpose == Flight::kSavePoint ||
+                     (flight.purpose == Flight::kOperation &&
+                      flight.op->kind == v1::OPERATION_KIND_SAVE_STATE);
+  if (saves) {
+    saving_ = std::move(flight);
+  } else {
+    in_flight_.push_back(std::move(flight));
+  }
   return next;
 }
 

@@ -106,29 +106,39 @@ void Job::OnRanksFailed(const absl::Status& status) {
 
 void Job::TakeBackFlights(const absl::Status& status) {
   const bool crash = IsCrash(status);
+  std::deque<OperationPtr> control;
+  const auto take = [&](const OperationPtr& op) {
+    (op->kind == v1::OPERATION_KIND_UNSPECIFIED ? control : again_)
+        .push_back(op);
+  };
+  // Unless its second command is in flight.
+  if (saving_.has_value() && saving_->purpose == Flight::kOperation &&
+      (saving_->id != 0 || end_save_.has_value())) {
+    take(saving_->op);
+  }
   bool first = true;
-  std::deque<OperationPtr> again, control;
-  for (Flight& flight : in_flight_) {
+  for (const Flight& flight : in_flight_) {
     if (flight.purpose != Flight::kOperation) continue;
-    OperationPtr op = flight.op;
-    if (first && crash && ++op->crashes >= kMostCrashes) {
-      Finish(op, v1::OPERATION_STATE_FAILED, Crashed(op, status));
-    } else if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) {
-      control.push_back(op);
+    if (first && crash && ++flight.op->crashes >= kMostCrashes) {
+      Finish(flight.op, v1::OPERATION_STATE_FAILED,
+             Crashed(flight.op, status));
     } else {
-      again.push_back(op);
+      take(flight.op);
     }
     first = false;
   }
+  std::sort(again_.begin(), again_.end(), [](const auto& a, const auto& b) {
+    return std::pair(a->handle, a->seq) < std::pair(b->handle, b->seq);
+  });
+  saving_.reset();
+  end_save_.reset();
   in_flight_.clear();
-  again_.insert(again_.begin(), again.begin(), again.end());
   // Releases of activations that are gone with their ranks are done.
   for (const OperationPtr& op : control_) {
     if (op->handle != 0) control.push_back(op);
   }
   control_ = std::move(control);
   save_after_ = nullptr;
-  saving_point_ = false;
 }
 
 // ---- Recovery --------------------------------------------------------------
@@ -163,7 +173,11 @@ std::optional<Job::Next> Job::NextReplay() {
     return next;
   }
   while (replay_next_ < history_.size()) {
-    const OperationPtr op = history_[replay_next_++];
+    const OperationPtr op = history_[replay_next_];
+    if (OperationPtr save = TakeSaveBefore(op); save != nullptr) {
+      return Begin(save);
+    }
+    ++replay_next_;
     if (!NeedsReplay(op)) continue;
     Next next = Launch({.purpose = Flight::kReplay, .op = op});
     if (op->final_state == v1::OPERATION_STATE_DONE) {
@@ -178,6 +192,25 @@ std::optional<Job::Next> Job::NextReplay() {
     return next;
   }
   return std::nullopt;
+}
+
+OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
+  OperationPtr save;
+  if (!again_.empty()) {
+    save = again_.front();
+  } else if (current_ != nullptr) {
+    save = current_->queue.Find(current_->queue.next_seq());
+  }
+  if (save == nullptr || save->kind != v1::OPERATION_KIND_SAVE_STATE ||
+      save->Ended() || save->handle != op->handle || save->seq > op->seq) {
+    return nullptr;
+  }
+  if (!again_.empty()) {
+    again_.pop_front();
+  } else {
+    current_->queue.TakeNext();
+  }
+  return save;
 }
 
 bool Job::NeedsReplay(const OperationPtr& op) const {
@@ -273,7 +306,7 @@ void Job::EndRecovery() {
 // ---- Checkpoints for the next time -------------------------------------------
 
 bool Job::PointDue(const OperationPtr& op) const {
-  if (spec_.forward_only() || saving_point_ ||
+  if (spec_.forward_only() || saving_.has_value() ||
       Clock::now() < no_point_before_) {
     return false;
   }
@@ -291,7 +324,6 @@ bool Job::PointDue(const OperationPtr& op) const {
 Job::Next Job::SavePoint() {
   Flight flight{.purpose = Flight::kSavePoint, .op = save_after_};
   save_after_ = nullptr;
-  saving_point_ = true;
   flight.point.number = next_point_++;
   const RecoveryPoint point = flight.point;
   Next next = Launch(std::move(flight));
@@ -305,7 +337,6 @@ Job::Next Job::SavePoint() {
 }
 
 void Job::OnPointSaved(const Flight& flight, const v1::RankDone& done) {
-  saving_point_ = false;
   if (done.has_error()) {
     spdlog::warn("job {}: no checkpoint for its recovery could be written: {}",
                  id_, done.error().message());
@@ -313,8 +344,8 @@ void Job::OnPointSaved(const Flight& flight, const v1::RankDone& done) {
     return;
   }
   RecoveryPoint point = flight.point;
-  point.optimizer_step = done.optimizer_step();
-  point.weight_version = done.weight_version();
+  point.optimizer_step = done.save_state().optimizer_step();
+  point.weight_version = done.save_state().weight_version();
   // An operation that failed may have left gradients, which are not saved.
   const bool usable = flight.op->final_state == v1::OPERATION_STATE_DONE;
   steps_since_point_ = 0;

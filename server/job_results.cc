@@ -32,12 +32,21 @@ void Job::OnLogprobs(GroupEvent& event) {
 
 void Job::OnDone(const GroupEvent& event) {
   const v1::RankDone& done = event.done;
+  if (saving_.has_value() && saving_->id == done.command_id()) {
+    OnWritten(done);
+    work_.SignalAll();
+    return;
+  }
   const auto found = std::find_if(
       in_flight_.begin(), in_flight_.end(),
       [&](const Flight& flight) { return flight.id == done.command_id(); });
   if (found == in_flight_.end()) return;
   const Flight flight = std::move(*found);
   in_flight_.erase(found);
+  if (flight.purpose == Flight::kSavePoint ||
+      (saving_.has_value() && saving_->op == flight.op)) {
+    saving_.reset();
+  }
   const bool stepped = done.optimizer_step() != job_.optimizer_step();
   job_.set_weight_version(done.weight_version());
   job_.set_optimizer_step(done.optimizer_step());
@@ -76,7 +85,7 @@ void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
   op->dropped_ops = done.dropped_ops();
   seconds_since_point_ +=
       std::chrono::duration<double>(Clock::now() - op->started).count();
-  if (done.has_error()) {
+  if (done.has_error() && !FindSaved(op, done.error())) {
     Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
     return;
   }
@@ -111,8 +120,6 @@ void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
       break;
     case v1::RankDone::kSaveState:
       *record.mutable_save_state() = done.save_state();
-      record.mutable_save_state()->set_weight_version(done.weight_version());
-      record.mutable_save_state()->set_optimizer_step(done.optimizer_step());
       break;
     case v1::RankDone::kLoadState:
       *record.mutable_load_state() = done.load_state();
@@ -194,6 +201,12 @@ void Job::FailOperations() {
     }
   }
   in_flight_.clear();
+  if (saving_.has_value() && saving_->purpose == Flight::kOperation &&
+      !saving_->op->Ended()) {
+    Finish(saving_->op, v1::OPERATION_STATE_FAILED, error);
+  }
+  saving_.reset();
+  end_save_.reset();
   for (std::deque<OperationPtr>* queue : {&again_, &control_}) {
     for (const OperationPtr& op : *queue) {
       Finish(op, v1::OPERATION_STATE_FAILED, error);
@@ -203,7 +216,6 @@ void Job::FailOperations() {
   for (auto& [id, handle] : handles_) Fence(*handle, error);
   activations_.clear();
   save_after_ = nullptr;
-  saving_point_ = false;
 }
 
 void Job::Measure(const OperationPtr& op) {

@@ -79,6 +79,7 @@ bool RankWorker::Execute(v1::RankCommand command) {
   const absl::Status status = Run(command, done);
   datums_.clear();
   gradients_.clear();
+  if (command.has_save_state() && status.ok()) return true;
   if (!status.ok()) {
     done.clear_result();
     *done.mutable_error() = ToOperationError(status);
@@ -102,7 +103,8 @@ bool RankWorker::Execute(v1::RankCommand command) {
 
 absl::Status RankWorker::Run(const v1::RankCommand& command,
                              v1::RankDone& done) {
-  const bool mends = command.has_load_state() || command.has_reset();
+  const bool mends =
+      command.has_load_state() || command.has_reset() || command.has_end_save();
   if (!trainer_->is_valid() && !mends) {
     return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
                         "MODEL_STATE_INVALID")
@@ -125,7 +127,9 @@ absl::Status RankWorker::Run(const v1::RankCommand& command,
     case v1::RankCommand::kSaveSnapshot:
       return SaveSnapshot(command.save_snapshot(), done);
     case v1::RankCommand::kSaveState:
-      return SaveState(command.save_state(), done);
+      return BeginSave(command.save_state(), done);
+    case v1::RankCommand::kEndSave:
+      return EndSave(command.end_save(), done);
     case v1::RankCommand::kLoadState:
       return LoadState(command.load_state(), done);
     case v1::RankCommand::kReleaseActivationId:
@@ -281,17 +285,40 @@ absl::Status RankWorker::SaveSnapshot(const v1::RankSaveSnapshot& command,
   return absl::OkStatus();
 }
 
-absl::Status RankWorker::SaveState(const v1::RankSaveState& command,
-                                   v1::RankDone& done) {
-  GW_ASSIGN_OR_RETURN(
-      SavedState saved,
-      trainer_->SaveState(command.directory(), {command.attributes().begin(),
-                                                command.attributes().end()}));
+absl::Status RankWorker::BeginSave(const v1::RankSaveState& command,
+                                   const v1::RankDone& done) {
+  v1::RankEvent event;
+  *event.mutable_done() = done;
+  event.mutable_done()->set_weight_version(trainer_->weight_version());
+  event.mutable_done()->set_optimizer_step(trainer_->optimizer_step());
+  event.mutable_done()->mutable_save_state();
+  saving_ = command;
+  return trainer_->BeginSave(
+      command.directory(), [this, event](const absl::Status& status) mutable {
+        if (!status.ok()) {
+          event.mutable_done()->clear_result();
+          *event.mutable_done()->mutable_error() = ToOperationError(status);
+        }
+        link_.Send(event);
+      });
+}
+
+absl::Status RankWorker::EndSave(const v1::RankEndSave& command,
+                                 v1::RankDone& done) {
+  if (command.has_error()) {
+    trainer_->AbandonSave();
+    return FromOperationError(command.error());
+  }
+  GW_ASSIGN_OR_RETURN(const SavedState saved,
+                      trainer_->PublishSave({saving_.attributes().begin(),
+                                             saving_.attributes().end()}));
   v1::SaveStateResult& result = *done.mutable_save_state();
-  result.set_path(command.path());
-  result.set_local_path(command.directory());
+  result.set_path(saving_.path());
+  result.set_local_path(saving_.directory());
   result.set_bytes(saved.bytes);
   result.set_digest(saved.digest);
+  result.set_weight_version(saved.weight_version);
+  result.set_optimizer_step(saved.optimizer_step);
   return absl::OkStatus();
 }
 

@@ -34,7 +34,10 @@ class RankWorker {
   absl::Status OptimStep(const v1::AdamParams& params, v1::RankDone& done);
   absl::Status SaveSnapshot(const v1::RankSaveSnapshot& command,
                             v1::RankDone& done);
-  absl::Status SaveState(const v1::RankSaveState& command, v1::RankDone& done);
+  // OK: its own thread answers.
+  absl::Status BeginSave(const v1::RankSaveState& command,
+                         const v1::RankDone& done);
+  absl::Status EndSave(const v1::RankEndSave& command, v1::RankDone& done);
   absl::Status LoadState(const v1::RankLoadState& command, v1::RankDone& done);
   absl::Status Run(const v1::RankCommand& command, v1::RankDone& done);
 
@@ -58,6 +61,8 @@ class RankWorker {
   int world_ = 1;
   RankGroupMember group_;
   std::unique_ptr<Trainer> trainer_;
+  // What is being saved.
+  v1::RankSaveState saving_;
   // Resident before the trainer's first allocation.
   int64_t other_bytes_ = 0;
   // Of the command that follows.
