@@ -205,6 +205,22 @@ class Model:
             )
         )
 
+    def save_state(self, name, seq=None):
+        return self.stubs.training.SaveState(
+            training_pb2.SaveStateRequest(
+                model_id=self.model_id,
+                seq_id=self.due() if seq is None else seq,
+                name=name,
+            )
+        )
+
+    def load_state(self, ref):
+        return self.stubs.training.LoadState(
+            training_pb2.LoadStateRequest(
+                model_id=self.model_id, seq_id=self.due(), ref=ref
+            )
+        )
+
     def result(self, ref):
         """The final operation of a reference; raises its failure."""
         operation = self.stubs.wait(ref.op_id)

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import time
 
 import gradwire
 import numpy as np
@@ -18,8 +19,12 @@ import pytest
 import torch
 from conftest import MODELS, sequences
 from gradwire import cli
-from gradwire._proto.gradwire.v1 import checkpoints_pb2, checkpoints_pb2_grpc
-from processes import Server, ranks_by_number
+from gradwire._proto.gradwire.v1 import (
+    checkpoints_pb2,
+    checkpoints_pb2_grpc,
+    jobs_pb2,
+)
+from processes import Server, Watched, ranks_by_number
 
 VOCAB = MODELS["llama"][1]["vocab_size"]
 LENGTHS = (9, 17, 5, 12)
@@ -472,6 +477,83 @@ def test_a_full_disk_is_said_and_loses_nothing(models, tmp_path):
             client.save_state("room").result()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def files_of(saved):
+    return {
+        file.name: file.read_bytes()
+        for file in pathlib.Path(saved.local_path).iterdir()
+    }
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_save_beside_the_training_has_the_same_bytes(
+    new_client, precision, world_size
+):
+    options = {
+        "precision": precision,
+        "moment_precision": precision,
+        "world_size": world_size,
+    }
+    still, moving = (
+        new_client("llama", **options),
+        new_client("llama", **options),
+    )
+    assert steps(still, 0, 2) == steps(moving, 0, 2)
+    beside = moving.save_state("two")
+    data = sequences(VOCAB, LENGTHS, seed=2)
+    # None of this waits for the save.
+    moving.forward_backward(data, "cross_entropy")
+    moving.optim_step(gradwire.AdamParams(learning_rate=1e-2))
+    want = still.save_state("two").result()
+    assert files_of(beside.result()) == files_of(want)
+    assert beside.result().digest == want.digest
+    assert beside.result().optimizer_step == 2
+    still.forward_backward(data, "cross_entropy")
+    still.optim_step(gradwire.AdamParams(learning_rate=1e-2))
+    assert steps(still, 3, 5) == steps(moving, 3, 5)
+    # What comes after a save and a load in one breath is loaded from it.
+    moving.save_state("five")
+    loaded = moving.load_state_with_optimizer("five")
+    assert loaded.result().optimizer_step == 5
+    assert weights_of(moving) == weights_of(still)
+
+
+def test_a_rank_that_is_killed_while_it_saves_leaves_no_half(models, tmp_path):
+    folder = tmp_path / "jobs" / "job" / "checkpoints"
+    with serving(tmp_path) as (server, service):
+        client = start(service, models, "job", world_size=2)
+        steps(client, 0, 2)
+        want = weights_of(client)
+        for number in range(6):
+            client.save_state(f"try-{number}")
+            client.forward_backward(
+                sequences(VOCAB, LENGTHS, seed=number), "cross_entropy"
+            )
+            time.sleep(number * 0.004)
+            killed = Watched(ranks_by_number(server.process.pid)[number % 2])
+            os.kill(killed.pid, signal.SIGKILL)
+            assert killed.has_ended(60)
+            killed.close()
+            for job in service.watch_job("job"):
+                if job.state == jobs_pb2.JOB_STATE_FAILED:
+                    break
+            service.restart_job("job")
+            client = start(service, models, "job", world_size=2, take_over=True)
+            there = [n for n in os.listdir(folder) if not n.startswith(".")]
+            if f"try-{number}" not in there:
+                # The name is free, and what was begun is gone.
+                if not there:
+                    steps(client, 0, 2)
+                else:
+                    client.load_state_with_optimizer(there[0]).result()
+                client.save_state(f"try-{number}").result()
+            for name in os.listdir(folder):
+                if name.startswith("."):
+                    continue
+                client.load_state_with_optimizer(name).result()
+                assert weights_of(client) == want
 
 
 def test_a_failed_job_goes_on_from_its_checkpoint(models, tmp_path):

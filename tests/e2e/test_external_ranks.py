@@ -6,6 +6,7 @@ The test plays the ranks (fake_rank.py), so it decides who answers when.
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import threading
@@ -290,6 +291,128 @@ def test_ranks_at_different_steps_end_the_job(own, dial):
     assert ended.status_reason == "INVARIANT_VIOLATED"
     assert ended.error.metadata["ranks"] == "0,1"
     assert calls.refusal(own, lambda: ref).reason == "INVARIANT_VIOLATED"
+
+
+# ---- Saves -----------------------------------------------------------------
+
+
+def saved(step):
+    """What a rank says at the end of a save."""
+    return operations_pb2.SaveStateResult(
+        path="a path", bytes=7, optimizer_step=step, weight_version=step
+    )
+
+
+def state_of(own, ref):
+    return own.operations.GetOperation(
+        operations_pb2.GetOperationRequest(op_id=ref.op_id)
+    ).state
+
+
+def test_operations_run_beside_a_save(own, dial):
+    job, ranks = ready_group(own, dial, 2)
+    model = attach(own, job, ranks)
+    save = model.save_state("one")
+    writing = [rank.next("save_state") for rank in ranks]
+    # Far more of them than are sent ahead of their answers.
+    for step in range(1, 6):
+        ref = model.optim_step()
+        for rank in ranks:
+            command = rank.next("optim_step")
+            rank.send_done(command, version=step, step=step)
+        model.result(ref)
+    # A load, or a save, may be of what is being saved: they wait, and so does
+    # what comes after them.
+    load = model.load_state("one")
+    second = model.save_state("two", seq=model.due() + 1)
+    ranks[1].send_done(writing[1], save_state=saved(0))
+    assert state_of(own, save) == operations_pb2.OPERATION_STATE_RUNNING
+    assert state_of(own, load) == operations_pb2.OPERATION_STATE_QUEUED
+    for rank in ranks:
+        with pytest.raises(queue.Empty):
+            rank.next(seconds=0.5)
+    ranks[0].send_done(writing[0], save_state=saved(0))
+    ends = [rank.next("end_save") for rank in ranks]
+    assert not any(end.end_save.HasField("error") for end in ends)
+    assert state_of(own, save) == operations_pb2.OPERATION_STATE_RUNNING
+    for rank, end in zip(ranks, ends, strict=True):
+        rank.send_done(end, version=5, step=5, save_state=saved(0))
+    done = model.result(save)
+    assert done.save_state.bytes == 7
+    # Of the state that was saved, not of the one that the job is in.
+    assert done.save_state.optimizer_step == done.save_state.weight_version == 0
+    assert (
+        own.jobs.GetJob(jobs_pb2.GetJobRequest(job_id=job)).weight_version == 5
+    )
+    for rank in ranks:
+        rank.send_done(
+            rank.next("load_state"),
+            load_state=operations_pb2.LoadStateResult(path="a path"),
+        )
+    model.result(load)
+    for kind in ("save_state", "end_save"):
+        for rank in ranks:
+            rank.send_done(rank.next(kind), save_state=saved(0))
+    model.result(second)
+
+
+def test_a_save_that_one_rank_cannot_write_is_removed_by_all(own, dial):
+    job, ranks = ready_group(own, dial, 2)
+    model = attach(own, job, ranks)
+    save = model.save_state("one")
+    writing = [rank.next("save_state") for rank in ranks]
+    ranks[1].send_done(writing[1], error=fake_rank.error("STORAGE_FULL"))
+    ranks[0].send_done(writing[0], save_state=saved(0))
+    for rank in ranks:
+        end = rank.next("end_save")
+        assert end.end_save.error.reason == "STORAGE_FULL"
+        rank.send_done(end, error=end.end_save.error)
+    assert calls.refusal(own, lambda: save).reason == "STORAGE_FULL"
+    # The next one can.
+    save = model.save_state("one")
+    for rank in ranks:
+        rank.send_done(rank.next("save_state"), save_state=saved(0))
+    for rank in ranks:
+        rank.send_done(rank.next("end_save"), save_state=saved(0))
+    model.result(save)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_job_that_fails_ends_its_save(own, dial, written):
+    job, ranks = ready_group(own, dial, 2)
+    model = attach(own, job, ranks)
+    save = model.save_state("one")
+    for rank in ranks:
+        command = rank.next("save_state")
+        if written:
+            rank.send_done(command, save_state=saved(0))
+    if written:
+        for rank in ranks:
+            rank.next("end_save")
+    ranks[1].close()
+    own.watch(job, failed)
+    assert calls.refusal(own, lambda: save).reason == "RANK_LOST"
+
+
+def test_a_server_that_stops_waits_for_a_save(tmp_path, token_file):
+    with Server(tmp_path, *external_flags(token_file)) as server:
+        with calls.Stubs(server.address) as stubs:
+
+            def dial(job, number, world_size):
+                return FakeRank(
+                    server.rank_address, job, TOKEN, number, world_size
+                )
+
+            job, (rank,) = ready_group(stubs, dial, 1)
+            model = attach(stubs, job, [rank])
+            model.save_state("one")
+            command = rank.next("save_state")
+            server.process.terminate()
+            assert not rank.has_ended(1)
+            rank.send_done(command, save_state=saved(0))
+            rank.send_done(rank.next("end_save"), save_state=saved(0))
+            assert rank.has_ended()
+            assert server.process.wait(LONG) == 0
 
 
 # ---- Ends ------------------------------------------------------------------

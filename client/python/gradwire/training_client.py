@@ -244,7 +244,8 @@ class TrainingClient:
     ) -> Future[SaveStateResult]:
         """Saves weights, moments and step as they are at this place in the
         sequence. Gradients that were not yet applied are left as they are, and
-        are not saved. `name` is new in the job."""
+        are not saved. Training goes on while it is written; another save or a
+        load waits. `name` is new in the job."""
 
         def work(seq: int, started: Callable[[str], None]) -> SaveStateResult:
             request = training_pb2.SaveStateRequest(
