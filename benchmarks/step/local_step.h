@@ -27,6 +27,7 @@ class LocalStep {
   // One forward and backward of cross entropy; the sum of the logprobs.
   absl::StatusOr<double> ForwardBackward();
   absl::Status OptimStep();
+  Trainer& trainer() { return *trainer_; }
 
   // Of a forward and backward: 3 (2 N tokens + attention), where N counts the
   // weights of all products, the head's among them, and attention is causal.

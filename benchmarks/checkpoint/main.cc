@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a checkpoint costs the training: steps without a save, one that the
+// training stands still for, and steps beside one. The stall is what the
+// training waits for: the beginning and the publishing, and how much longer an
+// optimizer step takes than without. The rest of the difference is what writing
+// takes of cores and memory.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/notification.h"
+#include "base/status.h"
+#include "benchmarks/step/local_step.h"
+#include "kernels/cpu/cpu_kernels.h"
+
+ABSL_FLAG(std::string, directory, "/tmp/checkpoint-benchmark",
+          "where checkpoints are written, and removed again");
+ABSL_FLAG(int, rounds, 3, "saves; and three times as many steps without");
+
+namespace gradwire {
+namespace {
+
+double Now() {
+  return std::chrono::duration<double>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+void Print(const char* what, std::vector<double> values) {
+  const auto [least, most] = std::minmax_element(values.begin(), values.end());
+  std::printf("%-38s median %8.3f  min %8.3f  max %8.3f s\n", what,
+              Median(values), *least, *most);
+}
+
+struct StepTime {
+  double backward = 0, optimizer = 0;
+  double total() const { return backward + optimizer; }
+};
+
+absl::StatusOr<StepTime> Step(LocalStep& step) {
+  StepTime time;
+  const double begin = Now();
+  GW_RETURN_IF_ERROR(step.ForwardBackward().status());
+  const double middle = Now();
+  GW_RETURN_IF_ERROR(step.OptimStep());
+  time.backward = middle - begin;
+  time.optimizer = Now() - middle;
+  return time;
+}
+
+struct Plain {
+  double step = 0, optimizer = 0;
+};
+
+absl::StatusOr<Plain> MeasurePlain(LocalStep& step) {
+  std::vector<double> totals, optimizers;
+  for (int i = 0; i < 3 * absl::GetFlag(FLAGS_rounds); ++i) {
+    GW_ASSIGN_OR_RETURN(const StepTime time, Step(step));
+    totals.push_back(time.total());
+    optimizers.push_back(time.optimizer);
+  }
+  Print("step without a save", totals);
+  Print("  its optimizer step", optimizers);
+  return Plain{Median(totals), Median(optimizers)};
+}
+
+absl::Status MeasureSaves(LocalStep& step, const Plain& plain) {
+  const std::string path = absl::GetFlag(FLAGS_directory) + "/checkpoint";
+  std::vector<double> still, first, written_after, stalls, extra;
+  for (int round = 0; round < absl::GetFlag(FLAGS_rounds); ++round) {
+    double begin = Now();
+    GW_ASSIGN_OR_RETURN(const SavedState want,
+                        step.trainer().SaveState(path, {}));
+    still.push_back(Now() - begin);
+    std::filesystem::remove_all(path);
+
+    absl::Notification written;
+    absl::Status status;
+    double written_at = 0;
+    begin = Now();
+    GW_RETURN_IF_ERROR(
+        step.trainer().BeginSave(path, [&](const absl::Status& end) {
+          status = end;
+          written_at = Now();
+          written.Notify();
+        }));
+    double stall = Now() - begin;
+    double total = stall;
+    int steps = 0;
+    do {
+      GW_ASSIGN_OR_RETURN(const StepTime time, Step(step));
+      stall += std::max(0.0, time.optimizer - plain.optimizer);
+      total += time.total();
+      if (++steps == 1) first.push_back(total);
+    } while (!written.HasBeenNotified());
+    GW_RETURN_IF_ERROR(status);
+    written_after.push_back(written_at - begin);
+    const double publish = Now();
+    GW_ASSIGN_OR_RETURN(const SavedState saved, step.trainer().PublishSave({}));
+    stall += Now() - publish;
+    total += Now() - publish;
+    if (saved.digest != want.digest || saved.bytes != want.bytes) {
+      return absl::InternalError("a save beside the training has other bytes");
+    }
+    std::filesystem::remove_all(path);
+    stalls.push_back(stall);
+    extra.push_back(total - steps * plain.step);
+  }
+  Print("save that the training stands still for", still);
+  Print("first step beside a save", first);
+  Print("  on the disk after", written_after);
+  Print("  all that it adds to the steps", extra);
+  Print("  of it the stall", stalls);
+  std::printf("stall: %.1f %% of a step; standing still: %.1f %%\n",
+              100 * Median(stalls) / plain.step,
+              100 * Median(still) / plain.step);
+  return absl::OkStatus();
+}
+
+absl::Status Main() {
+  const auto device = LocalStep::NewDevice();
+  const auto kernels = NewCpuKernels();
+  GW_ASSIGN_OR_RETURN(LocalStep step, LocalStep::Create(*device, *kernels));
+  std::printf("%s, %s, %d threads, batches of %ld tokens\n",
+              kernels->description().c_str(), DTypeName(LocalStep::Act()),
+              device->pool().num_threads(), static_cast<long>(step.tokens()));
+  // The first step touches moments and gradients.
+  GW_RETURN_IF_ERROR(Step(step).status());
+  GW_ASSIGN_OR_RETURN(const Plain plain, MeasurePlain(step));
+  return MeasureSaves(step, plain);
+}
+
+}  // namespace
+}  // namespace gradwire
+
+int main(int argc, char** argv) {
+  absl::ParseCommandLine(argc, argv);
+  const absl::Status status = gradwire::Main();
+  if (!status.ok()) {
+    std::fprintf(stderr, "%s\n", status.ToString().c_str());
+    return EXIT_FAILURE;
+  }
+  return EXIT_SUCCESS;
+}
