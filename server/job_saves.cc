@@ -40,7 +40,7 @@ bool Job::FindSaved(const OperationPtr& op, const v1::OperationError& error) {
       op->kind != v1::OPERATION_KIND_SAVE_STATE) {
     return false;
   }
-  const auto name = error.metadata().find("name");
+  const auto name = error.metadata().find("value");
   if (name == error.metadata().end()) return false;
   const auto saved = CheckpointCatalogue(environment_->jobs_directory)
                          .Get({id_, name->second});

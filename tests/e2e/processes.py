@@ -69,7 +69,10 @@ class Watched:
 
 
 class Server:
-    """gradwired with any flags; ready once it says where it serves."""
+    """gradwired with any flags; ready once it says where it serves.
+
+    A job fails with its first rank, unless the flags say otherwise.
+    """
 
     def __init__(self, state_dir, *flags):
         port_file = pathlib.Path(state_dir) / "ports.json"
@@ -81,6 +84,7 @@ class Server:
                 "--listen=127.0.0.1:0",
                 "--metrics_listen=127.0.0.1:0",
                 "--threads=1",
+                "--max_recoveries=0",
                 *flags,
             ],
             stdout=subprocess.PIPE,

@@ -199,7 +199,7 @@ def test_a_failed_job_starts_again(fakes, own):
         own.watch(job, failed)
         restarted = own.restart_job(job)
         assert not restarted.HasField("error")
-        assert "lost" in restarted.status_message
+        assert "executed" in restarted.status_message
         own.watch(job, lambda j: j.ready)
     after = ranks_by_number(fakes.process.pid)
     assert len(after) == 3 and not set(after.values()) & set(before.values())
