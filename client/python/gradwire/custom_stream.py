@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,9 +16,11 @@ from gradwire.datum import Datum
 from gradwire.errors import (
     GradwireError,
     ServerError,
-    from_operation,
     from_rpc,
+    stream_ended,
 )
+from gradwire.handle import Sequenced, raise_if_failed
+from gradwire.patience import is_away
 from gradwire.types import ForwardBackwardResult
 
 if TYPE_CHECKING:
@@ -26,31 +28,47 @@ if TYPE_CHECKING:
 
 
 class CustomStep:
-    """Uses the numbers `seq` for the forward and `seq + 1` for the backward."""
+    """Uses a number for the forward and the next one for the backward.
+
+    A stream that breaks is taken up again under the same numbers: the server
+    repeats what it knows, and the gradient is sent of the loss that was
+    computed already.
+    """
+
+    width = 2
 
     def __init__(
         self,
         client: TrainingClient,
-        seq: int,
         data: Sequence[Datum],
         datums: list[Any],
         loss_fn: LossFn,
     ):
         self._client = client
-        self._seq = seq
         self._data = data
         self._datums = datums
         self._loss_fn = loss_fn
+        # Of the loss, whichever it came to.
         self._loss: LossGradient | None = None
+        self._raised: BaseException | None = None
+        self._instead: tuple[int, Sequenced] | None = None
         self._result: ForwardBackwardResult | None = None
 
-    def run(self) -> ForwardBackwardResult:
+    def size(self) -> int:
+        gradients = [] if self._loss is None else self._loss.gradients
+        return wire.size(self._datums) + sum(g.nbytes for g in gradients)
+
+    def run(
+        self, seq: int, started: Callable[[str], None]
+    ) -> ForwardBackwardResult:
         try:
-            backward = self._client.retrying(self._stream)
+            backward = self._client.repeat(lambda: self._stream(seq))
         except GradwireError as error:
             if error.reason != "ACTIVATIONS_EXPIRED" or self._loss is None:
                 raise
-            backward = self._two_pass(error)
+            backward = self._two_pass(seq + 1, error)
+        if self._raised is not None:
+            raise self._raised
         assert self._result is not None and self._loss is not None
         result, loss = self._result, self._loss
         result.recomputed = backward.recomputed
@@ -63,13 +81,18 @@ class CustomStep:
         result.loss = loss.loss
         return result
 
-    def _stream(self) -> Any:
-        from gradwire.training_client import to_result
+    def send_again(self, seq: int) -> None:
+        if self._instead is not None:
+            number, call = self._instead
+            call.send_again(number)
+        self._client.repeat(lambda: self._stream(seq))
 
+    def _stream(self, seq: int) -> Any:
+        """The backward's result, or None if the loss has raised."""
         outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         reader = wire.LogprobReader(len(self._datums))
         call = self._client.service.training.ForwardBackwardCustom(
-            self._requests(outgoing),
+            self._requests(seq, outgoing),
             metadata=self._client.service.call_metadata,
         )
         try:
@@ -80,37 +103,38 @@ class CustomStep:
                 elif kind == "logprobs_commit":
                     reader.commit(message.logprobs_commit)
                 elif kind == "forward_done":
-                    _raise_if_failed(message.forward_done)
-                    if not reader.complete:
-                        raise ServerError(
-                            "the forward ended without its commit record",
-                            reason="RESULT_CORRUPT",
-                        )
-                    self._result = to_result(
-                        reader, message.forward_done.forward
-                    )
-                    self._answer(reader, outgoing, call)
+                    self._finish_forward(reader, message.forward_done)
+                    if self._instead is not None:
+                        return None
+                    self._answer(outgoing)
                 elif kind == "backward_done":
-                    _raise_if_failed(message.backward_done)
+                    raise_if_failed(message.backward_done)
+                    self._client.note_synced(message.backward_done)
                     return message.backward_done.backward
-        except grpc.RpcError as error:
-            raise from_rpc(error, self._client.service.address) from None
+        except grpc.RpcError as failure:
+            error = from_rpc(failure, self._client.service.address)
+            if is_away(error):
+                raise error from None
+            if self._raised is not None:
+                return None
+            # Such a status may be an operation's outcome, which stays.
+            if error.code == grpc.StatusCode.UNAVAILABLE:
+                self._client.raise_if_final(seq, seq + 1)
+            raise error from None
         finally:
             outgoing.put(None)
             call.cancel()
-        raise ServerError(
-            "the stream of the custom step ended early",
-            code=grpc.StatusCode.UNAVAILABLE,
-            reason="STREAM_ENDED",
-        )
+        if self._raised is not None:
+            return None  # the server has closed the backward's number
+        raise stream_ended("the stream of the custom step")
 
-    def _requests(self, outgoing: Any) -> Any:
+    def _requests(self, seq: int, outgoing: Any) -> Any:
         request = training_pb2.CustomRequest
         yield request(
             header=training_pb2.CustomHeader(
                 model_id=self._client.model_id,
-                forward_seq_id=self._seq,
-                backward_seq_id=self._seq + 1,
+                forward_seq_id=seq,
+                backward_seq_id=seq + 1,
             )
         )
         for part in wire.datum_stream(self._datums):
@@ -121,34 +145,43 @@ class CustomStep:
         while (part := outgoing.get()) is not None:
             yield part
 
-    def _answer(self, reader: Any, outgoing: Any, call: Any) -> None:
-        """Computes the loss once and sends its gradient, or an abort."""
+    def _finish_forward(self, reader: Any, operation: Any) -> None:
+        """Takes the logprobs and computes the loss, once."""
+        raise_if_failed(operation)
+        self._client.note_synced(operation)
+        if not reader.complete:
+            raise ServerError(
+                "the forward ended without its commit record",
+                reason="RESULT_CORRUPT",
+            )
+        if self._result is None:
+            self._result = wire.to_result(reader, operation.forward)
+        if self._loss is not None or self._raised is not None:
+            return
+        try:
+            with self._client.loss_lock:
+                self._loss = differentiate(
+                    self._data, reader.logprobs, self._loss_fn
+                )
+        except BaseException as error:
+            self._raised = error
+
+    def _answer(self, outgoing: Any) -> None:
+        """Sends the loss's gradient, or an abort."""
         request = training_pb2.CustomRequest
-        if self._loss is None:
-            try:
-                with self._client.loss_lock:
-                    self._loss = differentiate(
-                        self._data, reader.logprobs, self._loss_fn
-                    )
-            except BaseException as error:
-                abort = training_pb2.CustomAbort(reason=type(error).__name__)
-                outgoing.put(request(abort=abort))
-                outgoing.put(None)
-                # The stream ends once the server has closed the number.
-                try:
-                    for _ in call:
-                        pass
-                except grpc.RpcError:
-                    pass
-                raise
-        for part in wire.gradient_stream(self._loss.gradients):
-            if isinstance(part, data_pb2.CommitRecord):
-                outgoing.put(request(gradients_commit=part))
-            else:
-                outgoing.put(request(gradients=part))
+        if self._raised is not None:
+            reason = type(self._raised).__name__
+            outgoing.put(request(abort=training_pb2.CustomAbort(reason=reason)))
+        else:
+            assert self._loss is not None
+            for part in wire.gradient_stream(self._loss.gradients):
+                if isinstance(part, data_pb2.CommitRecord):
+                    outgoing.put(request(gradients_commit=part))
+                else:
+                    outgoing.put(request(gradients=part))
         outgoing.put(None)
 
-    def _two_pass(self, error: GradwireError) -> Any:
+    def _two_pass(self, seq: int, error: GradwireError) -> Any:
         """The same gradient as cross-entropy with the weights -dC/dlogprob.
 
         Takes the backward's number if it is still open, else the next one if
@@ -165,24 +198,18 @@ class CustomStep:
             }
             datums.append(wire.encode_datum(Datum(datum.model_input, inputs)))
         loss = training_pb2.LossConfig(loss_fn="cross_entropy")
-        seq = self._seq + 1
+        call = self._client.forward_backward_call(datums, loss)
         try:
-            done = self._client.run_forward_backward(seq, datums, loss)
+            done = call.run(seq)
         except GradwireError as taken:
             if taken.reason not in ("SEQ_REUSED", "SEQUENCE_CLOSED"):
                 raise
             following = self._client.reserve_after(seq)
             if following is None:
                 raise error from None
-            done = self._client.run_forward_backward(following, datums, loss)
+            seq = following
+            done = call.run(seq)
+        self._instead = seq, call
         return operations_pb2.BackwardResult(
             metrics=done.metrics, recomputed=True
         )
-
-
-def _raise_if_failed(operation: Any) -> None:
-    if operation.state in (
-        operations_pb2.OPERATION_STATE_FAILED,
-        operations_pb2.OPERATION_STATE_CANCELLED,
-    ):
-        raise from_operation(operation.error)

@@ -30,6 +30,8 @@ class GradwireError(Exception):
     code: the gRPC status code. reason: a constant such as SHAPE_MISMATCH, see
     docs/errors.md. metadata: the values the reason is about. category: "USER"
     or "SERVER". retry_after: seconds, or None where a retry is no remedy.
+    final: it is the recorded outcome of an operation; a repetition gets the
+    same one.
     """
 
     category = "SERVER"
@@ -49,6 +51,7 @@ class GradwireError(Exception):
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
+        self.final = False
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
@@ -81,15 +84,34 @@ def invalid(
     return UserError(message, code=code, reason=reason, metadata=values)
 
 
+def closed() -> ServerError:
+    return ServerError(
+        "the client is closed; make a new ServiceClient",
+        code=grpc.StatusCode.CANCELLED,
+        reason="CLIENT_CLOSED",
+    )
+
+
+def stream_ended(what: str) -> ServerError:
+    """A stream that stopped in the middle, without a word."""
+    return ServerError(
+        f"{what} ended early; read it again",
+        code=grpc.StatusCode.UNAVAILABLE,
+        reason="STREAM_ENDED",
+    )
+
+
 def from_operation(error: Any) -> GradwireError:
     """The exception for an OperationError."""
     kind = UserError if error.category == "USER" else ServerError
-    return kind(
+    made = kind(
         error.message,
         code=_CODES.get(error.code, grpc.StatusCode.UNKNOWN),
         reason=error.reason or "UNKNOWN",
         metadata=error.metadata,
     )
+    made.final = True
+    return made
 
 
 def from_rpc(error: Any, address: str = "") -> GradwireError:

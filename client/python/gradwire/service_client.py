@@ -25,12 +25,12 @@ from gradwire._proto.gradwire.v1 import (
 )
 from gradwire.errors import (
     GradwireError,
-    ServerError,
     UserError,
     from_operation,
-    from_rpc,
     invalid,
+    stream_ended,
 )
+from gradwire.patience import DEFAULT_SECONDS, Attempts, Patience
 from gradwire.training_client import TrainingClient
 
 DEFAULT_ADDRESS = "127.0.0.1:7700"
@@ -40,9 +40,11 @@ _MAX_MESSAGE_BYTES = 64 << 20
 _CHANNEL_OPTIONS = [
     # Else a new channel inherits the backoff of one that failed before.
     ("grpc.use_local_subchannel_pool", 1),
+    # A server that was restarted is found within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # For all its name: how long connecting may take at least.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.keepalive_time_ms", 30000),
     ("grpc.keepalive_timeout_ms", 10000),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -63,6 +65,9 @@ class ServiceClient:
     api_key: else GRADWIRE_API_KEY; sent as a bearer token.
     tls: None or False for plaintext, True for the system's roots, or
         grpc.ChannelCredentials.
+    patience: seconds for which a call waits for a server that was there and
+        went away; docs/recovery.md. That no server answers at all is said at
+        once.
     """
 
     def __init__(
@@ -70,10 +75,12 @@ class ServiceClient:
         address: str | None = None,
         api_key: str | None = None,
         tls: bool | grpc.ChannelCredentials | None = None,
+        patience: float = DEFAULT_SECONDS,
     ):
         self.address = (
             address or os.environ.get("GRADWIRE_ADDRESS") or DEFAULT_ADDRESS
         )
+        self.patience = Patience(self.address, patience)
         key = api_key or os.environ.get("GRADWIRE_API_KEY")
         self.call_metadata = (
             (("authorization", f"Bearer {key}"),) if key else ()
@@ -99,8 +106,16 @@ class ServiceClient:
         self._lock = threading.Lock()
         self._session_id = ""
         self._num_models = 0
-        self._stop = threading.Event()
         self._clients: list[TrainingClient] = []
+
+    def attempt(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        timeout: float | None = _UNARY_SECONDS,
+    ) -> Any:
+        """One call; raises what gRPC raises."""
+        return method(request, timeout=timeout, metadata=self.call_metadata)
 
     def call(
         self,
@@ -108,15 +123,21 @@ class ServiceClient:
         request: Any,
         timeout: float | None = _UNARY_SECONDS,
     ) -> Any:
+        """One call, repeated while the server is away; failures become
+        GradwireError."""
+        return self.patience.run(lambda: self.attempt(method, request, timeout))
+
+    def call_once(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        timeout: float | None = _UNARY_SECONDS,
+    ) -> Any:
         """One call; failures become GradwireError."""
         try:
-            return method(request, timeout=timeout, metadata=self.call_metadata)
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.address) from None
-        except ValueError as error:  # grpc's word for a closed channel
-            if "closed channel" not in str(error):
-                raise
-            raise closed() from None
+            return self.attempt(method, request, timeout)
+        except (grpc.RpcError, ValueError) as error:
+            raise self.patience.translate(error) from None
 
     def get_server_info(self) -> Any:
         return self.call(
@@ -144,18 +165,26 @@ class ServiceClient:
 
     def watch_job(self, job_id: str) -> Iterator[Any]:
         """The job now and at every change, until it is deleted."""
-        call = None
-        try:
-            call = self._jobs.WatchJob(
-                jobs_pb2.WatchJobRequest(job_id=job_id),
-                metadata=self.call_metadata,
-            )
-            yield from call
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.address) from None
-        finally:
-            if call is not None:
-                call.cancel()
+        attempts = Attempts(self.patience)
+        while True:
+            call = None
+            try:
+                call = self._jobs.WatchJob(
+                    jobs_pb2.WatchJobRequest(job_id=job_id),
+                    metadata=self.call_metadata,
+                )
+                for job in call:
+                    attempts.answered()
+                    yield job
+                    if job.state == jobs_pb2.JOB_STATE_DELETED:
+                        return
+                # A server that stops ends what it streams in good order.
+                raise stream_ended(f"the watch of job {job_id}")
+            except (grpc.RpcError, GradwireError, ValueError) as error:
+                attempts.failed(error)
+            finally:
+                if call is not None:
+                    call.cancel()
 
     def delete_job(self, job_id: str) -> Any:
         request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
@@ -191,7 +220,8 @@ class ServiceClient:
     def delete_checkpoint(self, path: str) -> Any:
         """Deletes a checkpoint, be it damaged or not."""
         request = checkpoints_pb2.CheckpointRequest(path=path)
-        return self.call(self._checkpoints.DeleteCheckpoint, request)
+        # A repetition could not tell its own success from a wrong path.
+        return self.call_once(self._checkpoints.DeleteCheckpoint, request)
 
     def restart_job(self, job_id: str) -> Any:
         """Starts a failed job again, from its base model.
@@ -201,7 +231,7 @@ class ServiceClient:
         the last checkpoint.
         """
         request = jobs_pb2.RestartJobRequest(job_id=job_id)
-        return self.call(self._jobs.RestartJob, request)
+        return self.call_once(self._jobs.RestartJob, request)
 
     def get_profile(self, job_id: str) -> Any:
         request = jobs_pb2.GetProfileRequest(job_id=job_id)
@@ -229,6 +259,10 @@ class ServiceClient:
 
         base_model: a Hugging Face directory on the server's machine. A path
             that is a directory here is made absolute.
+        job_id: of a job that exists, to go on where it stands, or of a new
+            one. None for a new one with a name of its own.
+        take_over: attach even if another process has used the model within
+            the last 30 s; what that one sends from then on is refused.
         precision: "f32" or "bf16"; None for the server's choice.
         world_size: ranks that hold the model together.
         moment_precision: of Adam's two moments; "bf16" rounds them
@@ -339,18 +373,19 @@ class ServiceClient:
     def _beat(self, interval: float) -> None:
         request = sessions_pb2.HeartbeatRequest(session_id=self._session_id)
         last = ""
-        while not self._stop.wait(interval):
+        while not self.patience.closed.wait(interval):
             try:
                 self.call(self._sessions.Heartbeat, request, interval)
                 last = ""
             except GradwireError as error:
-                if not self._stop.is_set() and error.reason != last:
+                closing = self.patience.closed.is_set()
+                if not closing and error.reason != last:
                     last = error.reason
                     _log.warning("heartbeat failed: %s", error)
 
     def close(self) -> None:
         """Ends the session and the connection; raises unread failures."""
-        if self._stop.is_set():
+        if self.patience.closed.is_set():
             return
         failure: Exception | None = None
         for client in self._clients:
@@ -363,13 +398,13 @@ class ServiceClient:
             raise failure
 
     def _finish(self, reason: str) -> None:
-        self._stop.set()
+        self.patience.closed.set()
         if self._session_id:
             request = sessions_pb2.FinishSessionRequest(
                 session_id=self._session_id, reason=reason
             )
             try:
-                self.call(self._sessions.FinishSession, request, 2.0)
+                self.call_once(self._sessions.FinishSession, request, 2.0)
             except GradwireError as error:
                 _log.debug("the session was not finished: %s", error)
         self._channel.close()
@@ -380,15 +415,7 @@ class ServiceClient:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if kind is None:
             self.close()
-        elif not self._stop.is_set():
+        elif not self.patience.closed.is_set():
             self._finish(
                 "interrupted" if kind is KeyboardInterrupt else "errored"
             )
-
-
-def closed() -> ServerError:
-    return ServerError(
-        "the client is closed; make a new ServiceClient",
-        code=grpc.StatusCode.CANCELLED,
-        reason="CLIENT_CLOSED",
-    )

@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
-import numpy as np
 
 from gradwire import wire
-from gradwire._proto.gradwire.v1 import data_pb2, operations_pb2, training_pb2
+from gradwire._proto.gradwire.v1 import training_pb2
 from gradwire.custom_loss import LossFn, require_torch
 from gradwire.custom_stream import CustomStep
 from gradwire.datum import Datum
-from gradwire.errors import GradwireError, from_operation, from_rpc, invalid
-from gradwire.future import Future, Outcome, Workers
+from gradwire.errors import invalid
+from gradwire.future import Future
+from gradwire.handle import Handle, Sequenced, Window
 from gradwire.types import (
     AdamParams,
     ForwardBackwardResult,
@@ -30,13 +28,6 @@ from gradwire.types import (
     SnapshotResult,
 )
 
-if TYPE_CHECKING:
-    from gradwire.service_client import ServiceClient
-
-_NUM_WORKERS = 64
-_WAIT_SECONDS = 30.0
-_RETRIES = 5
-_FULL_SECONDS = 600.0  # how long a full queue is waited for
 _KINDS = {
     "auto": training_pb2.SNAPSHOT_KIND_AUTO,
     "base": training_pb2.SNAPSHOT_KIND_BASE,
@@ -44,36 +35,18 @@ _KINDS = {
     "lora": training_pb2.SNAPSHOT_KIND_LORA,
     "merged_base": training_pb2.SNAPSHOT_KIND_MERGED_BASE,
 }
-_log = logging.getLogger("gradwire")
 
 
-class _Window:
-    """Gradients between two optimizer steps; counts the announced ones."""
-
-    def __init__(self) -> None:
-        self.ops = 0
-
-
-class TrainingClient:
+class TrainingClient(Handle):
     """Made by ServiceClient.create_training_client.
 
     Calls are executed in the order in which they are made here, whatever the
     order in which their uploads arrive. Thread-safe.
     """
 
-    def __init__(self, service: ServiceClient, job_id: str, model_id: str):
-        self.service = service
-        self.job_id = job_id
-        self.model_id = model_id
-        self._lock = threading.Lock()  # guards the four below
-        self._next_seq = 1
-        self._window = _Window()
-        self._outcomes: list[Outcome] = []
-        self._closed = False
-        self._workers = Workers(_NUM_WORKERS)
+    def __init__(self, service: Any, job_id: str, model_id: str):
+        super().__init__(service, job_id, model_id)
         self.loss_lock = threading.Lock()  # user code runs once at a time
-
-    # The calls.
 
     def forward(
         self,
@@ -86,21 +59,22 @@ class TrainingClient:
         datums = self._encode(data)
         loss = training_pb2.LossConfig(loss_fn=loss_fn, config=loss_fn_config)
 
-        def work(seq: int, started: Callable[[str], None]) -> ForwardResult:
+        def send(seq: int) -> str:
             header = training_pb2.ForwardHeader(
                 model_id=self.model_id, seq_id=seq, loss=loss, top_k=top_k
             )
-            op_id = self._upload(
+            return self.upload(
                 self.service.training.Forward,
                 training_pb2.ForwardRequest,
                 header,
-                lambda: wire.datum_stream(datums),
+                datums,
             )
-            started(op_id)
-            done = self._wait(op_id).forward
-            return self.fetch(op_id, len(datums), done)
 
-        return self._submit("forward", work)
+        def read(done: Any) -> ForwardResult:
+            return self.fetch(done.op_id, len(datums), done.forward)
+
+        call = Sequenced(self, send, read, wire.size(datums))
+        return self.submit("forward", call)
 
     def forward_backward(
         self,
@@ -112,12 +86,30 @@ class TrainingClient:
         datums = self._encode(data)
         loss = training_pb2.LossConfig(loss_fn=loss_fn, config=loss_fn_config)
 
-        def work(
-            seq: int, started: Callable[[str], None]
-        ) -> ForwardBackwardResult:
-            return self.run_forward_backward(seq, datums, loss, started)
+        return self.submit(
+            "forward_backward",
+            self.forward_backward_call(datums, loss),
+            adds_gradient=True,
+        )
 
-        return self._submit("forward_backward", work, adds_gradient=True)
+    def forward_backward_call(self, datums: list[Any], loss: Any) -> Sequenced:
+        def send(seq: int) -> str:
+            header = training_pb2.ForwardBackwardHeader(
+                model_id=self.model_id, seq_id=seq, loss=loss
+            )
+            return self.upload(
+                self.service.training.ForwardBackward,
+                training_pb2.ForwardBackwardRequest,
+                header,
+                datums,
+            )
+
+        def read(done: Any) -> ForwardBackwardResult:
+            result = self.fetch(done.op_id, len(datums), done.forward)
+            result.loss = result.metrics.get("loss:sum", 0.0)
+            return result
+
+        return Sequenced(self, send, read, wire.size(datums))
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: LossFn
@@ -147,13 +139,10 @@ class TrainingClient:
             plain.append(Datum(datum.model_input, inputs))
         datums = self._encode(plain)
 
-        def work(
-            seq: int, started: Callable[[str], None]
-        ) -> ForwardBackwardResult:
-            return CustomStep(self, seq, data, datums, loss_fn).run()
-
-        return self._submit(
-            "forward_backward_custom", work, width=2, adds_gradient=True
+        return self.submit(
+            "forward_backward_custom",
+            CustomStep(self, data, datums, loss_fn),
+            adds_gradient=True,
         )
 
     def optim_step(
@@ -163,13 +152,14 @@ class TrainingClient:
         params = adam_params or AdamParams()
         message = params.to_proto()
 
-        def work(seq: int, started: Callable[[str], None]) -> OptimStepResult:
+        def send(seq: int) -> str:
             request = training_pb2.OptimStepRequest(
                 model_id=self.model_id, seq_id=seq, params=message
             )
-            done = self._sequenced(
-                self.service.training.OptimStep, request, started
-            ).optim_step
+            return self.send(self.service.training.OptimStep, request)
+
+        def read(operation: Any) -> OptimStepResult:
+            done = operation.optim_step
             return OptimStepResult(
                 optimizer_step=done.optimizer_step,
                 weight_version=done.weight_version,
@@ -182,22 +172,24 @@ class TrainingClient:
                 effective=AdamParams.from_proto(done.effective),
             )
 
-        def announce(window: _Window, _: _Window) -> None:
+        def announce(window: Window, _: Window) -> None:
             if params.expected_ops is None:
                 message.expected_ops = window.ops
 
-        return self._submit("optim_step", work, ends_window=announce)
+        call = Sequenced(self, send, read)
+        return self.submit("optim_step", call, ends_window=announce)
 
     def zero_grad(self) -> Future[None]:
         """Drops the gradients added since the last step."""
 
-        def work(seq: int, started: Callable[[str], None]) -> None:
+        def send(seq: int) -> str:
             request = training_pb2.SequencedRequest(
                 model_id=self.model_id, seq_id=seq
             )
-            self._sequenced(self.service.training.ZeroGrad, request, started)
+            return self.send(self.service.training.ZeroGrad, request)
 
-        return self._submit("zero_grad", work, ends_window=lambda *_: None)
+        call = Sequenced(self, send, lambda done: None)
+        return self.submit("zero_grad", call, ends_window=lambda *_: None)
 
     def save_weights_for_sampler(
         self,
@@ -216,7 +208,7 @@ class TrainingClient:
                 value=type,
             )
 
-        def work(seq: int, started: Callable[[str], None]) -> SnapshotResult:
+        def send(seq: int) -> str:
             request = training_pb2.SaveSnapshotRequest(
                 model_id=self.model_id,
                 seq_id=seq,
@@ -225,9 +217,10 @@ class TrainingClient:
                 parent=parent or "",
                 ttl_seconds=ttl or 0.0,
             )
-            done = self._sequenced(
-                self.service.training.SaveSnapshot, request, started
-            ).snapshot
+            return self.send(self.service.training.SaveSnapshot, request)
+
+        def read(operation: Any) -> SnapshotResult:
+            done = operation.snapshot
             return SnapshotResult(
                 path=done.path,
                 local_path=done.local_path,
@@ -237,7 +230,8 @@ class TrainingClient:
                 digest=done.digest,
             )
 
-        return self._submit("save_weights_for_sampler", work)
+        call = Sequenced(self, send, read)
+        return self.submit("save_weights_for_sampler", call)
 
     def save_state(
         self, name: str, ttl: float | None = None
@@ -247,16 +241,17 @@ class TrainingClient:
         are not saved. Training goes on while it is written; another save or a
         load waits. `name` is new in the job."""
 
-        def work(seq: int, started: Callable[[str], None]) -> SaveStateResult:
+        def send(seq: int) -> str:
             request = training_pb2.SaveStateRequest(
                 model_id=self.model_id,
                 seq_id=seq,
                 name=name,
                 ttl_seconds=ttl or 0.0,
             )
-            done = self._sequenced(
-                self.service.training.SaveState, request, started
-            ).save_state
+            return self.send(self.service.training.SaveState, request)
+
+        def read(operation: Any) -> SaveStateResult:
+            done = operation.save_state
             return SaveStateResult(
                 path=done.path,
                 local_path=done.local_path,
@@ -266,7 +261,7 @@ class TrainingClient:
                 optimizer_step=done.optimizer_step,
             )
 
-        return self._submit("save_state", work)
+        return self.submit("save_state", Sequenced(self, send, read))
 
     def load_state(self, path: str) -> Future[LoadStateResult]:
         """Puts the weights where `save_state` found them; moments and step
@@ -285,24 +280,17 @@ class TrainingClient:
     def _load_state(
         self, what: str, path: str, optimizer: bool
     ) -> Future[LoadStateResult]:
-        dropped: list[_Window] = []  # and the one that follows
-
-        def work(seq: int, started: Callable[[str], None]) -> LoadStateResult:
+        def send(seq: int) -> str:
             request = training_pb2.LoadStateRequest(
                 model_id=self.model_id,
                 seq_id=seq,
                 ref=path,
                 optimizer=optimizer,
             )
-            try:
-                done = self._sequenced(
-                    self.service.training.LoadState, request, started
-                ).load_state
-            except GradwireError:
-                # The gradients are still there.
-                with self._lock:
-                    dropped[1].ops += dropped[0].ops
-                raise
+            return self.send(self.service.training.LoadState, request)
+
+        def read(operation: Any) -> LoadStateResult:
+            done = operation.load_state
             return LoadStateResult(
                 path=done.path,
                 optimizer=done.optimizer,
@@ -311,8 +299,14 @@ class TrainingClient:
                 dropped_ops=done.dropped_ops,
             )
 
-        return self._submit(
-            what, work, ends_window=lambda *windows: dropped.extend(windows)
+        def still_there(dropped: Window, following: Window) -> None:
+            following.ops += dropped.ops
+
+        return self.submit(
+            what,
+            Sequenced(self, send, read),
+            ends_window=lambda *_: None,
+            undo=still_there,
         )
 
     def info(self) -> ModelInfo:
@@ -357,169 +351,6 @@ class TrainingClient:
     def _encode(self, data: Sequence[Datum]) -> list[Any]:
         return [wire.encode_datum(datum) for datum in data]
 
-    def reserve_after(self, seq: int) -> int | None:
-        """The next number, if nothing was submitted after `seq`."""
-        with self._lock:
-            if self._next_seq != seq + 1:
-                return None
-            self._next_seq += 1
-            return seq + 1
-
-    def _submit(
-        self,
-        what: str,
-        work: Callable[[int, Callable[[str], None]], Any],
-        *,
-        width: int = 1,
-        adds_gradient: bool = False,
-        ends_window: Callable[[_Window, _Window], None] | None = None,
-    ) -> Future[Any]:
-        future: Future[Any] = Future(what)
-        inner, operation = future._inner, _Started(self)
-        future._on_cancel = operation.cancel
-
-        def run() -> None:
-            try:
-                inner.set_result(work(seq, operation.set))
-            except BaseException as error:
-                if adds_gradient:
-                    with self._lock:
-                        window.ops -= 1
-                inner.set_exception(error)
-
-        with self._lock:
-            if self._closed:
-                raise invalid(
-                    "CLIENT_CLOSED",
-                    "the training client is closed; create another one",
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                )
-            seq = self._next_seq
-            self._next_seq += width
-            window = self._window
-            if adds_gradient:
-                window.ops += 1
-            if ends_window is not None:
-                self._window = _Window()
-                ends_window(window, self._window)
-            self._outcomes = [
-                o
-                for o in self._outcomes
-                if not o.settled() or (o.failed() and not o.read)
-            ]
-            self._outcomes.append(future._outcome)
-            self._workers.submit(run)
-        return future
-
-    def retrying(self, attempt: Callable[[], Any]) -> Any:
-        """Repeats what can be repeated: requests are told apart by seq_id."""
-        failures = 0
-        deadline = time.monotonic() + _FULL_SECONDS
-        while True:
-            try:
-                return attempt()
-            except grpc.RpcError as rpc_error:
-                error = from_rpc(rpc_error, self.service.address)
-            except GradwireError as known:
-                error = known
-            if error.reason == "QUEUE_FULL" and time.monotonic() < deadline:
-                pause = error.retry_after or 0.2
-            elif error.code == grpc.StatusCode.UNAVAILABLE and (
-                failures < _RETRIES
-            ):
-                failures += 1
-                pause = error.retry_after or 0.1 * 2**failures
-            else:
-                raise error from None
-            _log.debug("again in %.1f s: %s", pause, error)
-            time.sleep(pause)
-
-    def _upload(
-        self,
-        method: Any,
-        request: Any,
-        header: Any,
-        stream: Callable[[], Any],
-    ) -> str:
-        def messages() -> Any:
-            yield request(header=header)
-            for part in stream():
-                if isinstance(part, data_pb2.CommitRecord):
-                    yield request(commit=part)
-                else:
-                    yield request(chunk=part)
-
-        return self.retrying(
-            lambda: method(messages(), metadata=self.service.call_metadata)
-        ).op_id
-
-    def run_forward_backward(
-        self,
-        seq: int,
-        datums: list[Any],
-        loss: Any,
-        started: Callable[[str], None] = lambda op_id: None,
-    ) -> ForwardBackwardResult:
-        header = training_pb2.ForwardBackwardHeader(
-            model_id=self.model_id, seq_id=seq, loss=loss
-        )
-        op_id = self._upload(
-            self.service.training.ForwardBackward,
-            training_pb2.ForwardBackwardRequest,
-            header,
-            lambda: wire.datum_stream(datums),
-        )
-        started(op_id)
-        result = self.fetch(op_id, len(datums), self._wait(op_id).forward)
-        result.loss = result.metrics.get("loss:sum", 0.0)
-        return result
-
-    def _sequenced(
-        self, method: Any, request: Any, started: Callable[[str], None]
-    ) -> Any:
-        ref = self.retrying(lambda: self.service.call(method, request))
-        started(ref.op_id)
-        return self._wait(ref.op_id)
-
-    def _wait(self, op_id: str) -> Any:
-        request = operations_pb2.WaitOperationRequest(
-            op_id=op_id, timeout_seconds=_WAIT_SECONDS
-        )
-        while True:
-            operation = self.retrying(
-                lambda: self.service.call(
-                    self.service.operations.WaitOperation,
-                    request,
-                    2 * _WAIT_SECONDS,
-                )
-            )
-            if operation.state == operations_pb2.OPERATION_STATE_DONE:
-                return operation
-            if operation.state in (
-                operations_pb2.OPERATION_STATE_FAILED,
-                operations_pb2.OPERATION_STATE_CANCELLED,
-            ):
-                raise from_operation(operation.error)
-
-    def fetch(self, op_id: str, count: int, done: Any) -> ForwardBackwardResult:
-        """The arrays of a finished operation, checked against the commit."""
-
-        def attempt() -> wire.LogprobReader:
-            reader = wire.LogprobReader(count)
-            for message in self.service.operations.FetchResult(
-                operations_pb2.FetchResultRequest(op_id=op_id),
-                metadata=self.service.call_metadata,
-            ):
-                if message.HasField("chunk"):
-                    reader.add(message.chunk)
-                else:
-                    reader.commit(message.commit)
-            if not reader.complete:
-                reader.commit(data_pb2.CommitRecord(datum_count=-1))
-            return reader
-
-        return to_result(self.retrying(attempt), done)
-
 
 @dataclasses.dataclass
 class ModelInfo:
@@ -532,37 +363,3 @@ class ModelInfo:
     precision: str
     moment_precision: str
     profile: Any
-
-
-def to_result(reader: wire.LogprobReader, done: Any) -> ForwardBackwardResult:
-    with_top_k = any(k is not None for k in reader.top_k_indices)
-    logprobs: list[np.ndarray] = reader.logprobs
-    return ForwardBackwardResult(
-        logprobs=logprobs,
-        metrics=dict(done.metrics),
-        weight_version=done.weight_version,
-        optimizer_step=done.optimizer_step,
-        top_k_logprobs=reader.top_k_logprobs if with_top_k else None,
-        top_k_indices=reader.top_k_indices if with_top_k else None,
-    )
-
-
-class _Started:
-    """The server's name of an operation, once there is one."""
-
-    def __init__(self, client: TrainingClient):
-        self._client = client
-        self._op_id = ""
-
-    def set(self, op_id: str) -> None:
-        self._op_id = op_id
-
-    def cancel(self) -> bool:
-        if not self._op_id:
-            return False
-        service = self._client.service
-        operation = service.call(
-            service.operations.CancelOperation,
-            operations_pb2.CancelOperationRequest(op_id=self._op_id),
-        )
-        return operation.state == operations_pb2.OPERATION_STATE_CANCELLED

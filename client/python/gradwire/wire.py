@@ -12,6 +12,7 @@ import xxhash
 from gradwire._proto.gradwire.v1 import data_pb2
 from gradwire.datum import Datum, to_array
 from gradwire.errors import ServerError, invalid
+from gradwire.types import ForwardBackwardResult
 
 # Of one message; far below every server's limit, so that uploads overlap.
 CHUNK_BYTES = 2 << 20
@@ -61,6 +62,11 @@ def encode_datum(datum: Datum) -> data_pb2.Datum:
             )
         )
     return message
+
+
+def size(datums: Sequence[Any]) -> int:
+    """Bytes of encoded datums."""
+    return sum(datum.ByteSize() for datum in datums)
 
 
 class Digest:
@@ -175,6 +181,18 @@ class LogprobReader:
                 f"{len(self.logprobs)} datums are missing)"
             )
         self.complete = True
+
+
+def to_result(reader: LogprobReader, done: Any) -> ForwardBackwardResult:
+    with_top_k = any(k is not None for k in reader.top_k_indices)
+    return ForwardBackwardResult(
+        logprobs=reader.logprobs,
+        metrics=dict(done.metrics),
+        weight_version=done.weight_version,
+        optimizer_step=done.optimizer_step,
+        top_k_logprobs=reader.top_k_logprobs if with_top_k else None,
+        top_k_indices=reader.top_k_indices if with_top_k else None,
+    )
 
 
 def _bad(message: str) -> ServerError:

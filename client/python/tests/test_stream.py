@@ -16,43 +16,14 @@ gradwire = pytest.importorskip("gradwire")
 if not hasattr(gradwire, "Datum"):
     pytest.skip("the client is not installed", allow_module_level=True)
 pytest.importorskip("torch")
-from google.rpc import error_details_pb2, status_pb2  # noqa: E402
+from fake_server import DONE, abort, logprobs_of, read_batch  # noqa: E402
 from gradwire import wire  # noqa: E402
 from gradwire._proto.gradwire.v1 import (  # noqa: E402
-    data_pb2,
     operations_pb2,
     operations_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
 )
-
-DONE = operations_pb2.OPERATION_STATE_DONE
-
-
-def read_batch(messages, chunk, commit):
-    """The datums of a stream whose commit record is right."""
-    digest, datums = wire.Digest(), []
-    for message in messages:
-        if message.WhichOneof("message") == commit:
-            assert getattr(message, commit) == digest.commit()
-            return datums
-        for datum in getattr(message, chunk).datums:
-            digest.add_datum(datum)
-            datums.append(datum)
-    raise AssertionError("the batch has no commit record")
-
-
-def logprobs_of(datums):
-    digest, chunk = wire.Digest(), data_pb2.LogprobChunk()
-    # Last datum first: items may come in any order.
-    for index in reversed(range(len(datums))):
-        target = datums[index].loss_fn_inputs["target_tokens"]
-        tensor = wire.encode_tensor(
-            -wire.decode_tensor(target), data_pb2.DATA_TYPE_FLOAT32
-        )
-        digest.add_tensor(tensor)
-        chunk.items.add(datum_index=index, logprobs=tensor)
-    return chunk, digest.commit()
 
 
 class Training(training_pb2_grpc.TrainingServiceServicer):
@@ -115,14 +86,6 @@ class Training(training_pb2_grpc.TrainingServiceServicer):
         done = operations_pb2.Operation(state=DONE)
         done.backward.metrics["loss:sum"] = -1
         yield answer(backward_done=done)
-
-
-def abort(context, reason, code):
-    status = status_pb2.Status(code=code.value[0], message="made by a test")
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason))
-    details = (("grpc-status-details-bin", status.SerializeToString()),)
-    context.set_trailing_metadata(details)
-    context.abort(code, status.message)
 
 
 class Operations(operations_pb2_grpc.OperationServiceServicer):

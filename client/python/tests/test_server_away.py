@@ -1,0 +1,490 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training script goes on when its server goes away, comes back, and has
+forgotten what was not on its disk."""
+
+import logging
+import threading
+import time
+
+import pytest
+
+gradwire = pytest.importorskip("gradwire")
+if not hasattr(gradwire, "Datum"):
+    pytest.skip("the client is not installed", allow_module_level=True)
+pytest.importorskip("torch")
+from fake_server import FakeServer, away  # noqa: E402
+from gradwire.unsynced import Unsynced  # noqa: E402
+
+# Of waits that end early where all is well.
+LONG = 60
+DATA = [
+    gradwire.Datum.from_tokens([1, 2, 3]),
+    gradwire.Datum.from_tokens([1, 4]),
+]
+LOGPROBS = [[-2, -3], [-4]]
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture
+def service(server):
+    service = gradwire.ServiceClient(address=server.address)
+    yield service
+    try:
+        service.close()
+    except gradwire.GradwireError:
+        pass  # a test has read what it wanted to
+
+
+@pytest.fixture
+def client(service):
+    return service.create_training_client("model", job_id="job")
+
+
+def pair(client):
+    return (
+        client.forward_backward(DATA, "cross_entropy"),
+        client.optim_step(),
+    )
+
+
+def logprobs(future):
+    return [lp.tolist() for lp in future.result(LONG).logprobs]
+
+
+class Loss:
+    """Counts how often it is computed."""
+
+    def __init__(self, error=None):
+        self.calls = 0
+        self._error = error
+
+    def __call__(self, data, logprobs):
+        self.calls += 1
+        if self._error is not None:
+            raise self._error
+        return sum(lp.sum() for lp in logprobs) ** 2, {}
+
+
+# The connection.
+
+
+def test_an_address_without_a_server_is_said_at_once(server):
+    server.stop()
+    service = gradwire.ServiceClient(address=server.address)
+    began = time.monotonic()
+    with pytest.raises(gradwire.UnreachableError) as caught:
+        service.create_training_client("model")
+    assert time.monotonic() - began < service.patience.seconds / 10
+    assert str(caught.value).startswith(
+        "SERVER_UNREACHABLE: no gradwire server answers at " + server.address
+    )
+    assert "gradwire serve" in str(caught.value)
+    assert "tried for" not in str(caught.value)
+
+
+def test_calls_wait_for_a_server_that_is_away(server, service, caplog):
+    service.get_server_info()
+    answers = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(service.get_server_info().version)
+        )
+        for _ in range(4)
+    ]
+    with caplog.at_level(logging.WARNING, "gradwire"), away(server):
+        for thread in threads:
+            thread.start()
+        while service.patience.outages == 0:
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join(LONG)
+    assert answers == ["fake"] * 4
+    texts = [record.getMessage() for record in caplog.records]
+    assert len([t for t in texts if "is away" in t]) == 1
+    assert len([t for t in texts if "is back after" in t]) == 1
+    assert len(texts) == 2
+    assert service.patience.outages == 1
+
+
+def test_a_server_is_found_within_a_second(server, service):
+    service.get_server_info()
+    found = []
+
+    def call():
+        service.get_server_info()
+        found.append(time.monotonic())
+
+    thread = threading.Thread(target=call)
+    with away(server):
+        thread.start()
+        time.sleep(1.0)
+    back = time.monotonic()
+    thread.join(LONG)
+    # A longest pause of the call and one of the connection, with its jitter.
+    assert found[0] - back < 2.5
+
+
+def test_patience_ends(server):
+    service = gradwire.ServiceClient(address=server.address, patience=0.3)
+    service.get_server_info()
+    server.stop()
+    with pytest.raises(gradwire.UnreachableError, match="tried for") as caught:
+        service.get_server_info()
+    assert caught.value.reason == "SERVER_UNREACHABLE"
+    server.start()
+    # The next one begins anew.
+    assert service.get_server_info().version == "fake"
+    service.close()
+
+
+def test_a_call_without_an_answer_is_repeated(server, service, monkeypatch):
+    service.get_server_info()
+    hold, once = threading.Event(), threading.Lock()
+    cut = server.cut
+
+    def slow(context, point):
+        if once.acquire(blocking=False):
+            hold.wait(LONG)
+        cut(context, point)
+
+    monkeypatch.setattr(server, "cut", slow)
+    request = gradwire.service_client.jobs_pb2.GetServerInfoRequest()
+    method = service._jobs.GetServerInfo
+    assert service.call(method, request, timeout=0.2).version == "fake"
+    hold.set()
+
+
+def test_closing_ends_the_waiting(server):
+    service = gradwire.ServiceClient(address=server.address)
+    client = service.create_training_client("model")
+    server.stop()
+    step = client.optim_step()
+    while service.patience.outages == 0:
+        time.sleep(0.01)
+    service.close()
+    with pytest.raises(gradwire.GradwireError) as caught:
+        step.result(LONG)
+    assert caught.value.reason == "CLIENT_CLOSED"
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "CreateJob",
+        "WatchJob",
+        "end of WatchJob",
+        "CreateSession",
+        "CreateModel",
+        "GetProfile",
+        "GetModelInfo",
+    ],
+)
+def test_a_client_is_created_through_an_interruption(server, service, point):
+    service.get_server_info()
+    server.cuts[point] = 2
+    client = service.create_training_client("model", job_id="job")
+    assert client.info().precision == "f32"
+    assert server.cuts[point] == 0
+    assert len(server.handles) == 1
+
+
+def test_heartbeats_go_on(server, service, client):
+    def beats(number):
+        with server.changed:
+            assert server.changed.wait_for(
+                lambda: server.heartbeats >= number, LONG
+            )
+
+    beats(1)
+    with away(server):
+        while service.patience.outages == 0:
+            time.sleep(0.01)
+    beats(server.heartbeats + 2)
+
+
+# Calls on a model, over the end of the server's process.
+
+
+def test_training_goes_on_over_restarts(server, client):
+    futures = []
+    for _ in range(12):
+        futures += [pair(client)]
+        if len(futures) % 3 == 0:
+            server.restart()
+    for index, (gradient, update) in enumerate(futures):
+        assert logprobs(gradient) == LOGPROBS
+        assert update.result(LONG).optimizer_step == index + 1
+    kinds = ["forward_backward", "optim_step"] * 12
+    assert server.ran == list(enumerate(kinds, 1))
+    client.check()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "before forward_backward",
+        "after forward_backward",
+        "WaitOperation",
+        "FetchResult",
+        "end of FetchResult",
+        "before optim_step",
+        "after optim_step",
+    ],
+)
+def test_a_cut_anywhere_changes_nothing(server, client, point):
+    server.cuts[point] = 2
+    gradient, update = pair(client)
+    assert logprobs(gradient) == LOGPROBS
+    assert update.result(LONG).optimizer_step == 1
+    assert server.ran == [(1, "forward_backward"), (2, "optim_step")]
+    assert server.cuts[point] == 0
+
+
+CUSTOM_POINTS = [
+    "custom header",
+    "custom datums",
+    "custom logprobs",
+    "custom forward",
+    "custom gradients",
+    "custom backward",
+    "custom result",
+]
+
+
+@pytest.mark.parametrize("point", CUSTOM_POINTS)
+def test_the_loss_is_computed_once(server, client, point):
+    server.cuts[point] = 2
+    loss = Loss()
+    step = client.forward_backward_custom(DATA, loss)
+    update = client.optim_step()
+    assert logprobs(step) == LOGPROBS
+    assert step.result().loss == 81
+    assert update.result(LONG).optimizer_step == 1
+    assert loss.calls == 1
+    kinds = ["forward", "backward", "optim_step"]
+    assert server.ran == list(enumerate(kinds, 1))
+    assert server.cuts[point] == 0
+    sent = [d for d in server.requests["job.0", 2][1].values()]
+    assert sorted(map(len, sent)) == [4, 8]
+
+
+def test_a_server_that_ends_while_the_loss_is_computed(server, client):
+    loss = Loss()
+
+    def slow(data, logprobs):
+        server.restart()
+        return loss(data, logprobs)
+
+    step = client.forward_backward_custom(DATA, slow)
+    assert step.result(LONG).loss == 81
+    assert loss.calls == 1
+    assert server.ran == [(1, "forward"), (2, "backward")]
+
+
+@pytest.mark.parametrize("point", [*CUSTOM_POINTS[:4], "custom abort"])
+def test_what_a_loss_raises_gives_its_number_up_all_the_same(
+    server, client, point
+):
+    server.cuts[point] = 2
+    loss = Loss(ZeroDivisionError("mine"))
+    step = client.forward_backward_custom(DATA, loss)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        step.result(LONG)
+    assert client.optim_step().result(LONG).optimizer_step == 1
+    assert loss.calls == 1
+    kinds = ["forward", "abort", "optim_step"]
+    assert server.ran == list(enumerate(kinds, 1))
+
+
+def test_a_recorded_failure_is_not_repeated(server, client):
+    server.fails = {1: "COLLECTIVE_TIMEOUT", 2: "COLLECTIVE_FAILED"}
+    gradient = client.forward_backward(DATA, "cross_entropy")
+    custom = client.forward_backward_custom(DATA, Loss())
+    for future, reason in (
+        (gradient, "COLLECTIVE_TIMEOUT"),
+        (custom, "COLLECTIVE_FAILED"),
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            future.result(LONG)
+        assert caught.value.reason == reason
+
+
+# Power losses.
+
+
+def test_what_a_power_loss_has_undone_is_sent_again(server, client):
+    loss = Loss()
+    first = client.forward_backward(DATA, "cross_entropy")
+    custom = client.forward_backward_custom(DATA, loss)
+    scores = client.forward(DATA[:1])
+    assert logprobs(first) == logprobs(custom) == LOGPROBS
+    assert logprobs(scores) == LOGPROBS[:1]
+    with away(server):
+        server.lose_power()
+        assert server.ran == []
+        update = client.optim_step()
+    assert update.result(LONG).optimizer_step == 1
+    kinds = [
+        "forward_backward",
+        "forward",
+        "backward",
+        "forward",
+        "optim_step",
+    ]
+    assert server.ran == list(enumerate(kinds, 1))
+    assert loss.calls == 1
+    # Of the next step, nothing of this one is sent again.
+    assert client._unsynced.since(0) == []
+
+
+def test_a_custom_step_waits_behind_what_was_lost(server, client):
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    with away(server):
+        server.lose_power()
+        step = client.forward_backward_custom(DATA, Loss())
+    assert step.result(LONG).loss == 81
+    kinds = ["forward_backward", "forward", "backward"]
+    assert server.ran == list(enumerate(kinds, 1))
+
+
+def test_power_is_lost_again_and_again(server, client):
+    for outages in range(1, 6):
+        client.forward_backward(DATA, "cross_entropy").result(LONG)
+        with away(server):
+            server.lose_power()
+            while client.service.patience.outages < outages:
+                time.sleep(0.01)
+    assert client.optim_step().result(LONG).optimizer_step == 1
+    kinds = ["forward_backward"] * 5 + ["optim_step"]
+    assert server.ran == list(enumerate(kinds, 1))
+
+
+def test_what_is_waited_for_is_sent_again(server, client):
+    with server.changed:  # nothing runs
+        server.requests["job.0", 0] = "", ""
+    later = client.submit("late", Later(client))
+    server.hold_seconds = 0.05
+    step = client.optim_step()
+    while ("job.0", 2) not in server.requests:
+        time.sleep(0.01)
+    with away(server):
+        server.lose_power()
+    later.result(LONG)
+    assert step.result(LONG).optimizer_step == 1
+    assert server.ran == [(1, "zero_grad"), (2, "optim_step")]
+
+
+class Later:
+    """Holds its number until the one after it has been lost and sent again."""
+
+    width = 1
+
+    def __init__(self, client):
+        self._client = client
+
+    def size(self):
+        return 0
+
+    def run(self, seq, started):
+        while self._client.service.patience.outages == 0:
+            time.sleep(0.01)
+        self.send_again(seq)
+
+    def send_again(self, seq):
+        training = self._client.service.training
+        request = gradwire.training_client.training_pb2.SequencedRequest(
+            model_id=self._client.model_id, seq_id=seq
+        )
+        self._client.send(training.ZeroGrad, request)
+
+
+def test_a_gap_shows_a_loss_that_nobody_noticed(server, client):
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    server.hold_seconds = 0.05
+    server.lose_power()
+    assert client.optim_step().result(LONG).optimizer_step == 1
+    assert client.service.patience.outages == 0
+    assert server.ran == [(1, "forward_backward"), (2, "optim_step")]
+
+
+@pytest.mark.parametrize("point", ["WaitOperation", "begin of FetchResult"])
+def test_what_is_no_longer_found_is_sent_again(server, client, point):
+    server.at[point] = server.lose_power
+    gradient = client.forward_backward(DATA, "cross_entropy")
+    assert logprobs(gradient) == LOGPROBS
+    client.optim_step().result(LONG)
+    assert server.at == {}
+    assert server.ran == [(1, "forward_backward"), (2, "optim_step")]
+
+
+def test_what_can_no_longer_be_sent_is_said(server, client, caplog):
+    client._unsynced = Unsynced(limit_bytes=1)
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    server.hold_seconds = 0.05
+    server.lose_power()
+    with caplog.at_level(logging.ERROR, "gradwire"):
+        client.optim_step()
+        client.zero_grad()
+        while "is no longer kept here" not in caplog.text.replace("\n", " "):
+            time.sleep(0.01)
+    assert "operation 1 of model job.0 was lost" in caplog.text
+
+
+def test_a_server_without_a_disk_makes_nobody_keep_anything(server, client):
+    server.has_log = False
+    for _ in range(3):
+        gradient, update = pair(client)
+        gradient.result(LONG)
+        update.result(LONG)
+    client.zero_grad().result(LONG)
+    assert [seq for seq, _ in client._unsynced.since(0)] == [7]
+
+
+def test_requests_are_kept_within_their_limit():
+    class Kept:
+        def __init__(self, size, width=1):
+            self._size, self.width = size, width
+
+        def size(self):
+            return self._size
+
+    unsynced = Unsynced(limit_bytes=10)
+    unsynced.keep(1, Kept(4))
+    unsynced.keep(2, Kept(4, width=2))
+    assert [seq for seq, _ in unsynced.since(0)] == [1, 2]
+    unsynced.keep(4, Kept(3))  # the oldest goes
+    assert [seq for seq, _ in unsynced.since(0)] == [2, 4]
+    assert [seq for seq, _ in unsynced.since(3)] == [2, 4]
+    assert [seq for seq, _ in unsynced.since(4)] == [4]
+    unsynced.synced_through(2)  # one of two numbers is not enough
+    assert [seq for seq, _ in unsynced.since(0)] == [2, 4]
+    unsynced.synced_through(3)
+    assert [seq for seq, _ in unsynced.since(0)] == [4]
+    unsynced.keep(5, Kept(7))
+    assert [seq for seq, _ in unsynced.since(0)] == [4, 5]
+    unsynced.keep(6, Kept(11))  # more than there may be
+    assert unsynced.since(0) == []
+
+
+# A client's own end.
+
+
+def test_another_process_goes_on(server, client):
+    pair(client)[1].result(LONG)
+    with gradwire.ServiceClient(address=server.address) as restarted:
+        with pytest.raises(gradwire.GradwireError) as caught:
+            restarted.create_training_client("model", job_id="job")
+        assert caught.value.reason == "MODEL_IN_USE"
+        again = restarted.create_training_client(
+            "model", job_id="job", take_over=True
+        )
+        assert again.info().optimizer_step == 1
+        assert pair(again)[1].result(LONG).optimizer_step == 2
+    with pytest.raises(gradwire.GradwireError) as caught:
+        client.optim_step().result(LONG)
+    assert caught.value.reason == "HANDLE_FENCED"
