@@ -70,9 +70,9 @@ class Life:
         self.server = None
         self.client = None
         self.kills = []  # (kind, seconds to the next result)
-        self._port = free_port()
+        self.port = free_port()
         self._run = training_script.Run(
-            address=f"127.0.0.1:{self._port}",
+            address=f"127.0.0.1:{self.port}",
             model=str(model),
             world_size=world_size,
             steps=steps,
@@ -91,6 +91,10 @@ class Life:
             self.server.kill()
             self.server.wait()
 
+    def reach_server_through(self, port):
+        """Of clients that start from now on."""
+        self._run.address = f"127.0.0.1:{port}"
+
     def start_server(self, failpoint=""):
         """Starts it, if it is not running, and does not wait for it."""
         if self.server is not None and self.server.poll() is None:
@@ -101,7 +105,7 @@ class Life:
                 [
                     self.binary,
                     f"--state_dir={self.state}",
-                    f"--listen={self._run.address}",
+                    f"--listen=127.0.0.1:{self.port}",
                     "--metrics_listen=127.0.0.1:0",
                     "--threads=1",
                     *self._flags,

@@ -14,23 +14,15 @@ import collections
 import json
 import os
 import random
-import statistics
-import sys
 import time
 
-import gradwire
 import pytest
-from life import KINDS, Broken, Life, recovers
+from life import KINDS, Life, recovers
+from undisturbed import SEED, STEPS, Undisturbed, model, server
 from verdict import differences, different_files, percentile
 
-pytest.importorskip("torch")
-sys.path.append(os.path.join(os.path.dirname(__file__), "..", "e2e"))
-from conftest import save_model  # noqa: E402
-from gradwire.local_server import find_server  # noqa: E402
-
+__all__ = ["model", "server"]  # fixtures
 KILLS = int(os.environ.get("GRADWIRE_KILLS", "30"))
-SEED = int(os.environ.get("GRADWIRE_KILL_SEED", "1"))
-STEPS = 12
 KILLS_IN_A_LIFE = 8
 # Kills that meet a recovery which is under way.
 AGAIN = 0.25
@@ -48,42 +40,6 @@ FAILPOINTS = (
     "checkpoint.after_trim",
 )
 DEATHS_BY_FAILPOINT = 3
-
-
-@pytest.fixture(scope="module")
-def server():
-    try:
-        return find_server()
-    except gradwire.GradwireError as error:
-        pytest.skip(error.message)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("model"))
-
-
-class Undisturbed:
-    def __init__(self, folder, model, world_size):
-        with Life(folder, model, world_size, STEPS) as life:
-            life.start_server()
-            life.start_client()
-            life.finish()
-            self.journal = life.entries()
-            self.files = life.files()
-        times = [e["t"] for e in self.journal if e["name"] == "update"]
-        assert len(times) == STEPS and len(self.files) > 2 * STEPS // 4
-        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
-        self.step_seconds = statistics.median(gaps)
-
-    def judge(self, life, client_died):
-        """Raises unless the life's run is this one."""
-        problems = differences(self.journal, life.entries(), client_died)
-        problems += different_files(self.files, life.files())
-        if problems:
-            told = "\n".join(problems)
-            kinds = [kind for kind, _ in life.kills]
-            raise Broken(life.tell(f"after {kinds}:\n{told}"))
 
 
 @pytest.fixture(scope="module")
