@@ -111,6 +111,20 @@ def test_calls_wait_for_a_server_that_is_away(server, service, caplog):
     assert service.patience.outages == 1
 
 
+def test_late_news_from_before_an_outage_is_no_news(caplog):
+    patience = gradwire.patience.Patience("here", 1.0)
+    error = gradwire.errors.stream_ended("a call")
+    early = time.monotonic()
+    with caplog.at_level(logging.WARNING, "gradwire"):
+        patience.lost(time.monotonic(), error)
+        patience.found(early)  # an answer that was on its way
+        assert caplog.text.count("is back") == 0
+        patience.found(time.monotonic())
+        patience.lost(early, error)  # a failure that was noticed late
+    assert patience.outages == 1
+    assert caplog.text.count("is away") == caplog.text.count("is back") == 1
+
+
 def test_a_server_is_found_within_a_second(server, service):
     service.get_server_info()
     found = []
@@ -256,7 +270,7 @@ CUSTOM_POINTS = [
 ]
 
 
-@pytest.mark.parametrize("point", CUSTOM_POINTS)
+@pytest.mark.parametrize("point", [*CUSTOM_POINTS, "end of custom step"])
 def test_the_loss_is_computed_once(server, client, point):
     server.cuts[point] = 2
     loss = Loss()
