@@ -23,7 +23,8 @@ from processes import Watched, ranks_by_number  # noqa: E402
 
 # Of waits that end early where all is well.
 LONG = 60
-KINDS = ("client", "rank", "supervisor", "all")
+# "restart" is an operator's SIGTERM, all others are SIGKILL.
+KINDS = ("client", "rank", "supervisor", "all", "restart")
 # Clients are forked from a process that has imported what takes long.
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(["torch", "gradwire"])
@@ -125,25 +126,26 @@ class Life:
         self.client.start()
 
     def kill(self, kind, rng):
-        """SIGKILL, and their end awaited: the moment of it."""
+        """Ends processes and waits for their end: the moment of it."""
         pids = []
         if kind in ("rank", "all"):
             ranks = self.ranks(at_least=1 if kind == "rank" else 0)
             pids += [rng.choice(ranks)] if kind == "rank" else ranks
         if kind in ("client", "all"):
             pids.append(self.client.pid)
-        if kind in ("supervisor", "all"):
+        if kind in ("supervisor", "all", "restart"):
             pids.append(self.server.pid)
+        number = signal.SIGTERM if kind == "restart" else signal.SIGKILL
         watched = []
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 watched.append(Watched(pid))
         for process in watched:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(process.pid, number)
         for process in watched:
             if not process.has_ended(LONG):
-                raise Broken(f"process {process.pid} outlives SIGKILL")
+                raise Broken(self.tell(f"{process.pid} outlives {number}"))
             process.close()
         if kind in ("client", "all"):
             self.client.join()

@@ -2,7 +2,7 @@
 """Kill anything at any time, and the training is the same in every bit.
 
 A script trains a tiny model while {client, rank, supervisor, all} die of
-SIGKILL at random moments and are started again. In the end all results, the
+SIGKILL, or the server is restarted, at random moments. In the end all results, the
 final weights and the optimizer's state must equal those of a run that nobody
 disturbed. A last line of JSON has the count, the outcome and how long it took
 from a kill to the next result.
@@ -169,7 +169,7 @@ def test_whatever_dies_nothing_changes(
     left, number = KILLS // 2, 0
     while left > 0:
         # Where no client dies, no result may be missing.
-        kinds = KINDS if number % 2 else ("rank", "supervisor")
+        kinds = KINDS if number % 2 else ("rank", "supervisor", "restart")
         left -= kill_and_compare(
             tmp_path / str(number),
             model,

@@ -328,6 +328,22 @@ def test_a_recorded_failure_is_not_repeated(server, client):
         assert caught.value.reason == reason
 
 
+def test_a_server_that_has_lost_everything_says_so(server, client):
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    with away(server):
+        server.requests.clear()
+        server.operations.clear()
+        server.handles.clear()
+    for future in (
+        client.forward_backward(DATA, "cross_entropy"),
+        client.forward_backward_custom(DATA, Loss()),
+        client.optim_step(),
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            future.result(LONG)
+        assert caught.value.reason == "MODEL_NOT_FOUND"
+
+
 # Power losses.
 
 
