@@ -58,6 +58,12 @@ class Watched:
         self.pid = pid
         self._fd = os.pidfd_open(pid)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def has_ended(self, seconds):
         """Waits for the end; False if it has not come by then."""
         poll = select.poll()

@@ -100,7 +100,9 @@ class Life:
         """Starts it, if it is not running, and does not wait for it."""
         if self.server is not None and self.server.poll() is None:
             return
-        environment = dict(os.environ, GRADWIRE_FAILPOINT=failpoint)
+        environment = dict(os.environ)
+        if failpoint:
+            environment["GRADWIRE_FAILPOINT"] = failpoint
         with open(self.folder / "gradwired.log", "ab") as log:
             self.server = subprocess.Popen(
                 [
@@ -127,26 +129,31 @@ class Life:
 
     def kill(self, kind, rng):
         """Ends processes and waits for their end: the moment of it."""
-        pids = []
-        if kind in ("rank", "all"):
-            ranks = self.ranks(at_least=1 if kind == "rank" else 0)
-            pids += [rng.choice(ranks)] if kind == "rank" else ranks
+        ranks = self.ranks(at_least=1 if kind == "rank" else 0)
+        pids, orphans = [], []
+        if kind == "rank":
+            pids = [rng.choice(ranks)]
+        elif kind == "all":
+            pids = ranks
+        elif kind != "client":
+            orphans = ranks
         if kind in ("client", "all"):
             pids.append(self.client.pid)
         if kind in ("supervisor", "all", "restart"):
             pids.append(self.server.pid)
         number = signal.SIGTERM if kind == "restart" else signal.SIGKILL
-        watched = []
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                watched.append(Watched(pid))
-        for process in watched:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
-        for process in watched:
-            if not process.has_ended(LONG):
-                raise Broken(self.tell(f"{process.pid} outlives {number}"))
-            process.close()
+        with contextlib.ExitStack() as stack:
+            ending = []
+            for pid in pids + orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    ending.append(stack.enter_context(Watched(pid)))
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            for process in ending:
+                if not process.has_ended(LONG):
+                    told = f"process {process.pid} outlives the end of {kind}"
+                    raise Broken(self.tell(told))
         if kind in ("client", "all"):
             self.client.join()
         return time.monotonic()

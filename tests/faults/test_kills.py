@@ -2,10 +2,10 @@
 """Kill anything at any time, and the training is the same in every bit.
 
 A script trains a tiny model while {client, rank, supervisor, all} die of
-SIGKILL, or the server is restarted, at random moments. In the end all results, the
-final weights and the optimizer's state must equal those of a run that nobody
-disturbed. A last line of JSON has the count, the outcome and how long it took
-from a kill to the next result.
+SIGKILL, or the server is restarted, at random moments. In the end all results,
+the final weights and the optimizer's state must equal those of a run that
+nobody disturbed. A last line of JSON has the count, the outcome and how long it
+took from a kill to the next result.
 
 GRADWIRE_KILLS: how many (30). GRADWIRE_KILL_SEED: which (1).
 """
