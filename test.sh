@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-sanitizers=(asan ubsan tsan)
+sanitizers=(asan tsan)
 case "${1:-}" in
   '') ;;
   --quick) sanitizers=() ;;

@@ -212,6 +212,12 @@ class Job {
     // Logprobs of the run before, which come again.
     size_t known_items = 0;
     std::vector<v1::LogprobItem> items = {};  // of kReplay
+    // Whether its ranks write beside what follows.
+    bool saves() const {
+      return purpose == kSavePoint ||
+             (purpose == kOperation &&
+              op->kind == v1::OPERATION_KIND_SAVE_STATE);
+    }
   };
   // What the executor is to send.
   struct Next {
@@ -256,8 +262,9 @@ class Job {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Next EndSave() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Whether what is in the way of a save was made by it, before the end of the
-  // process that would have said so; sets the result.
-  bool FindSaved(const OperationPtr& op, const v1::OperationError& error)
+  // process that would have said so: the name was free when it was accepted,
+  // and the state is this one. Sets the result.
+  bool FindSaved(const OperationPtr& op, const v1::RankDone& done)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Dispatch LoadModel(int64_t id) const;
   void Send(Next next) ABSL_LOCKS_EXCLUDED(mu_);
@@ -294,7 +301,9 @@ class Job {
   void EndCommit() ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status Record(const std::vector<OperationPtr>& ended)
       ABSL_LOCKS_EXCLUDED(mu_);
-  void Publish(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // `recorded`: its outcome is in the log, durable if it must be.
+  void Publish(const OperationPtr& op, bool recorded) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status AddReference(const Reference& reference)
       ABSL_LOCKS_EXCLUDED(mu_);
   int64_t LogNeededFrom(int64_t replay_from) const
@@ -390,6 +399,8 @@ class Job {
   bool load_due_ = false;
   // Of AssignRanks; rank 0's word.
   double quadratic_ = 0;
+  // What the metadata know of it, and of the profile.
+  std::string known_ready_;
 
   std::map<std::string, std::unique_ptr<Handle>> handles_;
   Handle* current_ = nullptr;

@@ -84,6 +84,12 @@ absl::Status Job::Log(const OperationPtr& op) {
   }
   record.mutable_rank_of()->Add(op->rank_of.begin(), op->rank_of.end());
   *record.mutable_create_time() = op->record.create_time();
+  if (op->request.command.has_save_state()) {
+    const auto there = PosixFileSystem().Stat(
+        op->request.command.save_state().directory());
+    op->name_taken = !absl::IsNotFound(there.status());
+    record.set_name_taken(op->name_taken);
+  }
   // Lent, not copied: a batch is large.
   OperationRequest& request = op->request;
   record.mutable_command()->Swap(&request.command);
@@ -129,7 +135,8 @@ void Job::Commit() {
     if (!status.ok() && !absl::IsCancelled(status)) BreakJournal(status);
     if (!absl::IsCancelled(status)) {
       absl::MutexLock lock(&mu_);
-      for (const OperationPtr& op : ended) Publish(op);
+      const bool recorded = status.ok() && !broken;
+      for (const OperationPtr& op : ended) Publish(op, recorded);
     }
     Failpoint("op.after_reply");
     for (const Reference& reference : references) {
@@ -177,28 +184,17 @@ absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
   return absl::OkStatus();
 }
 
-void Job::Publish(const OperationPtr& op) {
-  if (op->outcome_at < 0) {
+void Job::Publish(const OperationPtr& op, bool recorded) {
+  if (!recorded) {
     // Whether it has happened will be known when the log has been examined.
     op->final_state = v1::OPERATION_STATE_FAILED;
     if (!op->record.has_error()) {
+      op->record.clear_result();
       *op->record.mutable_error() = job_.error();
     }
   } else {
-    const int64_t durable = journal_->durable();
-    op->record.set_durable(op->outcome_at < durable);
     if (auto handle = FindHandle(op->model_id); handle.ok()) {
-      int64_t& through = (*handle)->durable_through;
-      const auto is_durable = [&](int64_t seq) {
-        const OperationPtr other = (*handle)->queue.Find(seq);
-        if (other == nullptr) return seq < (*handle)->queue.next_seq();
-        const int64_t at =
-            other->logged_at >= 0 ? other->logged_at : other->outcome_at;
-        // Of what the log has let go, the metadata know.
-        return at >= 0 ? at < durable : other->Final();
-      };
-      while (is_durable(through + 1)) ++through;
-      op->record.set_durable_through_seq(through);
+      CountDurable(**handle);
     }
     unreferenced_.push_back(op);
   }
@@ -208,6 +204,18 @@ void Job::Publish(const OperationPtr& op) {
   results_.push_back(op);
   environment_->sessions->Publish(op->session_id, op->record);
   Measure(op);
+}
+
+void Job::CountDurable(Handle& handle) const {
+  const int64_t durable = journal_->durable();
+  const auto is_durable = [&](int64_t seq) {
+    const OperationPtr op = handle.queue.Find(seq);
+    if (op == nullptr) return seq < handle.queue.next_seq();
+    const int64_t at = op->logged_at >= 0 ? op->logged_at : op->outcome_at;
+    // Of what the log has let go, the metadata know.
+    return at >= 0 ? at < durable : op->Final();
+  };
+  while (is_durable(handle.durable_through + 1)) ++handle.durable_through;
 }
 
 void Job::BreakJournal(const absl::Status& status) {

@@ -236,9 +236,16 @@ OperationPtr Job::FindOperation(const std::string& model_id,
 
 void Job::Describe(const OperationPtr& op, v1::Operation& out) const {
   out = op->record;
-  if (op->record.state() != v1::OPERATION_STATE_QUEUED) return;
   auto handle = FindHandle(op->model_id);
   if (!handle.ok()) return;
+  if (op->Final()) {
+    // How it is now, which is no part of the result.
+    const bool logged = op->outcome_at >= 0;
+    out.set_durable(journal_ != nullptr &&
+                    (!logged || op->outcome_at < journal_->durable()));
+    out.set_durable_through_seq((*handle)->durable_through);
+  }
+  if (op->record.state() != v1::OPERATION_STATE_QUEUED) return;
   const OpQueue& queue = (*handle)->queue;
   out.set_queue_position(static_cast<int32_t>(
       queue.Position(op) + static_cast<int64_t>(in_flight_.size())));

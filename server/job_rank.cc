@@ -117,10 +117,7 @@ Job::Next Job::Launch(Flight flight) {
   Next next;
   next.id = next_command_++;
   flight.id = next.id;
-  const bool saves = flight.purpose == Flight::kSavePoint ||
-                     (flight.purpose == Flight::kOperation &&
-                      flight.op->kind == v1::OPERATION_KIND_SAVE_STATE);
-  if (saves) {
+  if (flight.saves()) {
     saving_ = std::move(flight);
   } else {
     in_flight_.push_back(std::move(flight));
@@ -229,10 +226,12 @@ void Job::OnRanks(GroupEvent event) {
     }
     case GroupEvent::kReady: {
       bool is_new = false, recovers = false;
+      std::string ready;
       {
         absl::MutexLock lock(&mu_);
-        is_new = profile_.SerializeAsString() !=
-                 event.ready.profile().SerializeAsString();
+        ready = event.ready.SerializeAsString();
+        is_new = ready != known_ready_;
+        known_ready_ = ready;
         profile_ = event.ready.profile();
         quadratic_ = event.ready.quadratic();
         *job_.mutable_memory() = event.ready.memory();
@@ -240,8 +239,8 @@ void Job::OnRanks(GroupEvent event) {
         recovers = recovering_;
       }
       if (is_new) {
-        const absl::Status known = environment_->metadata->SetProfile(
-            id_, event.ready.profile().SerializeAsString());
+        const absl::Status known =
+            environment_->metadata->SetProfile(id_, ready);
         if (!known.ok()) {
           spdlog::warn("job {}: its profile is not recorded: {}", id_,
                        std::string(known.message()));

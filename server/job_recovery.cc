@@ -108,6 +108,7 @@ void Job::TakeBackFlights(const absl::Status& status) {
   const bool crash = IsCrash(status);
   std::deque<OperationPtr> control;
   const auto take = [&](const OperationPtr& op) {
+    op->is_again = true;
     (op->kind == v1::OPERATION_KIND_UNSPECIFIED ? control : again_)
         .push_back(op);
   };
@@ -222,6 +223,10 @@ bool Job::NeedsReplay(const OperationPtr& op) const {
   }
   if (op->final_state != v1::OPERATION_STATE_DONE) {
     return op->tainted || op->kind == v1::OPERATION_KIND_OPTIM_STEP;
+  }
+  if (op->kind == v1::OPERATION_KIND_SAVE_SNAPSHOT ||
+      op->kind == v1::OPERATION_KIND_SAVE_STATE) {
+    return false;
   }
   if (op->kind != v1::OPERATION_KIND_FORWARD) return true;
   // Only for the activations that somebody uses.

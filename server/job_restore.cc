@@ -45,6 +45,8 @@ void TakeOp(const v1::JournalOp& logged, Operation& op) {
     op.shapes.push_back({logged.shape_n(i), logged.shape_k(i)});
   }
   op.rank_of.assign(logged.rank_of().begin(), logged.rank_of().end());
+  op.is_again = true;
+  op.name_taken = logged.name_taken();
   if (op.Ended()) return;
   op.record.set_kind(logged.kind());
   op.record.set_state(v1::OPERATION_STATE_QUEUED);
@@ -92,7 +94,13 @@ void Job::Restore(const JobRow& row) {
     RemoveDurableState();
     return;
   }
-  profile_.ParseFromString(row.profile);
+  // What requests are checked against, and spread by, until ranks are back.
+  v1::RankReady ready;
+  if (ready.ParseFromString(row.profile)) {
+    profile_ = ready.profile();
+    quadratic_ = ready.quadratic();
+    known_ready_ = row.profile;
+  }
   absl::Status restored = OpenJournal(row);
   if (restored.ok()) restored = RestoreOperations(row);
   if (!restored.ok()) {
@@ -192,6 +200,7 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
   }
   for (const auto& [number, handle] : by_number) {
     handle->queue.CloseBelow(handle->closed_below);
+    CountDurable(*handle);
     if (handle == current_) continue;
     Fence(*handle, Fenced());
   }

@@ -43,10 +43,7 @@ void Job::OnDone(const GroupEvent& event) {
   if (found == in_flight_.end()) return;
   const Flight flight = std::move(*found);
   in_flight_.erase(found);
-  if (flight.purpose == Flight::kSavePoint ||
-      (saving_.has_value() && saving_->op == flight.op)) {
-    saving_.reset();
-  }
+  if (flight.saves()) saving_.reset();
   const bool stepped = done.optimizer_step() != job_.optimizer_step();
   job_.set_weight_version(done.weight_version());
   job_.set_optimizer_step(done.optimizer_step());
@@ -85,7 +82,7 @@ void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
   op->dropped_ops = done.dropped_ops();
   seconds_since_point_ +=
       std::chrono::duration<double>(Clock::now() - op->started).count();
-  if (done.has_error() && !FindSaved(op, done.error())) {
+  if (done.has_error() && !FindSaved(op, done)) {
     Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
     return;
   }

@@ -35,18 +35,18 @@ Job::Next Job::EndSave() {
   return next;
 }
 
-bool Job::FindSaved(const OperationPtr& op, const v1::OperationError& error) {
-  if (error.reason() != "CHECKPOINT_EXISTS" ||
-      op->kind != v1::OPERATION_KIND_SAVE_STATE) {
+bool Job::FindSaved(const OperationPtr& op, const v1::RankDone& done) {
+  if (done.error().reason() != "CHECKPOINT_EXISTS" ||
+      op->kind != v1::OPERATION_KIND_SAVE_STATE || !op->is_again ||
+      op->name_taken) {
     return false;
   }
-  const auto name = error.metadata().find("value");
-  if (name == error.metadata().end()) return false;
+  const auto name = done.error().metadata().find("value");
+  if (name == done.error().metadata().end()) return false;
   const auto saved = CheckpointCatalogue(environment_->jobs_directory)
                          .Get({id_, name->second});
-  if (!saved.ok()) return false;
-  const auto made_by = saved->attributes().find("operation");
-  if (made_by == saved->attributes().end() || made_by->second != op->op_id) {
+  if (!saved.ok() || saved->optimizer_step() != done.optimizer_step() ||
+      saved->weight_version() != done.weight_version()) {
     return false;
   }
   v1::SaveStateResult& result = *op->record.mutable_save_state();

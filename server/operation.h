@@ -82,6 +82,10 @@ struct Operation {
 
   // Ranks that died while they ran it.
   int crashes = 0;
+  // It may have been run before, by a process that did not come to say so.
+  bool is_again = false;
+  // Of a save: there was something under its name when it was accepted.
+  bool name_taken = false;
   // Arrays of an ended operation are in the log alone.
   bool stored = false;
 

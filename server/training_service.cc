@@ -232,8 +232,6 @@ grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
     attributes["base_model"] = spec.base_model();
     attributes["precision"] = spec.precision();
     attributes["version"] = kVersion;
-    attributes["operation"] =
-        request->model_id() + "." + std::to_string(request->seq_id());
   }
   return SubmitSimple(context_, request->model_id(), request->seq_id(),
                       v1::OPERATION_KIND_SAVE_STATE, *request, command, "",

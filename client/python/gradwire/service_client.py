@@ -224,11 +224,11 @@ class ServiceClient:
         return self.call_once(self._checkpoints.DeleteCheckpoint, request)
 
     def restart_job(self, job_id: str) -> Any:
-        """Starts a failed job again, from its base model.
+        """Starts a failed job again, where its last operation left it.
 
-        The weights it had are lost, and its training clients are fenced:
-        attach anew with create_training_client(..., job_id=job_id), and load
-        the last checkpoint.
+        Its training clients are fenced: attach anew with
+        create_training_client(..., job_id=job_id). Gradients that were not
+        applied are dropped.
         """
         request = jobs_pb2.RestartJobRequest(job_id=job_id)
         return self.call_once(self._jobs.RestartJob, request)
