@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bound by memory: one pass reads and writes every state once. The digest is
-// taken vector by vector, so that its products are made while the next states
-// are on their way.
+// Bound by memory: one pass reads and writes every state once, and takes its
+// digest while it is in the cache.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -163,30 +162,23 @@ void UpdateRange(const Factors& factors, const States<Weight, Moment>& states,
   move(copy, rest);
 }
 
+// What is updated before its digest is taken: still in the innermost cache, and
+// so little that the products overlap with the next divisions and roots.
+constexpr int64_t kStride = 2 * kDigestBlock;
+
 // As UpdateRange, from the beginning of a block on.
 template <class Weight, class Moment>
 void UpdateAndDigest(const Factors& factors,
                      const States<Weight, Moment>& states, int64_t begin,
                      int64_t end, DigestSums& digest) {
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
-  // As it is stored, not as it was computed.
-  const auto stored = [](const States<Weight, Moment>& at) {
-    return DigestedState<Weight, Moment>{at.weight, at.low, at.m, at.v};
-  };
-  int64_t i = begin;
-  for (; i + kDigestBlock <= end; i += kDigestBlock) {
-    const auto block = states.From(i);
-    DigestVectors vectors;
-    for (int64_t j = 0; j < kDigestBlock; j += lanes) {
-      const auto at = block.From(j);
-      UpdateVector(factors, at);
-      AddStored(stored(at), j, vectors);
-    }
-    vectors.AddTo(digest, block.index / kDigestBlock);
+  for (int64_t i = begin; i < end; i += kStride) {
+    const int64_t n = std::min(end - i, kStride);
+    const auto at = states.From(i);
+    UpdateRange(factors, at, 0, n);
+    // As it is stored, not as it was computed.
+    AddDigest<Weight, Moment>({at.weight, at.low, at.m, at.v}, n, at.index,
+                              digest);
   }
-  const auto rest = states.From(i);
-  UpdateRange(factors, rest, 0, end - i);
-  AddDigest(stored(rest), end - i, rest.index, digest);
 }
 
 template <class Weight, class Moment>
