@@ -35,23 +35,21 @@ StateSave::StateSave(FileSystem& files, std::string directory, Part part,
 
 StateSave::~StateSave() {
   {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard lock(mutex_);
     given_up_ = true;
   }
   thread_.join();
 }
 
 void StateSave::AwaitRead(int unit) const {
-  const auto read = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return units_read_ > unit;
-  };
-  absl::MutexLock lock(&mu_);
-  mu_.Await(absl::Condition(&read));
+  std::unique_lock lock(mutex_);
+  read_.wait(lock, [&] { return units_read_ > unit; });
 }
 
 void StateSave::SetRead(int unit) {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard lock(mutex_);
   units_read_ = unit;
+  read_.notify_all();
 }
 
 absl::Status StateSave::Write() {
@@ -118,7 +116,7 @@ absl::Status StateSave::WriteMaster(const ShardPiece& piece,
 }
 
 absl::Status StateSave::CheckGoesOn() const {
-  absl::MutexLock lock(&mu_);
+  const std::lock_guard lock(mutex_);
   return given_up_ ? absl::CancelledError("the save was given up")
                    : absl::OkStatus();
 }

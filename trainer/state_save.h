@@ -3,14 +3,15 @@
 // training goes on. docs/checkpoints.md.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "checkpoint/file_system.h"
 #include "checkpoint/training_state.h"
 #include "sharding/layout.h"
@@ -58,10 +59,11 @@ class StateSave {
   FileSystem& files_;
   const std::string directory_;
   const Part part_;
-  mutable absl::Mutex mu_;
-  int units_read_ ABSL_GUARDED_BY(mu_) = 0;
-  bool given_up_ ABSL_GUARDED_BY(mu_) = false;
-  std::thread thread_;  // last: it uses the others
+  mutable std::mutex mutex_;
+  mutable std::condition_variable read_;
+  int units_read_ = 0;     // guarded by mutex_
+  bool given_up_ = false;  // guarded by mutex_
+  std::thread thread_;     // last: it uses the others
 };
 
 }  // namespace gradwire

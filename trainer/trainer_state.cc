@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Training checkpoints: every rank writes and reads what it holds.
 #include <algorithm>
+#include <future>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/synchronization/notification.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "base/status.h"
@@ -158,14 +158,11 @@ absl::StatusOr<SavedState> TrainerImpl::PublishSave(
 absl::StatusOr<SavedState> TrainerImpl::SaveState(
     const std::string& directory,
     const std::map<std::string, std::string>& attributes) {
-  absl::Notification ended;
-  absl::Status mine;
+  std::promise<absl::Status> written;
   GW_RETURN_IF_ERROR(BeginSave(directory, [&](const absl::Status& status) {
-    mine = status;
-    ended.Notify();
+    written.set_value(status);
   }));
-  ended.WaitForNotification();
-  if (absl::Status status = Agree(mine); !status.ok()) {
+  if (absl::Status status = Agree(written.get_future().get()); !status.ok()) {
     AbandonSave();
     return status;
   }

@@ -3,17 +3,19 @@
 // that the training stood still for.
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <iterator>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
-#include <utility>
+#include <thread>
 #include <vector>
 
-#include "absl/synchronization/mutex.h"
-#include "absl/synchronization/notification.h"
 #include "checkpoint/training_state.h"
 #include "tests/equivalence/sharded_job.h"
 #include "tests/equivalence/slow_files.h"
@@ -22,47 +24,49 @@
 namespace gradwire {
 namespace {
 
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
 // Writes wait until they are allowed.
 class Gate {
  public:
   int Pass() {
-    const auto open = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-      return allowed_ > 0 || error_ != 0;
-    };
-    absl::MutexLock lock(&mu_);
+    std::unique_lock lock(mutex_);
     ++waiting_;
-    mu_.Await(absl::Condition(&open));
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return allowed_ > 0 || error_ != 0; });
     --waiting_;
     if (error_ != 0) return error_;
     --allowed_;
     return 0;
   }
   void Allow(int64_t writes) {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard lock(mutex_);
     allowed_ += writes;
+    changed_.notify_all();
   }
   void Close() {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard lock(mutex_);
     allowed_ = 0;
   }
   void Fail(int error) {
-    absl::MutexLock lock(&mu_);
+    const std::lock_guard lock(mutex_);
     error_ = error;
+    changed_.notify_all();
   }
   // Once so many threads are at the gate; false if that takes too long.
   bool Await(int waiting) {
-    const auto are = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-      return waiting_ >= waiting;
-    };
-    absl::MutexLock lock(&mu_);
-    return mu_.AwaitWithTimeout(absl::Condition(&are), absl::Seconds(60));
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, seconds(60),
+                             [&] { return waiting_ >= waiting; });
   }
 
  private:
-  absl::Mutex mu_;
-  int64_t allowed_ ABSL_GUARDED_BY(mu_) = 0;
-  int waiting_ ABSL_GUARDED_BY(mu_) = 0;
-  int error_ ABSL_GUARDED_BY(mu_) = 0;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int64_t allowed_ = 0;
+  int waiting_ = 0;
+  int error_ = 0;
 };
 
 constexpr int64_t kAny = int64_t{1} << 40;
@@ -110,6 +114,11 @@ struct Shape {
   int writers() const { return world / replicas; }
 };
 
+template <class Future>
+bool IsReady(const Future& future, milliseconds timeout) {
+  return future.wait_for(timeout) == std::future_status::ready;
+}
+
 // A save of a job, rank by rank.
 class Save {
  public:
@@ -120,8 +129,7 @@ class Save {
     job.OnAll([&](Rank& rank) {
       const auto written = [end = ends_[static_cast<size_t>(rank.rank)]](
                                const absl::Status& status) {
-        end->status = status;
-        end->written.Notify();
+        end->written.set_value(status);
       };
       const absl::Status begun = rank.trainer->BeginSave(directory, written);
       ASSERT_TRUE(begun.ok()) << begun;
@@ -131,14 +139,14 @@ class Save {
   absl::Status Written() {
     absl::Status first;
     for (const auto& end : ends_) {
-      end->written.WaitForNotification();
-      if (first.ok()) first = end->status;
+      const absl::Status status = end->status.get();
+      if (first.ok()) first = status;
     }
     return first;
   }
   bool HasEnded() const {
     for (const auto& end : ends_) {
-      if (!end->written.HasBeenNotified()) return false;
+      if (!IsReady(end->status, milliseconds(0))) return false;
     }
     return true;
   }
@@ -157,8 +165,8 @@ class Save {
 
  private:
   struct End {
-    absl::Notification written;
-    absl::Status status;
+    std::promise<absl::Status> written;
+    std::shared_future<absl::Status> status = written.get_future().share();
   };
   Job& job_;
   // They outlive this: a trainer that ends tells them.
@@ -205,7 +213,7 @@ TEST_P(SaveTest, HasTheBytesOfOneThatTheTrainingStoodStillFor) {
     // The steps wait for each unit; the disk writes when it pleases.
     std::thread disk([&] {
       for (int write = 0; write < 300; ++write) {
-        absl::SleepFor(absl::Microseconds(100));
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
         gate_.Allow(1);
       }
       gate_.Allow(kAny);
@@ -228,17 +236,13 @@ TEST_P(SaveTest, AStepWaitsForTheUnitThatItChanges) {
   Save save(job, Fresh("waits"));
   ASSERT_TRUE(gate_.Await(GetParam().writers()));
   Backward(job, 1);
-  absl::Notification stepped;
-  std::thread step([&] {
-    job.Step(Params());
-    stepped.Notify();
-  });
+  const auto step = std::async(std::launch::async, [&] { job.Step(Params()); });
   // It cannot end before the last unit is written: weight, m and v of a unit
   // that has elements on a rank are a write each.
   gate_.Allow(GetParam().writers());
-  EXPECT_FALSE(stepped.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
+  EXPECT_FALSE(IsReady(step, milliseconds(200)));
   gate_.Allow(kAny);
-  step.join();
+  step.wait();
   EXPECT_TRUE(save.Written().ok());
   save.Publish();
 }
@@ -250,16 +254,14 @@ TEST_P(SaveTest, ALoadWaitsForWhatIsSavedAndTheSaveGoesOn) {
   const std::string path = Fresh("loaded");
   Save save(job, path);
   ASSERT_TRUE(gate_.Await(GetParam().writers()));
-  absl::Notification loaded;
-  std::thread load([&] {
+  const auto load = std::async(std::launch::async, [&] {
     job.OnAll([&](Rank& rank) {
       EXPECT_TRUE(rank.trainer->LoadState(other, true).ok());
     });
-    loaded.Notify();
   });
-  EXPECT_FALSE(loaded.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
+  EXPECT_FALSE(IsReady(load, milliseconds(200)));
   gate_.Allow(kAny);
-  load.join();
+  load.wait();
   ASSERT_TRUE(save.Written().ok());
   EXPECT_EQ(save.Publish().optimizer_step, 2);
   EXPECT_EQ(Files(path), Files(Undisturbed(2)));
