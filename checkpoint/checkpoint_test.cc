@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "checkpoint/crash_file_system.h"
 #include "checkpoint/publish.h"
 #include "checkpoint/safetensors.h"
 
@@ -49,7 +50,8 @@ std::string Reason(const absl::Status& status) {
 std::string WriteSample(const std::string& path) {
   const std::vector<float> a = {1.5f, -2.0f, 0.0f, 3.25f, 4.0f, -0.0f};
   const std::vector<uint16_t> b = {0x3f80, 0xc000};
-  SafetensorsWriter writer(path, {{"a", "F32", {2, 3}}, {"b", "BF16", {2}}});
+  SafetensorsWriter writer(PosixFileSystem(), path,
+                           {{"a", "F32", {2, 3}}, {"b", "BF16", {2}}});
   writer.Append(a.data(), 24);
   writer.Append(b.data(), 4);
   EXPECT_TRUE(writer.Finish().ok());
@@ -191,7 +193,8 @@ TEST(HfWeightsTest, ReadsShardsByIndex) {
     const std::string path =
         directory + "/model-0000" + std::to_string(i) + "-of-00002.safetensors";
     std::filesystem::remove(path);
-    SafetensorsWriter writer(path, {{"t" + std::to_string(i), "F32", {1}}});
+    SafetensorsWriter writer(PosixFileSystem(), path,
+                             {{"t" + std::to_string(i), "F32", {1}}});
     writer.Append(&values[i - 1], 4);
     ASSERT_TRUE(writer.Finish().ok());
   }
@@ -222,29 +225,54 @@ TEST(HfWeightsTest, ReadsShardsByIndex) {
 TEST(PublishTest, ADirectoryAppearsWholeOnce) {
   const std::string path = Path("parent") + "/snapshot";
   std::filesystem::remove_all(Path("parent"));
+  FileSystem& files = PosixFileSystem();
   {
-    auto pending = PendingDirectory::Create(path);
+    auto pending = PendingDirectory::Create(files, path);
     ASSERT_TRUE(pending.ok()) << pending.status();
     ASSERT_TRUE(pending->Write("config.json", "{}").ok());
     EXPECT_FALSE(std::filesystem::exists(path));
-    auto rival = PendingDirectory::Create(path);
-    ASSERT_TRUE(rival.ok());
     ASSERT_TRUE(pending->Publish().ok());
-    EXPECT_EQ(Reason(rival->Publish()), "SNAPSHOT_EXISTS");
   }
   EXPECT_EQ(ReadFile(path + "/config.json"), "{}");
-  EXPECT_EQ(Reason(PendingDirectory::Create(path).status()), "SNAPSHOT_EXISTS");
+  EXPECT_EQ(Reason(PendingDirectory::Create(files, path).status()),
+            "SNAPSHOT_EXISTS");
   {
-    auto dropped = PendingDirectory::Create(path + "2");
+    auto dropped = PendingDirectory::Create(files, path + "2");
     ASSERT_TRUE(dropped.ok());
     ASSERT_TRUE(dropped->Write("x", "y").ok());
   }
-  int left = 0;
-  for ([[maybe_unused]] const auto& entry :
-       std::filesystem::directory_iterator(Path("parent"))) {
-    ++left;
+  // What is there when it comes to publishing is never replaced.
+  {
+    auto late = PendingDirectory::Create(files, path + "2");
+    ASSERT_TRUE(late.ok());
+    ASSERT_TRUE(files.MakeDirectory(path + "2").ok());
+    EXPECT_EQ(Reason(late->Publish()), "SNAPSHOT_EXISTS");
   }
-  EXPECT_EQ(left, 1);
+  EXPECT_EQ(*files.List(Path("parent")),
+            (std::vector<std::string>{"snapshot", "snapshot2"}));
+}
+
+TEST(PublishTest, LeftoversOfTheNameAreRemovedAndNoOthers) {
+  CrashFileSystem files(
+      {.files = {{"/s/.a.pending/x", ""},
+                 {"/s/.a~b.pending/x", ""},
+                 {"/s/.a.b.pending/x", ""},
+                 {"/s/.b~a.pending/x", ""}},
+       .directories = {"/s", "/s/.a.pending", "/s/.a~b.pending",
+                       "/s/.a.b.pending", "/s/.b~a.pending"}});
+  auto pending = PendingDirectory::Create(files, "/s/a", "p");
+  ASSERT_TRUE(pending.ok()) << pending.status();
+  EXPECT_EQ(*files.List("/s"),
+            (std::vector<std::string>{".a.b.pending", ".a~p.pending",
+                                      ".b~a.pending"}));
+  std::string parent;
+  EXPECT_EQ(PendingName(".a~p.pending", &parent), "a");
+  EXPECT_EQ(parent, "p");
+  EXPECT_EQ(PendingName(".a.b.pending", &parent), "a.b");
+  EXPECT_EQ(parent, "");
+  for (const char* name : {"a", ".pending", "a.pending", ".a.pendin"}) {
+    EXPECT_EQ(PendingName(name), "") << name;
+  }
 }
 
 TEST(PublishTest, SmallFilesHaveALimit) {

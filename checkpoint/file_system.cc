@@ -237,6 +237,21 @@ absl::Status MakeDirectories(FileSystem& files, const std::string& path,
   return files.SyncDirectory(above);
 }
 
+absl::Status RemoveDirectory(FileSystem& files, const std::string& path) {
+  GW_ASSIGN_OR_RETURN(const auto names, files.List(path));
+  for (const std::string& name : names) {
+    GW_RETURN_IF_ERROR(files.Remove(path + "/" + name));
+  }
+  return files.Remove(path);
+}
+
+absl::Status RemoveIfThere(FileSystem& files, const std::string& path) {
+  const auto info = files.Stat(path);
+  if (absl::IsNotFound(info.status())) return absl::OkStatus();
+  GW_RETURN_IF_ERROR(info.status());
+  return info->is_directory ? RemoveDirectory(files, path) : files.Remove(path);
+}
+
 std::string DirectoryOf(const std::string& path) {
   const size_t slash = path.find_last_of('/');
   if (slash == std::string::npos) return ".";

@@ -146,6 +146,11 @@ FileSystem& PosixFileSystem();
 absl::Status MakeDirectories(FileSystem& files, const std::string& path,
                              int mode = 0700);
 
+// Removes a directory of files. If that is interrupted, part of it remains.
+absl::Status RemoveDirectory(FileSystem& files, const std::string& path);
+// A file or a directory of files, or nothing.
+absl::Status RemoveIfThere(FileSystem& files, const std::string& path);
+
 // The directory of `path`: "/" of "/a", "." of "a".
 std::string DirectoryOf(const std::string& path);
 

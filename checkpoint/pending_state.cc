@@ -28,22 +28,6 @@ absl::Status CheckAbsent(FileSystem& files, const std::string& path) {
   return info.status();
 }
 
-// A directory of files. If it is interrupted, what remains is a leftover still.
-absl::Status RemoveDirectory(FileSystem& files, const std::string& path) {
-  GW_ASSIGN_OR_RETURN(const auto names, files.List(path));
-  for (const std::string& name : names) {
-    GW_RETURN_IF_ERROR(files.Remove(path + "/" + name));
-  }
-  return files.Remove(path);
-}
-
-absl::Status RemoveIfThere(FileSystem& files, const std::string& path) {
-  const auto info = files.Stat(path);
-  if (absl::IsNotFound(info.status())) return absl::OkStatus();
-  GW_RETURN_IF_ERROR(info.status());
-  return info->is_directory ? RemoveDirectory(files, path) : files.Remove(path);
-}
-
 // That all ranks have finished, and nobody else was here.
 absl::Status CheckNames(FileSystem& files, const std::string& pending,
                         int world) {

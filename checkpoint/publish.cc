@@ -8,7 +8,7 @@
 #include <cerrno>
 #include <filesystem>
 #include <string>
-#include <system_error>
+#include <string_view>
 #include <utility>
 
 #include "base/error.h"
@@ -17,98 +17,94 @@
 namespace gradwire {
 namespace {
 
-absl::Status StorageError(int error, const std::string& what) {
-  const bool full = error == ENOSPC || error == EDQUOT;
-  return ErrorBuilder(full ? absl::StatusCode::kResourceExhausted
-                           : absl::StatusCode::kInternal,
-                      full ? "STORAGE_FULL" : "STORAGE_ERROR")
-      .Server()
-      .With("errno", error)
-      .Message("the server's disk failed to " + what + " (errno " +
-               std::to_string(error) +
-               "); check the state volume and save again");
+constexpr std::string_view kPendingEnd = ".pending";
+
+std::string NameOf(const std::string& path) {
+  return path.substr(path.find_last_of('/') + 1);
 }
 
 absl::Status Exists(const std::string& path) {
-  const std::string name = std::filesystem::path(path).filename();
+  const std::string name = NameOf(path);
   return ErrorBuilder(absl::StatusCode::kAlreadyExists, "SNAPSHOT_EXISTS")
+      .With("field", "name")
       .With("value", name)
       .Message("there is already a snapshot " + name +
                "; names are used once, choose another");
 }
 
-absl::Status SyncPath(const std::string& path, int flags) {
-  const int fd = open(path.c_str(), flags | O_CLOEXEC);
-  if (fd < 0) return StorageError(errno, "open a directory");
-  const int error = fsync(fd) == 0 ? 0 : errno;
-  close(fd);
-  return error == 0 ? absl::OkStatus() : StorageError(error, "sync");
+absl::Status CheckAbsent(FileSystem& files, const std::string& path) {
+  const auto info = files.Stat(path);
+  if (info.ok()) return Exists(path);
+  return absl::IsNotFound(info.status()) ? absl::OkStatus() : info.status();
 }
 
 }  // namespace
 
-PendingDirectory::PendingDirectory(std::string path, std::string pending)
-    : final_(std::move(path)), pending_(std::move(pending)) {}
+std::string PendingName(const std::string& hidden, std::string* parent) {
+  if (!hidden.starts_with('.') || !hidden.ends_with(kPendingEnd) ||
+      hidden.size() <= kPendingEnd.size() + 1) {
+    return "";
+  }
+  const std::string inner =
+      hidden.substr(1, hidden.size() - 1 - kPendingEnd.size());
+  const size_t tilde = inner.find('~');
+  if (parent != nullptr) {
+    *parent = tilde == std::string::npos ? "" : inner.substr(tilde + 1);
+  }
+  return inner.substr(0, tilde);
+}
+
+PendingDirectory::PendingDirectory(FileSystem& files, std::string path,
+                                   std::string pending)
+    : files_(&files), final_(std::move(path)), pending_(std::move(pending)) {}
 
 PendingDirectory::PendingDirectory(PendingDirectory&& other) noexcept
-    : final_(std::move(other.final_)), pending_(std::move(other.pending_)) {
+    : files_(other.files_),
+      final_(std::move(other.final_)),
+      pending_(std::move(other.pending_)) {
   other.pending_.clear();
 }
 
 PendingDirectory::~PendingDirectory() {
-  std::error_code ignored;
-  if (!pending_.empty()) std::filesystem::remove_all(pending_, ignored);
+  // What cannot be removed now is a leftover, and removed by the next.
+  if (!pending_.empty()) (void)RemoveDirectory(*files_, pending_);
 }
 
 absl::StatusOr<PendingDirectory> PendingDirectory::Create(
-    const std::string& path) {
-  const std::filesystem::path target(path);
-  std::error_code error;
-  if (std::filesystem::exists(target, error)) return Exists(path);
-  std::filesystem::create_directories(target.parent_path(), error);
-  if (error) return StorageError(error.value(), "create a directory");
-  std::string pending = target.parent_path() /
-                        (".pending." + target.filename().string() + ".XXXXXX");
-  if (mkdtemp(pending.data()) == nullptr) {
-    return StorageError(errno, "create a directory");
+    FileSystem& files, const std::string& path, const std::string& parent) {
+  GW_RETURN_IF_ERROR(CheckAbsent(files, path));
+  const std::string above = DirectoryOf(path), name = NameOf(path);
+  GW_RETURN_IF_ERROR(MakeDirectories(files, above, 0755));
+  GW_ASSIGN_OR_RETURN(const auto names, files.List(above));
+  for (const std::string& other : names) {
+    if (PendingName(other) != name) continue;
+    GW_RETURN_IF_ERROR(RemoveIfThere(files, above + "/" + other));
   }
-  chmod(pending.c_str(), 0755);
-  return PendingDirectory(path, pending);
+  const std::string pending = above + "/." + name +
+                              (parent.empty() ? "" : "~" + parent) +
+                              std::string(kPendingEnd);
+  GW_RETURN_IF_ERROR(files.MakeDirectory(pending, 0755));
+  return PendingDirectory(files, path, pending);
 }
 
 absl::Status PendingDirectory::Write(const std::string& name,
                                      const std::string& content) {
-  const std::string path = pending_ + "/" + name;
-  const int fd =
-      open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (fd < 0) return StorageError(errno, "create a file");
-  size_t done = 0;
-  int error = 0;
-  while (done < content.size()) {
-    const ssize_t put = write(fd, content.data() + done, content.size() - done);
-    if (put < 0 && errno == EINTR) continue;
-    if (put <= 0) {
-      error = put < 0 ? errno : EIO;
-      break;
-    }
-    done += static_cast<size_t>(put);
-  }
-  if (error == 0 && fsync(fd) != 0) error = errno;
-  if (close(fd) != 0 && error == 0) error = errno;
-  return error == 0 ? absl::OkStatus() : StorageError(error, "write a file");
+  GW_ASSIGN_OR_RETURN(const std::unique_ptr<File> file,
+                      files_->Create(pending_ + "/" + name, 0644));
+  GW_RETURN_IF_ERROR(file->WriteAt(0, content));
+  return file->Sync();
 }
 
 absl::Status PendingDirectory::Publish() {
-  GW_RETURN_IF_ERROR(SyncPath(pending_, O_RDONLY | O_DIRECTORY));
-  // RENAME_NOREPLACE: of two saves of one name the second is refused.
-  if (renameat2(AT_FDCWD, pending_.c_str(), AT_FDCWD, final_.c_str(),
-                RENAME_NOREPLACE) != 0) {
-    if (errno == EEXIST || errno == ENOTEMPTY) return Exists(final_);
-    return StorageError(errno, "publish a directory");
+  GW_RETURN_IF_ERROR(files_->SyncDirectory(pending_));
+  // Renaming would replace an empty directory; one that has files it refuses.
+  GW_RETURN_IF_ERROR(CheckAbsent(*files_, final_));
+  if (const absl::Status renamed = files_->Rename(pending_, final_);
+      !renamed.ok()) {
+    return absl::IsAlreadyExists(renamed) ? Exists(final_) : renamed;
   }
   pending_.clear();
-  return SyncPath(std::filesystem::path(final_).parent_path(),
-                  O_RDONLY | O_DIRECTORY);
+  return files_->SyncDirectory(DirectoryOf(final_));
 }
 
 absl::StatusOr<std::string> ReadSmallFile(const std::string& path,

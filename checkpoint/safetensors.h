@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "checkpoint/file_system.h"
 
 namespace gradwire {
 
@@ -80,9 +81,9 @@ class HfWeights {
   std::map<std::string, size_t> file_of_;
 };
 
-// Writes one safetensors file tensor by tensor: Begin with the whole table,
-// then Append each tensor's bytes in table order. Errors stick and surface in
-// Finish(), which syncs the file.
+// Writes one safetensors file tensor by tensor: the whole table first, then
+// Append each tensor's bytes in table order. Errors, the file system's, stick
+// and surface in Finish(), which syncs the file.
 class SafetensorsWriter {
  public:
   struct Row {
@@ -90,7 +91,8 @@ class SafetensorsWriter {
     std::string dtype;  // "F32" or "BF16"
     std::vector<int64_t> shape;
   };
-  SafetensorsWriter(const std::string& path, const std::vector<Row>& rows);
+  SafetensorsWriter(FileSystem& files, const std::string& path,
+                    const std::vector<Row>& rows);
   ~SafetensorsWriter();
   void Append(const void* data, int64_t bytes);
   absl::Status Finish();

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoint/state_format.h"
 
-#include <xxhash.h>
-
 #include <cstdio>
 #include <utility>
 
@@ -17,52 +15,11 @@ using Json = nlohmann::json;
 
 // Manifest, array, object, and one to spare for later versions.
 constexpr int kMaxDepth = 4;
-constexpr int64_t kDigestDigits = 32;
-// A text is an object whose last member is the digest of all that stands before
-// these bytes.
-constexpr std::string_view kSealBegin = ",\n \"digest\": \"";
-constexpr std::string_view kSealEnd = "\"\n}\n";
-constexpr int64_t kSealBytes =
-    std::ssize(kSealBegin) + kDigestDigits + std::ssize(kSealEnd);
 
 std::string RankName(int rank, const char* ending) {
   char name[32];
   std::snprintf(name, sizeof(name), "rank-%05d.%s", rank, ending);
   return name;
-}
-
-std::string Seal(const Json& json) {
-  // What is no UTF-8 has been refused before (CheckHeader).
-  std::string text =
-      json.dump(1, ' ', false, nlohmann::detail::error_handler_t::replace);
-  text.resize(text.size() - std::string_view("\n}").size());
-  const std::string digest = DigestOf(text);
-  text += kSealBegin;
-  text += digest;
-  text += kSealEnd;
-  return text;
-}
-
-// The object in a text that is as it was sealed, and its digest.
-absl::StatusOr<std::pair<Json, std::string>> Unseal(const std::string& text,
-                                                    const std::string& file) {
-  const int64_t body = std::ssize(text) - kSealBytes;
-  bool whole = body > 0;
-  if (whole) {
-    const std::string_view all = text;
-    const std::string_view seal = all.substr(static_cast<size_t>(body));
-    const std::string digest =
-        DigestOf(all.substr(0, static_cast<size_t>(body)));
-    whole = seal.starts_with(kSealBegin) && seal.ends_with(kSealEnd) &&
-            seal.substr(kSealBegin.size(), kDigestDigits) == digest;
-    if (whole) {
-      Json json;
-      const std::string wrong = ParseStrictJson(text, kMaxDepth, &json);
-      if (!wrong.empty()) return CorruptField(file, "", wrong);
-      return std::pair(std::move(json), digest);
-    }
-  }
-  return CorruptField(file, "digest", "is not that of the file's content");
 }
 
 absl::Status Wrong(const std::string& file, const JsonFields& fields) {
@@ -74,11 +31,6 @@ std::optional<DType> DTypeOfName(const std::string& name) {
     if (name == DTypeName(dtype)) return dtype;
   }
   return std::nullopt;
-}
-
-bool IsDigest(const std::string& text) {
-  return std::ssize(text) == kDigestDigits &&
-         text.find_first_not_of("0123456789abcdef") == std::string::npos;
 }
 
 std::string Indexed(const char* name, size_t index) {
@@ -98,32 +50,6 @@ void TakeName(JsonFields& fields, const std::string& field,
 std::string DataName(int rank) { return RankName(rank, "data"); }
 std::string TableName(int rank) { return RankName(rank, "json"); }
 
-StreamDigest::StreamDigest() : state_(XXH3_createState()) {
-  XXH3_128bits_reset(state_);
-}
-
-StreamDigest::~StreamDigest() { XXH3_freeState(state_); }
-
-void StreamDigest::Add(std::string_view bytes) {
-  XXH3_128bits_update(state_, bytes.data(), bytes.size());
-}
-
-std::string StreamDigest::Take() {
-  const XXH128_hash_t hash = XXH3_128bits_digest(state_);
-  XXH3_128bits_reset(state_);
-  char digits[kDigestDigits + 1];
-  std::snprintf(digits, sizeof(digits), "%016llx%016llx",
-                static_cast<unsigned long long>(hash.high64),
-                static_cast<unsigned long long>(hash.low64));
-  return digits;
-}
-
-std::string DigestOf(std::string_view bytes) {
-  StreamDigest digest;
-  digest.Add(bytes);
-  return digest.Take();
-}
-
 std::string TableText(const StateTable& table) {
   Json pieces = Json::array();
   for (const StatePiece& piece : table.pieces) {
@@ -132,18 +58,18 @@ std::string TableText(const StateTable& table) {
                       {"begin", piece.begin},
                       {"count", piece.count}});
   }
-  return Seal({{"rank", table.rank},
-               {"data", DataName(table.rank)},
-               {"data_bytes", table.data_bytes},
-               {"chunk_bytes", table.chunk_bytes},
-               {"chunk_digests", table.chunk_digests},
-               {"pieces", std::move(pieces)}});
+  return SealJson({{"rank", table.rank},
+                   {"data", DataName(table.rank)},
+                   {"data_bytes", table.data_bytes},
+                   {"chunk_bytes", table.chunk_bytes},
+                   {"chunk_digests", table.chunk_digests},
+                   {"pieces", std::move(pieces)}});
 }
 
 absl::StatusOr<StateTable> ParseTable(const std::string& text, int rank,
                                       int64_t data_bytes) {
   const std::string file = TableName(rank);
-  GW_ASSIGN_OR_RETURN(auto unsealed, Unseal(text, file));
+  GW_ASSIGN_OR_RETURN(auto unsealed, UnsealJson(text, file, kMaxDepth));
   JsonFields fields(unsealed.first);
   StateTable table;
   table.rank = static_cast<int>(fields.Integer("rank", rank, rank));
@@ -208,18 +134,19 @@ std::string ManifestText(const StateManifest& manifest) {
                      {"table_digest", rank.table_digest}});
   }
   const StateHeader& header = manifest.header;
-  return Seal({{"format", kStateFormat},
-               {"version", kStateVersion},
-               {"num_parameters", header.num_parameters},
-               {"model_digest", header.model_digest},
-               {"optimizer_step", header.optimizer_step},
-               {"weight_version", header.weight_version},
-               {"attributes", header.attributes},
-               {"ranks", std::move(ranks)}});
+  return SealJson({{"format", kStateFormat},
+                   {"version", kStateVersion},
+                   {"num_parameters", header.num_parameters},
+                   {"model_digest", header.model_digest},
+                   {"optimizer_step", header.optimizer_step},
+                   {"weight_version", header.weight_version},
+                   {"attributes", header.attributes},
+                   {"ranks", std::move(ranks)}});
 }
 
 absl::StatusOr<StateManifest> ParseManifest(const std::string& text) {
-  GW_ASSIGN_OR_RETURN(auto unsealed, Unseal(text, kManifestName));
+  GW_ASSIGN_OR_RETURN(auto unsealed,
+                      UnsealJson(text, kManifestName, kMaxDepth));
   StateManifest manifest;
   manifest.digest = std::move(unsealed.second);
   JsonFields fields(unsealed.first);
@@ -228,14 +155,7 @@ absl::StatusOr<StateManifest> ParseManifest(const std::string& text) {
   if (!fields.what().empty()) return Wrong(kManifestName, fields);
   // Before anything that another version may have changed.
   if (version != kStateVersion) {
-    return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "STATE_VERSION")
-        .With("field", "version")
-        .With("have", version)
-        .With("need", kStateVersion)
-        .Message("the checkpoint has format version " +
-                 std::to_string(version) + ", this server reads " +
-                 std::to_string(kStateVersion) +
-                 "; start the version that wrote it, or a newer one");
+    return WrongVersion(version, kStateVersion);
   }
   StateHeader& header = manifest.header;
   header.num_parameters =
@@ -268,35 +188,6 @@ absl::StatusOr<StateManifest> ParseManifest(const std::string& text) {
   return manifest;
 }
 
-absl::StatusOr<std::string> ReadStateFile(FileSystem& files,
-                                          const std::string& directory,
-                                          const std::string& name,
-                                          int64_t limit) {
-  GW_ASSIGN_OR_RETURN(
-      const std::unique_ptr<File> file,
-      files.Open(directory + "/" + name, FileSystem::Access::kRead));
-  GW_ASSIGN_OR_RETURN(const int64_t bytes, file->Size());
-  if (bytes > limit) {
-    return CorruptField(name, "bytes",
-                        "are " + std::to_string(bytes) + ", more than " +
-                            std::to_string(limit));
-  }
-  std::string text(static_cast<size_t>(bytes), '\0');
-  GW_ASSIGN_OR_RETURN(const int64_t got, file->ReadAt(0, bytes, text.data()));
-  text.resize(static_cast<size_t>(got));
-  return text;
-}
-
-absl::Status CorruptField(const std::string& file, const std::string& field,
-                          const std::string& what) {
-  ErrorBuilder error(absl::StatusCode::kDataLoss, "CHECKPOINT_CORRUPT");
-  error.Server().With("file", file);
-  if (!field.empty()) error.With("field", field);
-  return error.Message("the checkpoint is damaged: " + file + ": " + field +
-                       (field.empty() ? "" : " ") + what +
-                       "; load an older one");
-}
-
 absl::Status CorruptChunk(const std::string& file, int64_t chunk,
                           const std::string& what) {
   return ErrorBuilder(absl::StatusCode::kDataLoss, "CHECKPOINT_CORRUPT")
@@ -305,18 +196,6 @@ absl::Status CorruptChunk(const std::string& file, int64_t chunk,
       .With("chunk", chunk)
       .Message("the checkpoint is damaged: " + file + ": chunk " +
                std::to_string(chunk) + " " + what + "; load an older one");
-}
-
-absl::Status CheckpointNotFound() {
-  return ErrorBuilder(absl::StatusCode::kNotFound, "CHECKPOINT_NOT_FOUND")
-      .With("field", "name")
-      .Message(
-          "there is no such checkpoint; list the checkpoints and give the "
-          "name of one");
-}
-
-std::string LastSegment(const std::string& path) {
-  return path.substr(path.find_last_of('/') + 1);
 }
 
 }  // namespace gradwire

@@ -11,9 +11,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "checkpoint/sealed_text.h"
 #include "checkpoint/training_state.h"
-
-struct XXH3_state_s;
 
 namespace gradwire {
 
@@ -29,24 +28,6 @@ inline constexpr int64_t kMaxHeaderBytes = int64_t{1} << 20;
 // "rank-00007.data", "rank-00007.json".
 std::string DataName(int rank);
 std::string TableName(int rank);
-
-// XXH3-128 of bytes that come in parts.
-class StreamDigest {
- public:
-  StreamDigest();
-  ~StreamDigest();
-  StreamDigest(const StreamDigest&) = delete;
-  StreamDigest& operator=(const StreamDigest&) = delete;
-
-  void Add(std::string_view bytes);
-  // Hexadecimal, 32 digits, in lower case. Begins anew.
-  std::string Take();
-
- private:
-  XXH3_state_s* const state_;
-};
-
-std::string DigestOf(std::string_view bytes);
 
 // What one rank has written. Its pieces follow each other in its data file.
 struct StateTable {
@@ -76,13 +57,6 @@ absl::StatusOr<StateTable> ParseTable(const std::string& text, int rank,
                                       int64_t data_bytes);
 absl::StatusOr<StateManifest> ParseManifest(const std::string& text);
 
-// Reads a whole file of at most `limit` bytes. Errors: the file system's;
-// DATA_LOSS CHECKPOINT_CORRUPT.
-absl::StatusOr<std::string> ReadStateFile(FileSystem& files,
-                                          const std::string& directory,
-                                          const std::string& name,
-                                          int64_t limit);
-
 // Where the elements are.
 struct StateIndex {
   struct Segment {
@@ -106,17 +80,10 @@ absl::StatusOr<StateIndex> IndexPieces(int64_t num_parameters,
 // Errors: INVALID_ARGUMENT STATE_HEADER_INVALID.
 absl::Status CheckHeader(const StateHeader& header);
 
-// DATA_LOSS CHECKPOINT_CORRUPT, with the field or the chunk.
-absl::Status CorruptField(const std::string& file, const std::string& field,
-                          const std::string& what);
+// DATA_LOSS CHECKPOINT_CORRUPT, with the chunk.
 absl::Status CorruptChunk(const std::string& file, int64_t chunk,
                           const std::string& what);
 absl::Status PiecesInvalid(const std::string& field, int64_t value,
                            const std::string& what);
-
-// NOT_FOUND CHECKPOINT_NOT_FOUND.
-absl::Status CheckpointNotFound();
-
-std::string LastSegment(const std::string& path);
 
 }  // namespace gradwire

@@ -162,7 +162,7 @@ absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
     return ExportOutcome();
   }
   const bool f32 = source.dtype == DType::kF32;
-  auto pending = PendingDirectory::Create(directory);
+  auto pending = PendingDirectory::Create(PosixFileSystem(), directory);
   if (!pending.ok()) {
     // The other ranks wait for what this one holds.
     GW_RETURN_IF_ERROR(
@@ -174,7 +174,8 @@ absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
   for (const ParamRow& row : table.rows()) {
     rows.push_back({row.hf_name, f32 ? "F32" : "BF16", row.shape});
   }
-  SafetensorsWriter writer(pending->path() + "/model.safetensors", rows);
+  SafetensorsWriter writer(PosixFileSystem(),
+                           pending->path() + "/model.safetensors", rows);
   GW_RETURN_IF_ERROR(ReadParameters(
       table, layout, weights, device, stream,
       [&](const char* data, int64_t bytes) { writer.Append(data, bytes); }));

@@ -141,7 +141,8 @@ std::string WriteModel() {
   for (const ParamRow& row : table.rows()) {
     rows.push_back({row.hf_name, "F32", row.shape});
   }
-  SafetensorsWriter writer(directory + "/model.safetensors", rows);
+  SafetensorsWriter writer(PosixFileSystem(), directory + "/model.safetensors",
+                           rows);
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0.0f, 0.02f);
   for (const ParamRow& row : table.rows()) {

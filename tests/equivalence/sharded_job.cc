@@ -26,7 +26,8 @@ std::string Directory(const std::string& name) {
     for (const ParamRow& row : table.rows()) {
       rows.push_back({row.hf_name, "F32", row.shape});
     }
-    SafetensorsWriter writer(directory + "/model.safetensors", rows);
+    SafetensorsWriter writer(PosixFileSystem(),
+                             directory + "/model.safetensors", rows);
     std::mt19937 random(11);
     std::normal_distribution<float> normal(0.0f, 0.15f);
     for (const ParamRow& row : table.rows()) {
