@@ -1,0 +1,458 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "checkpoint/crash_file_system.h"
+#include "checkpoint/sealed_text.h"
+#include "checkpoint/snapshot/diff.h"
+#include "checkpoint/snapshot/list.h"
+#include "checkpoint/snapshot/promote.h"
+#include "checkpoint/snapshot/snapshot_testing.h"
+
+namespace gradwire {
+namespace {
+
+DiskImage Empty() { return {.files = {}, .directories = {"/s", "/m"}}; }
+
+class SnapshotTest : public testing::Test {
+ protected:
+  absl::StatusOr<SnapshotManifest> Save(const std::string& name,
+                                        const TestWeights& weights,
+                                        const TestSave& save = {}) {
+    return SaveTestSnapshot(*files_, "/s/" + name, weights, save);
+  }
+  SnapshotManifest Must(const absl::StatusOr<SnapshotManifest>& saved) {
+    EXPECT_TRUE(saved.ok()) << saved.status();
+    return saved.ok() ? *saved : SnapshotManifest();
+  }
+  std::string Read(const std::string& name) {
+    const auto file = ReadTestSnapshot(*files_, "/s", name);
+    EXPECT_TRUE(file.ok()) << file.status();
+    return file.value_or("");
+  }
+  std::string ReadReason(const std::string& name) {
+    return ReasonOf(ReadTestSnapshot(*files_, "/s", name).status());
+  }
+  void Overwrite(const std::string& path, const std::string& content) {
+    DiskImage image = files_->Latest();
+    image.files[path] = content;
+    Replace(image);
+  }
+  void Replace(const DiskImage& image) {
+    files_ = std::make_unique<CrashFileSystem>(image);
+  }
+  std::string Content(const std::string& path) {
+    return files_->Latest().files.at(path);
+  }
+
+  std::unique_ptr<CrashFileSystem> files_ =
+      std::make_unique<CrashFileSystem>(Empty());
+};
+
+TEST_F(SnapshotTest, ABaseIsAModelAndSaysWhatItIs) {
+  const TestWeights weights = MakeWeights(3);
+  const SnapshotManifest saved =
+      Must(Save("first", weights, {.operation = "m.1", .ttl_seconds = 2.5}));
+  EXPECT_EQ(Content("/s/first/model.safetensors"), weights.File());
+  EXPECT_EQ(Read("first"), weights.File());
+  EXPECT_EQ(saved.name, "first");
+  EXPECT_EQ(saved.job, "job");
+  EXPECT_EQ(std::string(saved.kind()), "base");
+  EXPECT_EQ(saved.optimizer_step, 3);
+  EXPECT_EQ(saved.weight_version, 4);
+  EXPECT_EQ(saved.dtype, "BF16");
+  EXPECT_EQ(saved.operation, "m.1");
+  EXPECT_EQ(saved.expires_micros, saved.created_micros + 2'500'000);
+  EXPECT_EQ(FormatMicros(saved.created_micros), "2001-09-09T01:46:40.000000Z");
+  std::vector<TensorView> views;
+  for (size_t i = 0; i < weights.infos.size(); ++i) {
+    views.push_back({weights.infos[i], weights.values[i].data()});
+  }
+  EXPECT_EQ(saved.weight_id, ComputeWeightId(views));
+  ASSERT_EQ(saved.files.size(), 2u);
+  for (const SnapshotFile& file : saved.files) {
+    const std::string content = Content("/s/first/" + file.name);
+    EXPECT_EQ(file.bytes, std::ssize(content));
+    EXPECT_EQ(file.digest, DigestOf(content));
+  }
+  EXPECT_EQ(*ReadSnapshot(*files_, "/s", "first"), saved);
+  EXPECT_EQ(*ParseSnapshot(SnapshotText(saved)), saved);
+}
+
+class ChainTest : public SnapshotTest,
+                  public testing::WithParamInterface<const char*> {};
+
+INSTANTIATE_TEST_SUITE_P(DTypes, ChainTest, testing::Values("BF16", "F32"));
+
+// A base export at each place would have been these bytes.
+TEST_P(ChainTest, ThirtyDeltasGiveTheFullExportByteForByte) {
+  // More than a group of chunks.
+  TestWeights weights = MakeWeights(700'000, GetParam());
+  Must(Save("s0", weights));
+  const int64_t full = std::ssize(weights.File());
+  std::string parent_id = Must(ReadSnapshot(*files_, "/s", "s0")).weight_id;
+  const std::string base_id = parent_id;
+  for (int i = 1; i <= 30; ++i) {
+    // Few changes, at far places.
+    for (std::string& value : weights.values) {
+      value[static_cast<size_t>(i * 991)] ^= 1;
+      value[value.size() - static_cast<size_t>(i)] ^= 64;
+    }
+    const SnapshotManifest saved = Must(
+        Save("s" + std::to_string(i), weights, {.kind = SnapshotKind::kDelta}));
+    EXPECT_EQ(saved.parent, "s" + std::to_string(i - 1));
+    EXPECT_EQ(saved.parent_id, parent_id);
+    EXPECT_EQ(saved.base_id, base_id);
+    EXPECT_EQ(saved.chain_length, i);
+    if (std::string(GetParam()) == "BF16") {
+      EXPECT_LT(saved.bytes(), full / 50);
+    }
+    parent_id = saved.weight_id;
+    if (i == 1 || i == 17) {
+      EXPECT_EQ(Read(saved.name), weights.File());
+    }
+  }
+  EXPECT_EQ(Read("s30"), weights.File());
+  // The id is that of a base with the same weights.
+  EXPECT_EQ(Must(Save("again", weights)).weight_id, parent_id);
+}
+
+TEST_F(SnapshotTest, AutoBeginsWithABaseAndComesBackToIt) {
+  TestWeights weights = MakeWeights(40'000);
+  TestSave save{.kind = SnapshotKind::kAuto};
+  std::string kinds;
+  for (int i = 0; i < 28; ++i) {
+    kinds +=
+        Must(Save("s" + std::to_string(i), weights, save)).is_delta ? 'd' : 'b';
+    weights.values[0][static_cast<size_t>(i)] ^= 1;
+  }
+  EXPECT_EQ(kinds, "b" + std::string(25, 'd') + "bd");
+}
+
+TEST_F(SnapshotTest, AutoMakesABaseWhereADeltaCannotBe) {
+  TestWeights weights = MakeWeights(2);
+  TestSave save{.kind = SnapshotKind::kAuto};
+  Must(Save("a", weights, save));
+  // Deltas above half of the base. (Of a small model any delta is.)
+  EXPECT_TRUE(Must(Save("b", Step(weights, 1), save)).is_delta);
+  EXPECT_FALSE(Must(Save("c", Step(weights, 2), save)).is_delta);
+  // Other tensors.
+  EXPECT_FALSE(Must(Save("d", MakeWeights(3), save)).is_delta);
+  // No memory.
+  save.memory_bytes = 10;
+  EXPECT_FALSE(Must(Save("e", MakeWeights(3), save)).is_delta);
+  // A damaged parent.
+  save.memory_bytes = INT64_MAX;
+  Overwrite("/s/e/model.safetensors", "?");
+  EXPECT_FALSE(Must(Save("f", MakeWeights(3), save)).is_delta);
+  EXPECT_TRUE(Must(Save("g", MakeWeights(3), save)).is_delta);
+}
+
+TEST_F(SnapshotTest, ADeltaNeedsItsParent) {
+  const TestWeights weights = MakeWeights(2);
+  TestSave save{.kind = SnapshotKind::kDelta};
+  EXPECT_EQ(ReasonOf(Save("x", weights, save).status()),
+            "DELTA_PARENT_UNAVAILABLE");
+  Must(Save("a", weights));
+  Must(Save("b", Step(weights, 1)));
+  save.parent = "nothing";
+  EXPECT_EQ(ReasonOf(Save("x", weights, save).status()),
+            "DELTA_PARENT_UNAVAILABLE");
+  save.parent = "a";
+  EXPECT_EQ(ReasonOf(Save("x", MakeWeights(3), save).status()),
+            "DELTA_PARENT_MISMATCH");
+  EXPECT_EQ(ReasonOf(Save("x", MakeWeights(2, "F32"), save).status()),
+            "DELTA_PARENT_MISMATCH");
+  save.memory_bytes = 10;
+  EXPECT_EQ(ReasonOf(Save("x", weights, save).status()), "OUT_OF_MEMORY");
+  save.memory_bytes = INT64_MAX;
+  // Not the newest, but the one that was named.
+  EXPECT_EQ(Must(Save("c", Step(weights, 2), save)).parent, "a");
+  EXPECT_EQ(Read("c"), Step(weights, 2).File());
+  std::string damaged = Content("/s/a/model.safetensors");
+  damaged.back() ^= 1;
+  Overwrite("/s/a/model.safetensors", damaged);
+  EXPECT_EQ(ReasonOf(Save("x", weights, save).status()),
+            "DELTA_PARENT_UNAVAILABLE");
+  // Nothing is left of what was refused.
+  EXPECT_EQ(*files_->List("/s"), (std::vector<std::string>{"a", "b", "c"}));
+}
+
+TEST_F(SnapshotTest, AnOperationThatIsSentAgainFindsWhatItMade) {
+  const TestWeights weights = MakeWeights(1);
+  const SnapshotManifest saved = Must(Save("a", weights, {.operation = "op"}));
+  EXPECT_EQ(Must(Save("a", weights, {.operation = "op"})), saved);
+  for (const TestSave& other : {TestSave{.operation = "other"}, TestSave{},
+                                TestSave{.operation = "op", .step = 9}}) {
+    EXPECT_EQ(ReasonOf(Save("a", weights, other).status()), "SNAPSHOT_EXISTS");
+  }
+  Must(Save("b", weights));
+  EXPECT_EQ(ReasonOf(Save("b", weights).status()), "SNAPSHOT_EXISTS");
+}
+
+TEST_F(SnapshotTest, TheNewestIsTheLastSavedWhateverTheClockSays) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("z", weights, {.now_micros = 5'000'000}));
+  const SnapshotManifest later = Must(Save("a", weights, {.now_micros = 7}));
+  EXPECT_EQ(later.created_micros, 5'000'001);
+  EXPECT_EQ(Must(Save("b", weights, {.kind = SnapshotKind::kDelta})).parent,
+            "a");
+}
+
+TEST_F(SnapshotTest, AReplacedParentIsFound) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  Must(Save("b", Step(weights, 1), {.kind = SnapshotKind::kDelta}));
+  DiskImage image = files_->Latest();
+  for (const char* file :
+       {"snapshot.json", "model.safetensors", "config.json"}) {
+    image.files.erase(std::string("/s/a/") + file);
+  }
+  image.directories.erase("/s/a");
+  Replace(image);
+  EXPECT_EQ(ReadReason("b"), "DELTA_PARENT_UNAVAILABLE");
+  Must(Save("a", Step(weights, 7)));
+  EXPECT_EQ(ReadReason("b"), "DELTA_PARENT_MISMATCH");
+}
+
+TEST_F(SnapshotTest, AnyFlippedBitIsFound) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  Must(Save("b", Step(weights, 1), {.kind = SnapshotKind::kDelta}));
+  const DiskImage good = files_->Latest();
+  int64_t flips = 0;
+  for (const auto& [path, content] : good.files) {
+    for (size_t at = 0; at < content.size(); ++at) {
+      DiskImage bad = good;
+      bad.files[path][at] ^= static_cast<char>(1 << (at % 8));
+      Replace(bad);
+      const std::string reason = ReadReason("b");
+      ASSERT_TRUE(reason == "CHECKPOINT_CORRUPT" ||
+                  reason == "DELTA_PARENT_UNAVAILABLE")
+          << path << " " << at << " " << reason;
+      ++flips;
+    }
+    for (size_t size = 0; size < content.size(); size += 7) {
+      DiskImage bad = good;
+      bad.files[path].resize(size);
+      Replace(bad);
+      ASSERT_NE(ReadReason("b"), "") << path << " " << size;
+    }
+  }
+  EXPECT_GT(flips, 2000);
+}
+
+// Texts that declare what is not there, with digests that are right.
+TEST_F(SnapshotTest, HostileManifestsAreRefused) {
+  Must(Save("a", MakeWeights(1)));
+  Must(Save("b", MakeWeights(1), {.kind = SnapshotKind::kDelta}));
+  const std::string path = "/s/b/snapshot.json";
+  const nlohmann::json good = nlohmann::json::parse(Content(path));
+  const auto reason = [&](const nlohmann::json& patch) {
+    nlohmann::json json = good;
+    json.erase("digest");
+    json.merge_patch(patch);
+    Overwrite(path, SealJson(json));
+    return ReadReason("b");
+  };
+  EXPECT_EQ(reason(nlohmann::json::object()), "");
+  const nlohmann::json file = {{"name", "delta.safetensors"},
+                               {"bytes", int64_t{1} << 60},
+                               {"digest", std::string(32, '0')}};
+  const auto named = [&](const std::string& name) {
+    nlohmann::json other = file;
+    other["name"] = name;
+    return nlohmann::json::array({file, other});
+  };
+  for (const nlohmann::json& patch : std::vector<nlohmann::json>{
+           {{"name", "c"}},
+           {{"format", "gradwire training state"}},
+           {{"kind", "lora"}},
+           {{"parent", "../a"}},
+           {{"parent", ".a"}},
+           {{"parent", ""}},
+           {{"parent", nullptr}},
+           {{"parent_id", "12"}},
+           {{"weight_id", std::string(32, 'f')}},
+           {{"chain_length", 0}},
+           {{"chain_length", -1}},
+           {{"chain_length", 1.5}},
+           {{"optimizer_step", -1}},
+           {{"created", "yesterday"}},
+           {{"created", "2026-01-31T23:59:59Z"}},
+           {{"expires", "2026-13-31T23:59:59.000000Z"}},
+           {{"files", nlohmann::json::array()}},
+           {{"files", nlohmann::json::array({file})}},
+           {{"files", named("delta.safetensors")}},
+           {{"files", named("../a/model.safetensors")}},
+           {{"files", named("snapshot.json")}},
+           {{"files", named("")}},
+           {{"files", named("a/b")}},
+           {{"files", 3}},
+           {{"extra", 1}},
+       }) {
+    EXPECT_EQ(reason(patch), "CHECKPOINT_CORRUPT") << patch;
+  }
+  EXPECT_EQ(reason({{"version", 2}}), "STATE_VERSION");
+  // A ring.
+  EXPECT_EQ(reason({{"parent", "b"}, {"parent_id", good["weight_id"]}}),
+            "CHECKPOINT_CORRUPT");
+  Overwrite(path, std::string(3 << 20, ' '));
+  EXPECT_EQ(ReadReason("b"), "CHECKPOINT_CORRUPT");
+}
+
+TEST_F(SnapshotTest, AParentStaysAndALeafGoes) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  Must(Save("b", Step(weights, 1), {.kind = SnapshotKind::kDelta}));
+  const absl::Status kept = RemoveSnapshot(*files_, "/s", "a");
+  EXPECT_EQ(ReasonOf(kept), "SNAPSHOT_HAS_CHILDREN");
+  EXPECT_EQ(GetErrorDetail(kept)->metadata.at("child"), "b");
+  EXPECT_EQ(Read("b"), Step(weights, 1).File());
+  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "b").ok());
+  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "a").ok());
+  EXPECT_TRUE(files_->List("/s")->empty());
+  EXPECT_EQ(ReasonOf(RemoveSnapshot(*files_, "/s", "a")),
+            "CHECKPOINT_NOT_FOUND");
+  // Also one that nobody can read.
+  Must(Save("c", weights));
+  Overwrite("/s/c/snapshot.json", "");
+  EXPECT_EQ(ListSnapshots(*files_, "/s")->size(), 1u);
+  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "c").ok());
+}
+
+// Whatever comes first, no delta is without its parent.
+TEST_F(SnapshotTest, AParentIsNotRemovedUnderASaveThatHasBegun) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  SnapshotRequest request;
+  request.directory = "/s/b";
+  request.kind = SnapshotKind::kDelta;
+  request.tensors = weights.infos;
+  auto plan = PlanSnapshot(*files_, request);
+  ASSERT_TRUE(plan.ok());
+  const auto append = [&](SnapshotWriter& writer) {
+    for (size_t i = 0; i < weights.infos.size(); ++i) {
+      writer.Append(weights.values[i].data(), weights.infos[i].num_elements());
+    }
+  };
+  {
+    auto writer = SnapshotWriter::Create(*files_, *std::move(plan));
+    ASSERT_TRUE(writer.ok());
+    EXPECT_EQ(ReasonOf(RemoveSnapshot(*files_, "/s", "a")),
+              "SNAPSHOT_HAS_CHILDREN");
+    append(**writer);
+    EXPECT_TRUE((*writer)->Publish(0).ok());
+  }
+  EXPECT_EQ(Read("b"), weights.File());
+  // Removed between the plan and the save.
+  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "b").ok());
+  plan = PlanSnapshot(*files_, request);
+  ASSERT_TRUE(plan.ok());
+  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "a").ok());
+  {
+    auto writer = SnapshotWriter::Create(*files_, *std::move(plan));
+    ASSERT_TRUE(writer.ok());
+    append(**writer);
+    EXPECT_EQ(ReasonOf((*writer)->Publish(0).status()),
+              "DELTA_PARENT_UNAVAILABLE");
+  }
+  EXPECT_TRUE(files_->List("/s")->empty());
+}
+
+TEST_F(SnapshotTest, WhatHasExpiredGoesChildrenFirst) {
+  const TestWeights weights = MakeWeights(1);
+  const int64_t now = TestSave().now_micros;
+  const TestSave base{.ttl_seconds = 10};
+  const TestSave delta{.kind = SnapshotKind::kDelta, .ttl_seconds = 10};
+  const TestSave kept{.kind = SnapshotKind::kDelta, .ttl_seconds = 1000};
+  Must(Save("z", weights, base));
+  Must(Save("y", weights, delta));
+  Must(Save("p", weights, base));
+  Must(Save("c", weights, kept));
+  Must(Save("forever", weights));
+  EXPECT_TRUE(RemoveExpired(*files_, "/s", now)->empty());
+  EXPECT_EQ(*RemoveExpired(*files_, "/s", now + 11'000'000),
+            (std::vector<std::string>{"y", "z"}));
+  // `p` has expired, and is needed.
+  EXPECT_EQ(*files_->List("/s"),
+            (std::vector<std::string>{"c", "forever", "p"}));
+  EXPECT_EQ(*RemoveExpired(*files_, "/s", now + 1001'000'000),
+            (std::vector<std::string>{"c", "p"}));
+}
+
+TEST_F(SnapshotTest, RecoveryRemovesWhatIsHalfAndPutsBackWhatIsNeeded) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  Must(Save("b", weights, {.kind = SnapshotKind::kDelta}));
+  Must(Save("c", weights));
+  ASSERT_TRUE(files_->Rename("/s/a", "/s/.a~removed").ok());
+  ASSERT_TRUE(files_->Rename("/s/c", "/s/.c~removed").ok());
+  ASSERT_TRUE(files_->MakeDirectory("/s/.d~b.pending").ok());
+  ASSERT_TRUE(files_->MakeDirectory("/s/.e.pending").ok());
+  EXPECT_TRUE(RecoverSnapshots(*files_, "/s").ok());
+  EXPECT_EQ(*files_->List("/s"), (std::vector<std::string>{"a", "b"}));
+  EXPECT_EQ(Read("b"), weights.File());
+  EXPECT_TRUE(RecoverSnapshots(*files_, "/none").ok());
+}
+
+TEST_F(SnapshotTest, ADeltaBecomesAModelOfItsOwn) {
+  const TestWeights weights = MakeWeights(2), stepped = Step(weights, 1);
+  Must(Save("a", weights));
+  const SnapshotManifest delta =
+      Must(Save("b", stepped, {.kind = SnapshotKind::kDelta}));
+  PromoteRequest request{.directory = "/s",
+                         .name = "b",
+                         .source = "from-b",
+                         .models_directory = "/m",
+                         .model_id = "mine",
+                         .now_micros = 77};
+  const SnapshotManifest model = Must(PromoteSnapshot(*files_, request));
+  EXPECT_EQ(Content("/m/mine/model.safetensors"), stepped.File());
+  EXPECT_EQ(Content("/m/mine/config.json"), "{}");
+  EXPECT_EQ(model.weight_id, delta.weight_id);
+  EXPECT_FALSE(model.is_delta);
+  EXPECT_EQ(*ReadTestSnapshot(*files_, "/m", "mine"), stepped.File());
+  EXPECT_EQ(Must(PromoteSnapshot(*files_, request)), model);
+  request.source = "from-c";
+  EXPECT_EQ(ReasonOf(PromoteSnapshot(*files_, request).status()),
+            "MODEL_EXISTS");
+  request.source = "from-b";
+  // It stays when its source goes, and is not another's with that name.
+  ASSERT_TRUE(RemoveSnapshot(*files_, "/s", "b").ok());
+  EXPECT_EQ(Must(PromoteSnapshot(*files_, request)), model);
+  Must(Save("b", weights));
+  EXPECT_EQ(ReasonOf(PromoteSnapshot(*files_, request).status()),
+            "MODEL_EXISTS");
+  request.model_id = "other";
+  request.name = "nothing";
+  EXPECT_EQ(ReasonOf(PromoteSnapshot(*files_, request).status()),
+            "CHECKPOINT_NOT_FOUND");
+  EXPECT_EQ(*files_->List("/m"), (std::vector<std::string>{"mine"}));
+}
+
+TEST(SnapshotDiffTest, CountsWhatDiffers) {
+  const uint16_t a[4] = {1, 2, 3, 4}, b[4] = {1, 0, 3, 5};
+  const uint32_t wide[2] = {1, 2};
+  const SnapshotDiff diff = DiffTensors({{{"x", "BF16", {4}}, a},
+                                         {{"gone", "F32", {2}}, wide},
+                                         {{"w", "F32", {2}}, wide}},
+                                        {{{"w", "F32", {2}}, wide},
+                                         {{"x", "BF16", {4}}, b},
+                                         {{"new", "BF16", {2, 2}}, a}});
+  EXPECT_EQ(diff.elements, 10);
+  EXPECT_EQ(diff.changed, 6);
+  ASSERT_EQ(diff.tensors.size(), 3u);
+  EXPECT_EQ(diff.tensors[0].changed, 0);
+  EXPECT_EQ(diff.tensors[1].changed, 2);
+  EXPECT_FALSE(diff.tensors[1].fresh);
+  EXPECT_EQ(diff.tensors[2].changed, 4);
+  EXPECT_TRUE(diff.tensors[2].fresh);
+  EXPECT_EQ(diff.removed, std::vector<std::string>{"gone"});
+}
+
+}  // namespace
+}  // namespace gradwire
