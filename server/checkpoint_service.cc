@@ -12,6 +12,7 @@ namespace gradwire {
 namespace {
 
 constexpr int kMostRows = 200, kUsualRows = 50;
+constexpr size_t kPartBytes = size_t{1} << 20;
 
 absl::Status CheckList(const v1::ListCheckpointsRequest& request) {
   if (request.page_size() < 0 || request.page_size() > kMostRows) {
@@ -77,7 +78,7 @@ grpc::Status CheckpointServiceImpl::ListCheckpoints(
 
 grpc::Status CheckpointServiceImpl::Answer(const v1::CheckpointRequest& request,
                                            Call call, v1::Checkpoint* reply) {
-  auto ref = ParseCheckpointRef(request.path(), "", "path");
+  auto ref = ParseCatalogueRef(request.path(), "path");
   if (!ref.ok()) return ToGrpcStatus(ref.status());
   auto row = (catalogue().*call)(*ref);
   if (!row.ok()) return ToGrpcStatus(row.status());
@@ -101,6 +102,58 @@ grpc::Status CheckpointServiceImpl::DeleteCheckpoint(
     grpc::ServerContext*, const v1::CheckpointRequest* request,
     v1::Checkpoint* reply) {
   return Answer(*request, &CheckpointCatalogue::Delete, reply);
+}
+
+grpc::Status CheckpointServiceImpl::PromoteCheckpoint(
+    grpc::ServerContext*, const v1::PromoteCheckpointRequest* request,
+    v1::PromotedModel* reply) {
+  auto ref = ParseCatalogueRef(request->path(), "path");
+  if (!ref.ok()) return ToGrpcStatus(ref.status());
+  auto model = catalogue().Promote(*ref, request->model_id());
+  if (!model.ok()) return ToGrpcStatus(model.status());
+  *reply = *std::move(model);
+  return grpc::Status::OK;
+}
+
+grpc::Status CheckpointServiceImpl::DiffCheckpoints(
+    grpc::ServerContext*, const v1::DiffCheckpointsRequest* request,
+    v1::CheckpointDiff* reply) {
+  auto from = ParseCatalogueRef(request->from(), "from");
+  auto to = ParseCatalogueRef(request->to(), "to");
+  if (!from.ok()) return ToGrpcStatus(from.status());
+  if (!to.ok()) return ToGrpcStatus(to.status());
+  auto diff = catalogue().Diff(*from, *to);
+  if (!diff.ok()) return ToGrpcStatus(diff.status());
+  *reply = *std::move(diff);
+  return grpc::Status::OK;
+}
+
+grpc::Status CheckpointServiceImpl::ExportDiff(
+    grpc::ServerContext*, const v1::ExportDiffRequest* request,
+    grpc::ServerWriter<v1::FilePart>* writer) {
+  auto from = ParseCatalogueRef(request->from(), "from");
+  auto to = ParseCatalogueRef(request->to(), "to");
+  if (!from.ok()) return ToGrpcStatus(from.status());
+  if (!to.ok()) return ToGrpcStatus(to.status());
+  if (!v1::DiffFormat_IsValid(request->format())) {
+    return ToGrpcStatus(
+        ErrorBuilder(absl::StatusCode::kUnimplemented, "UNSUPPORTED_OPTION")
+            .With("field", "format")
+            .With("value", request->format())
+            .With("limit", "dlt1, xor, sparse")
+            .Message("This server knows the formats dlt1, xor and sparse."));
+  }
+  const auto file = catalogue().ExportDiff(*from, *to, request->format());
+  if (!file.ok()) return ToGrpcStatus(file.status());
+  v1::FilePart part;
+  part.set_total_bytes(std::ssize(*file));
+  for (size_t at = 0; at < file->size(); at += kPartBytes) {
+    part.set_data(file->substr(at, kPartBytes));
+    // False: the client has gone, and gRPC says so.
+    if (!writer->Write(part)) break;
+    part.clear_total_bytes();
+  }
+  return grpc::Status::OK;
 }
 
 }  // namespace gradwire

@@ -44,6 +44,8 @@ ABSL_FLAG(bool, rank_insecure, false,
           "let ranks come over a network without TLS");
 ABSL_FLAG(int, threads, 0,
           "CPU threads of each rank; 0: an equal share of the cores");
+ABSL_FLAG(double, collect_seconds, 60,
+          "how often checkpoints and snapshots that have expired are deleted");
 ABSL_FLAG(std::string, rank_binary, "",
           "the rank's program; default: gradwire_rank beside this one");
 ABSL_FLAG(double, rank_timeout_seconds, 30,
@@ -149,6 +151,7 @@ int Main() {
   options.rank_timeout_seconds = absl::GetFlag(FLAGS_rank_timeout_seconds);
   options.collective_timeout_seconds =
       absl::GetFlag(FLAGS_collective_timeout_seconds);
+  options.collect_seconds = absl::GetFlag(FLAGS_collect_seconds);
   options.rank_binary = absl::GetFlag(FLAGS_rank_binary);
   if (options.rank_binary.empty()) {
     std::error_code ignored;

@@ -274,14 +274,28 @@ absl::Status RankWorker::OptimStep(const v1::AdamParams& params,
 
 absl::Status RankWorker::SaveSnapshot(const v1::RankSaveSnapshot& command,
                                       v1::RankDone& done) {
-  GW_ASSIGN_OR_RETURN(ExportOutcome outcome,
-                      trainer_->Export(command.directory()));
+  SnapshotOptions options;
+  options.directory = command.directory();
+  options.parent = command.parent();
+  options.ttl_seconds = command.ttl_seconds();
+  options.job = command.job_id();
+  options.operation = command.operation();
+  options.base_model = command.base_model();
+  if (command.kind() == v1::SNAPSHOT_KIND_AUTO) {
+    options.type = SnapshotType::kAuto;
+  } else if (command.kind() == v1::SNAPSHOT_KIND_DELTA) {
+    options.type = SnapshotType::kDelta;
+  }
+  GW_ASSIGN_OR_RETURN(ExportOutcome outcome, trainer_->SaveSnapshot(options));
   v1::SnapshotResult& result = *done.mutable_snapshot();
   result.set_path(command.path());
   result.set_local_path(command.directory());
-  result.set_type("base");
+  result.set_type(outcome.type);
+  result.set_parent(outcome.parent);
   result.set_bytes(outcome.bytes);
   result.set_digest(outcome.digest);
+  result.set_weight_id(outcome.weight_id);
+  result.set_reason(outcome.reason);
   return absl::OkStatus();
 }
 

@@ -84,6 +84,15 @@ class CheckpointServiceImpl final : public v1::CheckpointService::Service {
   grpc::Status DeleteCheckpoint(grpc::ServerContext* call,
                                 const v1::CheckpointRequest* request,
                                 v1::Checkpoint* reply) override;
+  grpc::Status PromoteCheckpoint(grpc::ServerContext* call,
+                                 const v1::PromoteCheckpointRequest* request,
+                                 v1::PromotedModel* reply) override;
+  grpc::Status DiffCheckpoints(grpc::ServerContext* call,
+                               const v1::DiffCheckpointsRequest* request,
+                               v1::CheckpointDiff* reply) override;
+  grpc::Status ExportDiff(grpc::ServerContext* call,
+                          const v1::ExportDiffRequest* request,
+                          grpc::ServerWriter<v1::FilePart>* writer) override;
 
  private:
   using Call = absl::StatusOr<v1::Checkpoint> (CheckpointCatalogue::*)(

@@ -17,6 +17,7 @@
 #include "base/error.h"
 #include "base/status.h"
 #include "checkpoint/file_system.h"
+#include "checkpoint/snapshot/list.h"
 #include "checkpoint/training_state.h"
 
 namespace gradwire {
@@ -48,14 +49,11 @@ std::vector<fs::path> Entries(const fs::path& directory) {
 }
 
 // What a server that was killed in the middle of a save has left.
-absl::Status RemovePending(const std::string& jobs) {
+absl::Status RemovePending(const std::string& jobs, const std::string& models) {
+  GW_RETURN_IF_ERROR(RecoverSnapshots(PosixFileSystem(), models));
   for (const fs::path& job : Entries(jobs)) {
-    for (const fs::path& entry : Entries(job / "snapshots")) {
-      std::error_code ignored;
-      if (entry.filename().string().front() == '.') {
-        fs::remove_all(entry, ignored);
-      }
-    }
+    GW_RETURN_IF_ERROR(
+        RecoverSnapshots(PosixFileSystem(), (job / "snapshots").string()));
     const absl::Status removed =
         RemoveLeftovers(PosixFileSystem(), (job / "checkpoints").string());
     if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
@@ -100,7 +98,7 @@ absl::StatusOr<std::unique_ptr<StateDir>> StateDir::Open(
   }
   fs::create_directories(dir->jobs(), failure);
   if (failure) return Unusable("its jobs cannot be made", failure.value());
-  GW_RETURN_IF_ERROR(RemovePending(dir->jobs()));
+  GW_RETURN_IF_ERROR(RemovePending(dir->jobs(), dir->path_ + "/models"));
   dir->socket_ = dir->path_ + "/ranks.sock";
   if (dir->socket_.size() > kMaxSocketPath) {
     char folder[] = "/tmp/gradwire-XXXXXX";

@@ -87,7 +87,8 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
        static_cast<double>(options.auto_checkpoint_steps), 1},
       {"max_replay_seconds", options.max_replay_seconds, 0},
       {"rank_timeout_seconds", options.rank_timeout_seconds, kLeastTimeout},
-      {"collective_timeout_seconds", options.collective_timeout_seconds, 1}};
+      {"collective_timeout_seconds", options.collective_timeout_seconds, 1},
+      {"collect_seconds", options.collect_seconds, 0.01}};
   for (const auto& [flag, value, least] : numbers) {
     if (value >= least && value <= 1e7) continue;
     return ErrorBuilder(absl::StatusCode::kInvalidArgument,
@@ -159,6 +160,9 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   // Before the first client, who may ask for one of them.
   GW_RETURN_IF_ERROR(server->jobs_.Restore());
   GW_RETURN_IF_ERROR(server->StartPublicListener(options.listen));
+  server->collector_ = std::make_unique<Collector>(
+      CheckpointCatalogue(environment.jobs_directory),
+      absl::Seconds(options.collect_seconds));
   for (const char* service : kServices) server->health_.Set(service, true);
   server->serving_ = true;
   if (!options.port_file.empty()) {
@@ -280,6 +284,7 @@ void Supervisor::Stop(absl::Duration drain) {
   public_server_->Shutdown(grace);
   rank_server_->Shutdown(grace);
   if (external_rank_server_ != nullptr) external_rank_server_->Shutdown(grace);
+  collector_.reset();
   port_file_.reset();
   metrics_.reset();
 }

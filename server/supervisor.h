@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "server/collector.h"
 #include "server/health.h"
 #include "server/job_table.h"
 #include "server/metrics.h"
@@ -35,6 +36,8 @@ struct SupervisorOptions {
   double max_replay_seconds = 300;
   double rank_timeout_seconds = 30;
   double collective_timeout_seconds = 120;
+  // How often what has expired is deleted.
+  double collect_seconds = 60;
   // "local", or "external": ranks come by themselves, with the token, to
   // rank_listen.
   std::string launch = "local";
@@ -67,6 +70,7 @@ class Supervisor {
 
   std::unique_ptr<StateDir> state_dir_;
   std::unique_ptr<Metadata> metadata_;
+  std::unique_ptr<Collector> collector_;
   Metrics registry_;
   SessionTable sessions_;
   JobEnvironment environment_;

@@ -101,8 +101,14 @@ absl::Status Unsupported(const char* field, const std::string& value,
 }
 
 absl::Status CheckTtl(double seconds) {
-  if (seconds == 0) return absl::OkStatus();
-  return Unsupported("ttl_seconds", std::to_string(seconds), "0 (kept)");
+  // A century.
+  constexpr double kMost = 100.0 * 366 * 86400;
+  if (seconds >= 0 && seconds <= kMost) return absl::OkStatus();
+  return ErrorBuilder(absl::StatusCode::kInvalidArgument, "OPTION_OUT_OF_RANGE")
+      .With("field", "ttl_seconds")
+      .With("value", seconds)
+      .With("limit", kMost)
+      .Message("ttl_seconds must be 0 (kept) or up to a hundred years.");
 }
 
 absl::Status CheckSaveState(const v1::SaveStateRequest& request) {
@@ -128,13 +134,20 @@ std::string DirectoryOf(const ServiceContext& context,
 
 absl::Status CheckSnapshot(const v1::SaveSnapshotRequest& request) {
   GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
-  if (request.kind() != v1::SNAPSHOT_KIND_UNSPECIFIED &&
-      request.kind() != v1::SNAPSHOT_KIND_AUTO &&
-      request.kind() != v1::SNAPSHOT_KIND_BASE) {
-    return Unsupported("kind", std::to_string(request.kind()), "base");
+  const v1::SnapshotKind kind = request.kind();
+  const bool delta =
+      kind == v1::SNAPSHOT_KIND_DELTA || kind == v1::SNAPSHOT_KIND_AUTO;
+  if (!delta && kind != v1::SNAPSHOT_KIND_UNSPECIFIED &&
+      kind != v1::SNAPSHOT_KIND_BASE) {
+    return Unsupported("kind", std::to_string(kind), "base, delta or auto");
   }
   if (!request.parent().empty()) {
-    return Unsupported("parent", request.parent().substr(0, 128), "none");
+    if (!delta) {
+      return Unsupported("parent", request.parent().substr(0, 128),
+                         "none with a base, or kind delta");
+    }
+    GW_RETURN_IF_ERROR(
+        ParseParent(request.parent(), JobOfModel(request.model_id())).status());
   }
   return CheckTtl(request.ttl_seconds());
 }
@@ -207,12 +220,22 @@ grpc::Status TrainingServiceImpl::SaveSnapshot(
     grpc::ServerContext*, const v1::SaveSnapshotRequest* request,
     v1::OperationRef* reply) {
   const std::string job_id = JobOfModel(request->model_id());
+  const CheckpointRef ref = {job_id, request->name(), /*snapshot=*/true};
   v1::RankCommand command;
-  command.mutable_save_snapshot()->set_directory(
-      context_.environment->jobs_directory + "/" + job_id + "/snapshots/" +
-      request->name());
-  command.mutable_save_snapshot()->set_path("gradwire://jobs/" + job_id +
-                                            "/snapshots/" + request->name());
+  v1::RankSaveSnapshot& save = *command.mutable_save_snapshot();
+  save.set_directory(DirectoryOf(context_, ref));
+  save.set_path("gradwire://" + ref.path());
+  save.set_kind(request->kind());
+  if (auto parent = ParseParent(request->parent(), job_id); parent.ok()) {
+    save.set_parent(*parent);
+  }
+  save.set_operation(request->model_id() + "." +
+                     std::to_string(request->seq_id()));
+  save.set_ttl_seconds(request->ttl_seconds());
+  save.set_job_id(job_id);
+  if (auto job = context_.jobs->OfModel(request->model_id()); job.ok()) {
+    save.set_base_model((*job)->spec().base_model());
+  }
   return SubmitSimple(context_, request->model_id(), request->seq_id(),
                       v1::OPERATION_KIND_SAVE_SNAPSHOT, *request, command, "",
                       CheckSnapshot(*request), reply);
@@ -232,6 +255,10 @@ grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
     attributes["base_model"] = spec.base_model();
     attributes["precision"] = spec.precision();
     attributes["version"] = kVersion;
+  }
+  if (request->ttl_seconds() > 0) {
+    (*save.mutable_attributes())[kTtlAttribute] =
+        std::to_string(request->ttl_seconds());
   }
   return SubmitSimple(context_, request->model_id(), request->seq_id(),
                       v1::OPERATION_KIND_SAVE_STATE, *request, command, "",

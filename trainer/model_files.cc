@@ -16,7 +16,6 @@ namespace gradwire {
 namespace {
 
 constexpr int64_t kStagingElements = 1 << 20;
-constexpr int64_t kConfigLimit = 1 << 20;
 constexpr int64_t kCopiedFileLimit = 256 << 20;
 
 // What belongs to a model beside its weights and config.json.
@@ -119,14 +118,19 @@ absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
   return absl::OkStatus();
 }
 
-namespace {
+std::vector<TensorInfo> TensorsOf(const ParamTable& table, DType dtype) {
+  std::vector<TensorInfo> tensors;
+  for (const ParamRow& row : table.rows()) {
+    tensors.push_back(
+        {row.hf_name, dtype == DType::kF32 ? "F32" : "BF16", row.shape});
+  }
+  return tensors;
+}
 
-// Hands the parameters to `append` in the table's order, without ever holding
-// more than a unit of them.
 absl::Status ReadParameters(
     const ParamTable& table, const ShardLayout& layout, UnitWeights& weights,
     Device& device, Stream& stream,
-    const std::function<void(const char* data, int64_t bytes)>& append) {
+    const std::function<void(const void* data, int64_t elements)>& append) {
   std::vector<char> staging;
   auto row = table.rows().begin();
   for (int unit = 0; unit < layout.num_units(); ++unit) {
@@ -135,12 +139,12 @@ absl::Status ReadParameters(
     for (; row != table.rows().end() && row->offset < u.end; ++row) {
       for (int64_t begin = 0; append && begin < row->num_elements;) {
         const int64_t count =
-            std::min(kStagingElements, row->num_elements - begin);
+            std::min(kSnapshotPieceElements, row->num_elements - begin);
         const int64_t at = row->offset - u.begin + begin;
         const Tensor part = held.values().Rows(at, at + count);
         staging.resize(part.bytes());
         device.CopyToHost(stream, part, staging.data());
-        append(staging.data(), part.bytes());
+        append(staging.data(), count);
         begin += count;
       }
     }
@@ -148,58 +152,23 @@ absl::Status ReadParameters(
   return stream.Finish();
 }
 
-}  // namespace
-
-absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
-                                               const ParamTable& table,
-                                               const ShardLayout& layout,
-                                               UnitWeights& weights,
-                                               Device& device, Stream& stream,
-                                               const std::string& directory) {
-  if (directory.empty()) {
-    GW_RETURN_IF_ERROR(
-        ReadParameters(table, layout, weights, device, stream, nullptr));
-    return ExportOutcome();
-  }
-  const bool f32 = source.dtype == DType::kF32;
-  auto pending = PendingDirectory::Create(PosixFileSystem(), directory);
-  if (!pending.ok()) {
-    // The other ranks wait for what this one holds.
-    GW_RETURN_IF_ERROR(
-        ReadParameters(table, layout, weights, device, stream, nullptr));
-    return pending.status();
-  }
-
-  std::vector<SafetensorsWriter::Row> rows;
-  for (const ParamRow& row : table.rows()) {
-    rows.push_back({row.hf_name, f32 ? "F32" : "BF16", row.shape});
-  }
-  SafetensorsWriter writer(PosixFileSystem(),
-                           pending->path() + "/model.safetensors", rows);
-  GW_RETURN_IF_ERROR(ReadParameters(
-      table, layout, weights, device, stream,
-      [&](const char* data, int64_t bytes) { writer.Append(data, bytes); }));
-  GW_RETURN_IF_ERROR(writer.Finish());
-
-  nlohmann::ordered_json config =
-      nlohmann::ordered_json::parse(source.config_json);
-  const char* dtype = f32 ? "float32" : "bfloat16";
+absl::Status CopyModelFiles(const std::string& model_directory,
+                            const std::string& config_json, DType dtype,
+                            SnapshotWriter& writer) {
+  nlohmann::ordered_json config = nlohmann::ordered_json::parse(config_json);
+  const char* name = dtype == DType::kF32 ? "float32" : "bfloat16";
   const bool newer = config.contains("dtype");
-  if (newer) config["dtype"] = dtype;
-  if (!newer || config.contains("torch_dtype")) config["torch_dtype"] = dtype;
-  GW_RETURN_IF_ERROR(pending->Write("config.json", config.dump(2) + "\n"));
-  for (const char* name : kCopiedFiles) {
+  if (newer) config["dtype"] = name;
+  if (!newer || config.contains("torch_dtype")) config["torch_dtype"] = name;
+  writer.AddFile("config.json", config.dump(2) + "\n");
+  for (const char* file : kCopiedFiles) {
     auto content =
-        ReadSmallFile(source.model_directory + "/" + name, kCopiedFileLimit);
+        ReadSmallFile(model_directory + "/" + file, kCopiedFileLimit);
     if (absl::IsNotFound(content.status())) continue;
     if (!content.ok()) return content.status();
-    GW_RETURN_IF_ERROR(pending->Write(name, *content));
+    writer.AddFile(file, *content);
   }
-  GW_RETURN_IF_ERROR(pending->Publish());
-  ExportOutcome outcome;
-  outcome.bytes = writer.bytes_written();
-  outcome.digest = writer.digest();
-  return outcome;
+  return absl::OkStatus();
 }
 
 }  // namespace gradwire

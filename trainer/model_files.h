@@ -4,10 +4,12 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "checkpoint/safetensors.h"
+#include "checkpoint/snapshot/writer.h"
 #include "device/device.h"
 #include "device/tensor.h"
 #include "model/config.h"
@@ -15,7 +17,6 @@
 #include "sharding/layout.h"
 #include "sharding/units.h"
 #include "trainer/flat_weights.h"
-#include "trainer/trainer.h"
 
 namespace gradwire {
 
@@ -33,19 +34,22 @@ absl::Status LoadParameters(const HfWeights& files, const ParamTable& table,
                             FlatWeights& weights,
                             const std::function<void(double)>& on_progress);
 
-// Writes `weights` (f32 or bf16) as a Hugging Face directory with the
-// tokenizer's files of `source`, unit by unit. Atomic. All ranks call it; an
-// empty `directory` only hands out the weights this rank holds.
-struct ExportSource {
-  std::string model_directory;
-  std::string config_json;  // the source's config.json
-  DType dtype;              // of the weights
-};
-absl::StatusOr<ExportOutcome> ExportParameters(const ExportSource& source,
-                                               const ParamTable& table,
-                                               const ShardLayout& layout,
-                                               UnitWeights& weights,
-                                               Device& device, Stream& stream,
-                                               const std::string& directory);
+// The parameters as tensors of a file, in the order of ReadParameters. `dtype`:
+// of the weights, f32 or bf16.
+std::vector<TensorInfo> TensorsOf(const ParamTable& table, DType dtype);
+
+// Hands the parameters to `append` in the table's order, each in pieces of
+// kSnapshotPieceElements, without ever holding more than a unit of them. All
+// ranks call it; an empty `append` only hands out the weights this rank holds.
+absl::Status ReadParameters(
+    const ParamTable& table, const ShardLayout& layout, UnitWeights& weights,
+    Device& device, Stream& stream,
+    const std::function<void(const void* data, int64_t elements)>& append);
+
+// What belongs to a model beside its weights: the source's config.json with
+// the weights' dtype in it, and the tokenizer's files.
+absl::Status CopyModelFiles(const std::string& model_directory,
+                            const std::string& config_json, DType dtype,
+                            SnapshotWriter& writer);
 
 }  // namespace gradwire

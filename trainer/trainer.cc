@@ -174,17 +174,6 @@ int64_t TrainerImpl::Reset() {
   return dropped;
 }
 
-absl::StatusOr<ExportOutcome> TrainerImpl::Export(
-    const std::string& directory) {
-  // The first rank writes what all of them hold.
-  auto outcome = ExportParameters(
-      {options_.model_directory, config_json_, state_.weight.dtype()}, table_,
-      layout_, *unit_weights_, device_, step_->stream(),
-      rank_ == 0 ? directory : std::string());
-  GW_RETURN_IF_ERROR(agreement_->Agree(outcome.status(), nullptr));
-  return outcome;
-}
-
 absl::StatusOr<std::vector<float>> TrainerImpl::Collect(
     const ParamRow& row,
     const std::function<absl::Status(const ShardPiece&, float*)>& read) {

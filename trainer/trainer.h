@@ -141,9 +141,26 @@ struct OptimOutcome {
   std::map<std::string, double> metrics;
 };
 
+enum class SnapshotType { kBase, kDelta, kAuto };
+
+struct SnapshotOptions {
+  // .../<name>; its siblings are the job's other snapshots.
+  std::string directory;
+  SnapshotType type = SnapshotType::kBase;
+  std::string parent;  // of a delta; "": the newest sibling
+  double ttl_seconds = 0;
+  // For the manifest.
+  std::string job, operation, base_model;
+};
+
 struct ExportOutcome {
+  std::string type;    // "base" or "delta"
+  std::string parent;  // of a delta
+  std::string reason;  // why it is of this type
+  // Of the file with the weights.
   int64_t bytes = 0;
   std::string digest;
+  std::string weight_id;  // of the full weights, see docs/delta.md
 };
 
 struct SavedState {
@@ -203,11 +220,21 @@ class Trainer {
   // forward_backward operations whose gradients were dropped.
   virtual int64_t Reset() = 0;
 
-  // Writes a Hugging Face directory (safetensors in the source's storage dtype:
-  // f32 for f32 jobs, bf16 for bf16 jobs; config.json, tokenizer files copied).
-  // Atomic: `directory` appears complete or not at all.
-  virtual absl::StatusOr<ExportOutcome> Export(
-      const std::string& directory) = 0;
+  // Writes a snapshot (checkpoint/snapshot/writer.h): a Hugging Face directory
+  // with safetensors (f32 for f32 jobs, bf16 for bf16 jobs), config.json and
+  // the tokenizer's files, or the difference between that and an earlier one.
+  // Atomic: `directory` appears complete or not at all. If the same operation
+  // has made it before, nothing is done. The first rank writes what all hold,
+  // and of several ranks it alone knows the outcome.
+  // Errors: those of PlanSnapshot and SnapshotWriter.
+  virtual absl::StatusOr<ExportOutcome> SaveSnapshot(
+      const SnapshotOptions& options) = 0;
+  // A base without a job.
+  absl::StatusOr<ExportOutcome> Export(const std::string& directory) {
+    SnapshotOptions options;
+    options.directory = directory;
+    return SaveSnapshot(options);
+  }
 
   // Writes a training checkpoint (checkpoint/training_state.h): the float32
   // master, and once a step was taken the moments. Every rank writes what it

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checkpoint/safetensors.h"
+#include "checkpoint/snapshot/writer.h"
 #include "checkpoint/training_state.h"
 #include "device/arena.h"
 #include "model/param_table.h"
@@ -99,7 +100,8 @@ class TrainerImpl : public Trainer {
   bool is_tainted() const override;
   void Taint() override;
   int64_t Reset() override;
-  absl::StatusOr<ExportOutcome> Export(const std::string& directory) override;
+  absl::StatusOr<ExportOutcome> SaveSnapshot(
+      const SnapshotOptions& options) override;
   absl::StatusOr<SavedState> SaveState(
       const std::string& directory,
       const std::map<std::string, std::string>& attributes) override;
@@ -190,6 +192,8 @@ class TrainerImpl : public Trainer {
     if (saving_ == nullptr || saving_->part == nullptr) return;
     saving_->part->AwaitRead(unit);
   }
+  // What the first rank does before the others hand out their weights.
+  absl::StatusOr<SnapshotPlan> MakeSnapshotPlan(const SnapshotOptions& options);
   absl::Status CheckState(StateReader& reader, bool optimizer) const;
   absl::Status ReadState(StateReader& reader, bool optimizer);
   absl::StatusOr<FlatWeights> Weights() {

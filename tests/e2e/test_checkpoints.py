@@ -212,7 +212,7 @@ def test_names(new_client, service):
         assert reason(client.load_state(name)) == "INVALID_NAME"
     for path in (
         "gradwire://name",
-        "jobs/x/snapshots/name",
+        "jobs/x/models/name",
         "jobs/../checkpoints/name",
         f"jobs/{client.job_id}/checkpoints/..",
         f"/jobs/{client.job_id}/checkpoints/name",
@@ -220,7 +220,7 @@ def test_names(new_client, service):
         assert reason(client.load_state(path)) == "INVALID_NAME"
     saved = client.save_state("once").result()
     assert reason(client.save_state("once")) == "CHECKPOINT_EXISTS"
-    assert reason(client.save_state("ttl", ttl=60)) == "UNSUPPORTED_OPTION"
+    assert reason(client.save_state("ttl", ttl=-1)) == "OPTION_OUT_OF_RANGE"
     # The one that was there is as it was.
     assert client.load_state_with_optimizer(saved.path).result()
     # And outlives its job.

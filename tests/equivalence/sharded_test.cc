@@ -397,6 +397,46 @@ TEST_P(ShardedTest, ExportsTheSameBytes) {
   EXPECT_EQ(digests[0], digests[1]);
 }
 
+// A chain of deltas is the same files, whatever the number of ranks; and what
+// an operation has made before is found by all of them.
+TEST_P(ShardedTest, SavesTheSameDeltas) {
+  auto one = Make(1), many = Make(world());
+  std::vector<std::vector<ExportOutcome>> outcomes;
+  for (Job* job : {one.get(), many.get()}) {
+    const std::string directory = std::string(testing::TempDir()) + "/deltas" +
+                                  std::to_string(job->world());
+    std::filesystem::remove_all(directory);
+    std::vector<ExportOutcome>& mine = outcomes.emplace_back();
+    const auto save = [&](const std::string& name, const std::string& operation,
+                          const std::string& want) {
+      job->OnAll([&](Rank& rank) {
+        SnapshotOptions options;
+        options.directory = directory + "/" + name;
+        options.type = SnapshotType::kAuto;
+        options.operation = operation;
+        auto outcome = rank.trainer->SaveSnapshot(options);
+        const auto detail = GetErrorDetail(outcome.status());
+        ASSERT_EQ(detail ? detail->reason : "", want) << outcome.status();
+        if (rank.rank == 0 && outcome.ok()) mine.push_back(*outcome);
+      });
+    };
+    save("a", "1", "");
+    save("b", "2", "");
+    save("b", "2", "");
+    save("b", "3", "SNAPSHOT_EXISTS");
+    ASSERT_EQ(mine.size(), 3u);
+    EXPECT_EQ(mine[0].type, "base");
+    EXPECT_EQ(mine[1].type, "delta");
+    EXPECT_EQ(mine[1].parent, "a");
+    EXPECT_EQ(mine[2].digest, mine[1].digest);
+    EXPECT_NE(mine[2].reason, mine[1].reason);
+  }
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(outcomes[0][i].digest, outcomes[1][i].digest);
+    EXPECT_EQ(outcomes[0][i].weight_id, outcomes[1][i].weight_id);
+  }
+}
+
 // Parameters, gradients and optimizer state of a rank are its share, no more.
 TEST_P(ShardedTest, HoldsItsShare) {
   TrainerOptions options = Options(precision());

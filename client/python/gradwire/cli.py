@@ -163,15 +163,97 @@ def _line(job: Any) -> str:
     )
 
 
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _time(stamp: Any) -> str:
+    """RFC 3339 with six digits, whose order is that of time."""
+    return stamp.ToDatetime().isoformat("T", "microseconds") + "Z"
+
+
+def _checkpoint_fields(row: Any) -> dict[str, Any]:
+    fields = _fields(row)
+    for name in ("create_time", "expire_time"):
+        if name in fields:
+            fields[name] = _time(getattr(row, name))
+    return fields
+
+
 def _checkpoint_line(row: Any) -> str:
     path = row.path.removeprefix("gradwire://")
     when = row.create_time.ToDatetime().isoformat(" ", "seconds")
     if row.HasField("error"):
         return f"{path:48} {when}  {row.error.reason}"
     model = row.attributes["base_model"] if row.attributes else ""
-    return (
-        f"{path:48} {when}  step {row.optimizer_step}  "
-        f"{row.bytes / 2**20:.1f} MiB  {model}"
+    line = (
+        f"{path:48} {when}  {row.kind or 'training':8} "
+        f"step {row.optimizer_step}  {_mib(row.bytes)}  {model}"
+    )
+    if row.parent:
+        line += f"  to {row.parent}"
+    if row.HasField("expire_time"):
+        line += f"  expires {_time(row.expire_time)}"
+        line += f" (kept for {row.child})" if row.child else ""
+    return line
+
+
+def _needed(args: argparse.Namespace, count: int, what: str) -> list[str]:
+    """The arguments of an action, of which there must be so many."""
+    given = [args.what, args.other]
+    if None in given[:count]:
+        raise UserError(
+            f"checkpoint {args.action} needs {what}; `gradwire checkpoint "
+            "list` shows them",
+            reason="MISSING_ARGUMENT",
+        )
+    return given[:count]
+
+
+def _promote(service: Any, args: argparse.Namespace) -> None:
+    path, model_id = _needed(args, 2, "a path and a model's id")
+    model = service.promote_checkpoint(path, model_id)
+    if args.json:
+        print(json.dumps(_checkpoint_fields(model)))
+        return
+    _say(f"{model_id}  {_mib(model.bytes)}  {model.local_path}")
+
+
+def _diff(service: Any, args: argparse.Namespace) -> None:
+    before, after = _needed(args, 2, "two paths")
+    if args.export:
+        partial = f"{args.export}.partial"
+        try:
+            with open(partial, "wb") as file:
+                size = service.export_diff(before, after, file, args.format)
+            os.replace(partial, args.export)
+        except BaseException:
+            pathlib.Path(partial).unlink(missing_ok=True)
+            raise
+        _say(f"{args.export}  {args.format}  {_mib(size)}")
+        return
+    diff = service.diff_checkpoints(before, after)
+    share = diff.changed / max(diff.elements, 1)
+    if args.json:
+        fields = _fields(diff)
+        # int64 is text in JSON's mapping of messages; these are numbers.
+        for name in ("elements", "changed", "delta_bytes", "full_bytes"):
+            fields[name] = getattr(diff, name)
+        print(json.dumps({**fields, "share": share}, indent=2))
+        return
+    for tensor in diff.tensors:
+        part = tensor.changed / max(tensor.elements, 1)
+        _say(
+            f"{tensor.name:56} {tensor.changed:12} of {tensor.elements:12} "
+            f"{part:8.2%}{' new' if tensor.fresh else ''}"
+        )
+    for name in diff.removed:
+        _say(f"{name:56} removed")
+    smaller = diff.full_bytes / max(diff.delta_bytes, 1)
+    _say(
+        f"{len(diff.tensors)} tensors, {diff.changed} of {diff.elements} "
+        f"elements ({share:.2%}); as a delta {_mib(diff.delta_bytes)}, "
+        f"{smaller:.1f} times smaller than {_mib(diff.full_bytes)}"
     )
 
 
@@ -182,24 +264,26 @@ def _checkpoint(args: argparse.Namespace) -> int:
         if args.action == "list":
             rows = service.list_checkpoints(args.what or "")
             if args.json:
-                print(json.dumps([_fields(row) for row in rows], indent=2))
+                listed = [_checkpoint_fields(row) for row in rows]
+                print(json.dumps(listed, indent=2))
             for row in rows if not args.json else ():
                 _say(_checkpoint_line(row))
             return 0
-        if not args.what:
-            raise UserError(
-                f"checkpoint {args.action} needs a path; `gradwire checkpoint "
-                "list` shows them",
-                reason="MISSING_ARGUMENT",
-            )
+        if args.action == "promote":
+            _promote(service, args)
+            return 0
+        if args.action == "diff":
+            _diff(service, args)
+            return 0
+        (path,) = _needed(args, 1, "a path")
         call = {
             "get": service.get_checkpoint,
             "verify": service.verify_checkpoint,
             "delete": service.delete_checkpoint,
         }[args.action]
-        row = call(args.what)
+        row = call(path)
         if args.json:
-            print(json.dumps(_fields(row)))
+            print(json.dumps(_checkpoint_fields(row)))
         else:
             done = {"get": "", "verify": "verified ", "delete": "deleted "}
             _say(done[args.action] + _checkpoint_line(row))
@@ -263,13 +347,28 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--json", action="store_true")
     job.set_defaults(run=_job)
     checkpoint = commands.add_parser(
-        "checkpoint", help="list, get, verify, delete training checkpoints"
+        "checkpoint",
+        help="list, get, verify, promote, diff, delete checkpoints and "
+        "snapshots",
     )
     checkpoint.add_argument(
-        "action", choices=("list", "get", "verify", "delete")
+        "action",
+        choices=("list", "get", "verify", "promote", "diff", "delete"),
+    )
+    checkpoint.add_argument("what", nargs="?", help="a job's id (list), a path")
+    checkpoint.add_argument(
+        "other",
+        nargs="?",
+        help="the model's id (promote), the later snapshot's path (diff)",
     )
     checkpoint.add_argument(
-        "what", nargs="?", help="a job's id (list), or a checkpoint's path"
+        "--export", metavar="FILE", help="write the difference (diff)"
+    )
+    checkpoint.add_argument(
+        "--format",
+        choices=("dlt1", "xor", "sparse"),
+        default="dlt1",
+        help="of --export: docs/delta.md, XOR + zstd, indices and values",
     )
     checkpoint.add_argument("--json", action="store_true")
     checkpoint.set_defaults(run=_checkpoint)

@@ -36,6 +36,11 @@ from gradwire.training_client import TrainingClient
 DEFAULT_ADDRESS = "127.0.0.1:7700"
 _VERSION = "0.1.0"
 _UNARY_SECONDS = 60.0
+_DIFF_FORMATS = {
+    "dlt1": checkpoints_pb2.DIFF_FORMAT_DLT1,
+    "xor": checkpoints_pb2.DIFF_FORMAT_XOR,
+    "sparse": checkpoints_pb2.DIFF_FORMAT_SPARSE,
+}
 _MAX_MESSAGE_BYTES = 64 << 20
 _CHANNEL_OPTIONS = [
     # Else a new channel inherits the backoff of one that failed before.
@@ -191,8 +196,9 @@ class ServiceClient:
         return self.call(self._jobs.DeleteJob, request)
 
     def list_checkpoints(self, job_id: str = "") -> list[Any]:
-        """Training checkpoints of a job, or of all jobs that there are or were;
-        oldest first. One that is damaged has its `error` set."""
+        """Training checkpoints and snapshots of a job, or of all jobs that
+        there are or were; oldest first. `kind` says which one is. One that is
+        damaged has its `error` set."""
         rows: list[Any] = []
         token = ""
         while True:
@@ -206,22 +212,82 @@ class ServiceClient:
                 return rows
 
     def get_checkpoint(self, path: str) -> Any:
-        """What a checkpoint holds; `path` is what `save_state` returned."""
+        """What a checkpoint or a snapshot holds; `path` is what `save_state` or
+        `save_weights_for_sampler` returned."""
         request = checkpoints_pb2.CheckpointRequest(path=path)
         return self.call(self._checkpoints.GetCheckpoint, request)
 
     def verify_checkpoint(self, path: str) -> Any:
-        """Reads all of a checkpoint on the server and compares its digests."""
+        """Reads all of a checkpoint or snapshot on the server and compares its
+        digests; of a delta, those of the weights that it makes as well."""
         request = checkpoints_pb2.CheckpointRequest(path=path)
         return self.call(
             self._checkpoints.VerifyCheckpoint, request, timeout=None
         )
 
     def delete_checkpoint(self, path: str) -> Any:
-        """Deletes a checkpoint, be it damaged or not."""
+        """Deletes a checkpoint or snapshot, be it damaged or not; one that is
+        the parent of a delta stays (SNAPSHOT_HAS_CHILDREN)."""
         request = checkpoints_pb2.CheckpointRequest(path=path)
         # A repetition could not tell its own success from a wrong path.
-        return self.call_once(self._checkpoints.DeleteCheckpoint, request)
+        return self.call_once(
+            self._checkpoints.DeleteCheckpoint, request, timeout=None
+        )
+
+    def promote_checkpoint(self, path: str, model_id: str) -> Any:
+        """Makes of a snapshot, base or delta, a Hugging Face directory of its
+        own on the server; the result's `local_path` says where. The same call
+        again returns the same."""
+        request = checkpoints_pb2.PromoteCheckpointRequest(
+            path=path, model_id=model_id
+        )
+        return self.call(
+            self._checkpoints.PromoteCheckpoint, request, timeout=None
+        )
+
+    def diff_checkpoints(self, before: str, after: str) -> Any:
+        """What has changed from one snapshot to another: tensors, elements, and
+        the sizes of a delta and of the full weights."""
+        request = checkpoints_pb2.DiffCheckpointsRequest(to=after)
+        setattr(request, "from", before)
+        return self.call(
+            self._checkpoints.DiffCheckpoints, request, timeout=None
+        )
+
+    def export_diff(
+        self, before: str, after: str, file: Any, format: str = "dlt1"
+    ) -> int:
+        """Writes the change from one snapshot to another to `file`, which is
+        open for writing bytes, as a safetensors file: "dlt1", gradwire's own
+        (docs/delta.md), "xor", each tensor's XOR as a zstd frame, or "sparse",
+        indices and values. Returns its size."""
+        if format not in _DIFF_FORMATS:
+            raise invalid(
+                "UNSUPPORTED_OPTION",
+                f"format is {format!r}; use one of {', '.join(_DIFF_FORMATS)}",
+                grpc.StatusCode.UNIMPLEMENTED,
+                field="format",
+                value=format,
+            )
+        request = checkpoints_pb2.ExportDiffRequest(
+            to=after, format=_DIFF_FORMATS[format]
+        )
+        setattr(request, "from", before)
+        written, total = 0, 0
+        try:
+            for part in self._checkpoints.ExportDiff(
+                request, metadata=self.call_metadata
+            ):
+                total = total or part.total_bytes
+                written += file.write(part.data)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from None
+        if written != total:
+            raise ServerError(
+                f"the server sent {written} of {total} bytes; export it again",
+                reason="STREAM_ENDED",
+            )
+        return written
 
     def restart_job(self, job_id: str) -> Any:
         """Starts a failed job again, where its last operation left it.

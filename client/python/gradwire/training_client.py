@@ -198,7 +198,16 @@ class TrainingClient(Handle):
         parent: str | None = None,
         ttl: float | None = None,
     ) -> Future[SnapshotResult]:
-        """Exports the weights as they are at this place in the sequence."""
+        """Exports the weights as they are at this place in the sequence.
+
+        `type`: "base", a Hugging Face directory; "delta", the lossless
+        difference to `parent`, a snapshot of this job by name or path (the
+        newest, unless told); "auto", a base first and then deltas, until a
+        base pays again: the result's `type`, `parent` and `reason` say what
+        was made and why. `gradwire checkpoint promote` makes a Hugging Face
+        directory of any of them. `ttl`: seconds after which the server deletes
+        it, unless a later delta needs it.
+        """
         if type not in _KINDS:
             raise invalid(
                 "UNSUPPORTED_OPTION",
@@ -228,6 +237,10 @@ class TrainingClient(Handle):
                 parent=done.parent,
                 bytes=done.bytes,
                 digest=done.digest,
+                weight_id=done.weight_id,
+                reason=done.reason,
+                weight_version=done.weight_version,
+                optimizer_step=done.optimizer_step,
             )
 
         call = Sequenced(self, send, read)

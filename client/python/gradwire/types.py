@@ -140,7 +140,11 @@ class LoadStateResult:
 class SnapshotResult:
     path: str  # gradwire://jobs/<job>/snapshots/<name>
     local_path: str
-    type: str
-    parent: str
-    bytes: int
-    digest: str
+    type: str  # "base" or "delta"
+    parent: str  # of a delta: the name of the snapshot it applies to
+    bytes: int  # of the file with the weights, or the delta
+    digest: str  # of that file
+    weight_id: str = ""  # of the full weights: the same, the same weights
+    reason: str = ""  # why it is of this type
+    weight_version: int = 0
+    optimizer_step: int = 0

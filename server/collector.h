@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Deletes checkpoints and snapshots that have expired, now and then.
+// docs/snapshots.md.
+#pragma once
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "absl/time/time.h"
+#include "server/checkpoint_catalogue.h"
+
+namespace gradwire {
+
+class Collector {
+ public:
+  // Begins at once, and again after each `interval`; the destructor ends it.
+  Collector(CheckpointCatalogue catalogue, absl::Duration interval);
+  ~Collector();
+
+ private:
+  void Run(absl::Duration interval);
+
+  const CheckpointCatalogue catalogue_;
+  std::mutex mutex_;
+  std::condition_variable ending_;
+  bool end_ = false;  // guarded by mutex_
+  std::thread thread_;
+};
+
+}  // namespace gradwire
