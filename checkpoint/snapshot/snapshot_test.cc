@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <random>
+#include <utility>
 
 #include "base/error.h"
 #include "checkpoint/crash_file_system.h"
@@ -89,8 +92,8 @@ INSTANTIATE_TEST_SUITE_P(DTypes, ChainTest, testing::Values("BF16", "F32"));
 
 // A base export at each place would have been these bytes.
 TEST_P(ChainTest, ThirtyDeltasGiveTheFullExportByteForByte) {
-  // More than a group of chunks.
-  TestWeights weights = MakeWeights(700'000, GetParam());
+  // Several chunks.
+  TestWeights weights = MakeWeights(200'000, GetParam());
   Must(Save("s0", weights));
   const int64_t full = std::ssize(weights.File());
   std::string parent_id = Must(ReadSnapshot(*files_, "/s", "s0")).weight_id;
@@ -112,12 +115,37 @@ TEST_P(ChainTest, ThirtyDeltasGiveTheFullExportByteForByte) {
     }
     parent_id = saved.weight_id;
     if (i == 1 || i == 17) {
-      EXPECT_EQ(Read(saved.name), weights.File());
+      EXPECT_TRUE(Read(saved.name) == weights.File());
     }
   }
-  EXPECT_EQ(Read("s30"), weights.File());
+  EXPECT_TRUE(Read("s30") == weights.File());
   // The id is that of a base with the same weights.
   EXPECT_EQ(Must(Save("again", weights)).weight_id, parent_id);
+}
+
+// A tensor that comes in more than one piece.
+TEST_F(SnapshotTest, LargeTensorsComeInPieces) {
+  TestWeights weights;
+  weights.infos = {{"small", "BF16", {3}},
+                   {"large", "BF16", {kSnapshotPieceElements + 70'001}},
+                   {"last", "BF16", {1}}};
+  std::mt19937 random(1);
+  for (const TensorInfo& info : weights.infos) {
+    std::string value(static_cast<size_t>(2 * info.num_elements()), '\0');
+    // Nowhere the same as a piece before.
+    for (char& byte : value) byte = static_cast<char>(random());
+    weights.values.push_back(std::move(value));
+  }
+  Must(Save("a", weights));
+  EXPECT_TRUE(Read("a") == weights.File());
+  for (std::string& value : weights.values) value.back() ^= 3;
+  weights.values[1][2 * kSnapshotPieceElements] ^= 5;
+  // Compared with the elements of the same places, few have changed.
+  EXPECT_LT(Must(Save("b", weights, {.kind = SnapshotKind::kDelta})).bytes(),
+            5000);
+  EXPECT_TRUE(Read("b") == weights.File());
+  EXPECT_EQ(Must(Save("c", weights)).weight_id,
+            Must(ReadSnapshot(*files_, "/s", "b")).weight_id);
 }
 
 TEST_F(SnapshotTest, AutoBeginsWithABaseAndComesBackToIt) {
@@ -304,6 +332,16 @@ TEST_F(SnapshotTest, HostileManifestsAreRefused) {
   EXPECT_EQ(ReadReason("b"), "CHECKPOINT_CORRUPT");
 }
 
+// The files are as their digests say, and are other weights than the id names.
+TEST_F(SnapshotTest, AWrongWeightIdIsFound) {
+  Must(Save("a", MakeWeights(1)));
+  nlohmann::json json = nlohmann::json::parse(Content("/s/a/snapshot.json"));
+  json.erase("digest");
+  json["weight_id"] = std::string(32, '7');
+  Overwrite("/s/a/snapshot.json", SealJson(json));
+  EXPECT_EQ(ReadReason("a"), "CHECKPOINT_CORRUPT");
+}
+
 TEST_F(SnapshotTest, AParentStaysAndALeafGoes) {
   const TestWeights weights = MakeWeights(1);
   Must(Save("a", weights));
@@ -361,6 +399,114 @@ TEST_F(SnapshotTest, AParentIsNotRemovedUnderASaveThatHasBegun) {
               "DELTA_PARENT_UNAVAILABLE");
   }
   EXPECT_TRUE(files_->List("/s")->empty());
+}
+
+// Does something between what a removal has looked at and its renaming.
+class InterruptedFileSystem : public CrashFileSystem {
+ public:
+  using CrashFileSystem::CrashFileSystem;
+  std::function<void()> before_rename;
+  std::vector<std::string> changes;
+
+ protected:
+  int CallRename(const std::string& from, const std::string& to) override {
+    if (before_rename) std::exchange(before_rename, nullptr)();
+    changes.push_back("rename " + from + " " + to);
+    return CrashFileSystem::CallRename(from, to);
+  }
+  int CallRemove(const std::string& path) override {
+    changes.push_back("remove " + path);
+    return CrashFileSystem::CallRemove(path);
+  }
+  int CallSyncDirectory(const std::string& path) override {
+    changes.push_back("sync " + path);
+    return CrashFileSystem::CallSyncDirectory(path);
+  }
+};
+
+// The disk's model knows a directory by its name, and could not bring back the
+// old name without the files.
+TEST_F(SnapshotTest, TheNameIsGoneForGoodBeforeAnyFileIs) {
+  Must(Save("a", MakeWeights(1)));
+  InterruptedFileSystem files(files_->Latest());
+  ASSERT_TRUE(RemoveSnapshot(files, "/s", "a").ok());
+  EXPECT_EQ(files.changes,
+            (std::vector<std::string>{"rename /s/a /s/.a~removed", "sync /s",
+                                      "remove /s/.a~removed/config.json",
+                                      "remove /s/.a~removed/model.safetensors",
+                                      "remove /s/.a~removed/snapshot.json",
+                                      "remove /s/.a~removed"}));
+}
+
+TEST_F(SnapshotTest, AParentThatGotAChildInTheMeantimeIsPutBack) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  for (const bool finished : {true, false}) {
+    SCOPED_TRACE(finished);
+    InterruptedFileSystem files(files_->Latest());
+    std::unique_ptr<PendingDirectory> pending;
+    files.before_rename = [&] {
+      if (finished) {
+        Must(SaveTestSnapshot(files, "/s/b", Step(weights, 1),
+                              {.kind = SnapshotKind::kDelta}));
+      } else {
+        auto begun = PendingDirectory::Create(files, "/s/b", "a");
+        ASSERT_TRUE(begun.ok());
+        pending = std::make_unique<PendingDirectory>(*std::move(begun));
+      }
+    };
+    EXPECT_EQ(ReasonOf(RemoveSnapshot(files, "/s", "a")),
+              "SNAPSHOT_HAS_CHILDREN");
+    EXPECT_FALSE(files.before_rename);
+    EXPECT_TRUE(ReadTestSnapshot(files, "/s", "a").ok());
+    files.ForEachPowerLoss(files.num_events(), 50, 1, [&](const DiskImage& d) {
+      CrashFileSystem disk(d);
+      EXPECT_TRUE(ReadTestSnapshot(disk, "/s", "a").ok());
+    });
+  }
+}
+
+// The last sync of a save fails: it is there, and may go with the power, until
+// the operation is sent again.
+TEST_F(SnapshotTest, WhatASecondAttemptFindsOutlastsAPowerLoss) {
+  const TestWeights weights = MakeWeights(1);
+  Must(Save("a", weights));
+  const DiskImage start = files_->Latest();
+  const auto save = [&] {
+    return Save("b", weights, {.operation = "op"}).status();
+  };
+  const auto promote = [&] {
+    return PromoteSnapshot(*files_, {.directory = "/s",
+                                     .name = "a",
+                                     .source = "a",
+                                     .models_directory = "/m",
+                                     .model_id = "b",
+                                     .now_micros = 1})
+        .status();
+  };
+  for (const auto& [run, directory] :
+       {std::pair(std::function(save), "/s"),
+        std::pair(std::function(promote), "/m")}) {
+    Replace(start);
+    ASSERT_TRUE(run().ok());
+    const int64_t calls = files_->calls();
+    Replace(start);
+    files_->FailAt(calls, CrashFileSystem::Fault::kIoError);
+    EXPECT_EQ(ReasonOf(run()), "STORAGE_IO");
+    EXPECT_TRUE(ReadTestSnapshot(*files_, directory, "b").ok());
+    const auto losses = [&] {
+      int64_t lost = 0;
+      files_->ForEachPowerLoss(
+          files_->num_events(), 50, 1, [&](const DiskImage& image) {
+            CrashFileSystem disk(image);
+            lost += ReadTestSnapshot(disk, directory, "b").ok() ? 0 : 1;
+          });
+      return lost;
+    };
+    EXPECT_GT(losses(), 0);
+    EXPECT_TRUE(run().ok());
+    EXPECT_EQ(losses(), 0);
+  }
 }
 
 TEST_F(SnapshotTest, WhatHasExpiredGoesChildrenFirst) {
