@@ -58,6 +58,15 @@ absl::Status StateReader::WithName(const absl::Status& status) const {
   return WithErrorMetadata(status, "checkpoint", LastSegment(directory_));
 }
 
+absl::StatusOr<StateHeader> ReadStateHeader(FileSystem& files,
+                                            const std::string& directory) {
+  auto text = ReadStateFile(files, directory, kManifestName, kMaxManifestBytes);
+  if (absl::IsNotFound(text.status())) return WhatIsThere(files, directory);
+  GW_RETURN_IF_ERROR(text.status());
+  GW_ASSIGN_OR_RETURN(StateManifest manifest, ParseManifest(*text));
+  return std::move(manifest.header);
+}
+
 absl::Status StateReader::Load() {
   auto text =
       ReadStateFile(files_, directory_, kManifestName, kMaxManifestBytes);

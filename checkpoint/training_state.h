@@ -154,6 +154,11 @@ absl::Status RemoveState(FileSystem& files, const std::string& directory);
 // the directory, so that those which are there remain.
 absl::Status RemoveLeftovers(FileSystem& files, const std::string& parent);
 
+// What a checkpoint's manifest says, without a look at the rest.
+// Errors: those of StateReader::Open that the manifest alone can have.
+absl::StatusOr<StateHeader> ReadStateHeader(FileSystem& files,
+                                            const std::string& directory);
+
 // Thread rule: one thread at a time.
 class StateReader {
  public:

@@ -52,6 +52,14 @@ void FillTime(v1::Checkpoint& row) {
       *row.mutable_create_time());
 }
 
+// When a training's checkpoint expires, in microseconds since 1970; 0: never.
+int64_t ExpiryOf(const StateHeader& header, const v1::Checkpoint& row) {
+  const auto ttl = header.attributes.find(kTtlAttribute);
+  if (ttl == header.attributes.end()) return 0;
+  return MicrosOf(row.create_time()) +
+         static_cast<int64_t>(std::atof(ttl->second.c_str()) * 1e6);
+}
+
 void Fill(const StateReader& reader, v1::Checkpoint& row) {
   const StateHeader& header = reader.header();
   row.set_kind("training");
@@ -65,11 +73,8 @@ void Fill(const StateReader& reader, v1::Checkpoint& row) {
   row.set_world_size(reader.world());
   row.mutable_attributes()->insert(header.attributes.begin(),
                                    header.attributes.end());
-  const auto ttl = header.attributes.find(kTtlAttribute);
-  if (ttl == header.attributes.end()) return;
-  SetTime(MicrosOf(row.create_time()) +
-              static_cast<int64_t>(std::atof(ttl->second.c_str()) * 1e6),
-          *row.mutable_expire_time());
+  const int64_t expiry = ExpiryOf(header, row);
+  if (expiry != 0) SetTime(expiry, *row.mutable_expire_time());
 }
 
 void Fill(const SnapshotManifest& manifest, v1::Checkpoint& row) {
@@ -267,12 +272,17 @@ absl::Status CheckpointCatalogue::DeleteExpired(
   GW_ASSIGN_OR_RETURN(const auto jobs, NamesIn(jobs_directory_));
   absl::Status first;
   for (const std::string& job : jobs) {
-    std::vector<v1::Checkpoint> states;
-    first.Update(ListStatesOf(job, states));
-    for (const v1::Checkpoint& row : states) {
-      if (!row.has_expire_time() || MicrosOf(row.expire_time()) > now_micros) {
-        continue;
-      }
+    const auto states = NamesIn(jobs_directory_ + "/" + job + "/checkpoints");
+    first.Update(states.status());
+    for (const std::string& name :
+         states.ok() ? *states : std::vector<std::string>()) {
+      if (!CheckName(name, "name").ok()) continue;  // not yet one
+      const v1::Checkpoint row = Row({job, name});
+      // One that is damaged stays for somebody to look at.
+      const auto header = ReadStateHeader(PosixFileSystem(), row.local_path());
+      if (!header.ok()) continue;
+      const int64_t expiry = ExpiryOf(*header, row);
+      if (expiry == 0 || expiry > now_micros) continue;
       const absl::Status removed =
           RemoveState(PosixFileSystem(), row.local_path());
       if (removed.ok()) paths.push_back(row.path());

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import gradwire
 import numpy as np
@@ -511,7 +512,7 @@ def test_what_has_expired_goes_but_for_a_parent(models, tmp_path):
         with contextlib.suppress(gradwire.GradwireError):
             # It may be gone already.
             save(client, "child", type="delta", parent="parent")
-        save(client, "p", ttl=2)
+        save(client, "p", ttl=5)
         save(client, "c", type="delta", parent="p")
         save(client, "leaf", type="delta", parent="c", ttl=0.5)
         client.save_state("state", ttl=0.5).result()
@@ -520,19 +521,24 @@ def test_what_has_expired_goes_but_for_a_parent(models, tmp_path):
         def names():
             return {row.name for row in service.list_checkpoints("job")}
 
-        while {"leaf", "state"} & names():
-            pass
+        until(lambda: not {"leaf", "state"} & names())
         p = service.get_checkpoint("jobs/job/snapshots/p")
-        while p.expire_time.ToDatetime() > now(service, client):
-            pass
+        expiry = p.expire_time.ToDatetime()
+        until(lambda: now(service, client) > expiry)
         assert {"p", "c", "kept"} <= names()
         assert ("parent" in names()) == ("child" in names())
         for row in service.list_checkpoints("job"):
             service.verify_checkpoint(row.path)
         service.delete_checkpoint("jobs/job/snapshots/c")
-        while "p" in names():
-            pass
+        until(lambda: "p" not in names())
         assert "kept" in names()
+
+
+def until(condition):
+    """Asks the server again and again; it answers at its own pace."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
 
 
 _numbers = itertools.count()
@@ -541,9 +547,9 @@ _numbers = itertools.count()
 def now(service, client):
     """The server's time, as a snapshot that it saves has it."""
     path = save(client, f"clock-{next(_numbers)}").path
-    time = service.get_checkpoint(path).create_time.ToDatetime()
+    saved = service.get_checkpoint(path).create_time.ToDatetime()
     service.delete_checkpoint(path)
-    return time
+    return saved
 
 
 def test_no_delta_loses_its_parent_to_a_deletion_beside_it(new_client, service):
