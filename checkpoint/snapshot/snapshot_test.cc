@@ -2,58 +2,20 @@
 #include <gtest/gtest.h>
 
 #include <functional>
-#include <memory>
-#include <nlohmann/json.hpp>
 #include <random>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
-#include "checkpoint/crash_file_system.h"
 #include "checkpoint/sealed_text.h"
 #include "checkpoint/snapshot/diff.h"
 #include "checkpoint/snapshot/list.h"
 #include "checkpoint/snapshot/promote.h"
-#include "checkpoint/snapshot/snapshot_testing.h"
+#include "checkpoint/snapshot/snapshot_fixture.h"
 
 namespace gradwire {
 namespace {
-
-DiskImage Empty() { return {.files = {}, .directories = {"/s", "/m"}}; }
-
-class SnapshotTest : public testing::Test {
- protected:
-  absl::StatusOr<SnapshotManifest> Save(const std::string& name,
-                                        const TestWeights& weights,
-                                        const TestSave& save = {}) {
-    return SaveTestSnapshot(*files_, "/s/" + name, weights, save);
-  }
-  SnapshotManifest Must(const absl::StatusOr<SnapshotManifest>& saved) {
-    EXPECT_TRUE(saved.ok()) << saved.status();
-    return saved.ok() ? *saved : SnapshotManifest();
-  }
-  std::string Read(const std::string& name) {
-    const auto file = ReadTestSnapshot(*files_, "/s", name);
-    EXPECT_TRUE(file.ok()) << file.status();
-    return file.value_or("");
-  }
-  std::string ReadReason(const std::string& name) {
-    return ReasonOf(ReadTestSnapshot(*files_, "/s", name).status());
-  }
-  void Overwrite(const std::string& path, const std::string& content) {
-    DiskImage image = files_->Latest();
-    image.files[path] = content;
-    Replace(image);
-  }
-  void Replace(const DiskImage& image) {
-    files_ = std::make_unique<CrashFileSystem>(image);
-  }
-  std::string Content(const std::string& path) {
-    return files_->Latest().files.at(path);
-  }
-
-  std::unique_ptr<CrashFileSystem> files_ =
-      std::make_unique<CrashFileSystem>(Empty());
-};
 
 TEST_F(SnapshotTest, ABaseIsAModelAndSaysWhatItIs) {
   const TestWeights weights = MakeWeights(3);
@@ -230,242 +192,6 @@ TEST_F(SnapshotTest, TheNewestIsTheLastSavedWhateverTheClockSays) {
             "a");
 }
 
-TEST_F(SnapshotTest, AReplacedParentIsFound) {
-  const TestWeights weights = MakeWeights(1);
-  Must(Save("a", weights));
-  Must(Save("b", Step(weights, 1), {.kind = SnapshotKind::kDelta}));
-  DiskImage image = files_->Latest();
-  for (const char* file :
-       {"snapshot.json", "model.safetensors", "config.json"}) {
-    image.files.erase(std::string("/s/a/") + file);
-  }
-  image.directories.erase("/s/a");
-  Replace(image);
-  EXPECT_EQ(ReadReason("b"), "DELTA_PARENT_UNAVAILABLE");
-  Must(Save("a", Step(weights, 7)));
-  EXPECT_EQ(ReadReason("b"), "DELTA_PARENT_MISMATCH");
-}
-
-TEST_F(SnapshotTest, AnyFlippedBitIsFound) {
-  const TestWeights weights = MakeWeights(1);
-  Must(Save("a", weights));
-  Must(Save("b", Step(weights, 1), {.kind = SnapshotKind::kDelta}));
-  const DiskImage good = files_->Latest();
-  int64_t flips = 0;
-  for (const auto& [path, content] : good.files) {
-    for (size_t at = 0; at < content.size(); ++at) {
-      DiskImage bad = good;
-      bad.files[path][at] ^= static_cast<char>(1 << (at % 8));
-      Replace(bad);
-      const std::string reason = ReadReason("b");
-      ASSERT_TRUE(reason == "CHECKPOINT_CORRUPT" ||
-                  reason == "DELTA_PARENT_UNAVAILABLE")
-          << path << " " << at << " " << reason;
-      ++flips;
-    }
-    for (size_t size = 0; size < content.size(); size += 7) {
-      DiskImage bad = good;
-      bad.files[path].resize(size);
-      Replace(bad);
-      ASSERT_NE(ReadReason("b"), "") << path << " " << size;
-    }
-  }
-  EXPECT_GT(flips, 2000);
-}
-
-// Texts that declare what is not there, with digests that are right.
-TEST_F(SnapshotTest, HostileManifestsAreRefused) {
-  Must(Save("a", MakeWeights(1)));
-  Must(Save("b", MakeWeights(1), {.kind = SnapshotKind::kDelta}));
-  const std::string path = "/s/b/snapshot.json";
-  const nlohmann::json good = nlohmann::json::parse(Content(path));
-  const auto reason = [&](const nlohmann::json& patch) {
-    nlohmann::json json = good;
-    json.erase("digest");
-    json.merge_patch(patch);
-    Overwrite(path, SealJson(json));
-    return ReadReason("b");
-  };
-  EXPECT_EQ(reason(nlohmann::json::object()), "");
-  const nlohmann::json file = {{"name", "delta.safetensors"},
-                               {"bytes", int64_t{1} << 60},
-                               {"digest", std::string(32, '0')}};
-  const auto named = [&](const std::string& name) {
-    nlohmann::json other = file;
-    other["name"] = name;
-    return nlohmann::json::array({file, other});
-  };
-  for (const nlohmann::json& patch : std::vector<nlohmann::json>{
-           {{"name", "c"}},
-           {{"format", "gradwire training state"}},
-           {{"kind", "lora"}},
-           {{"parent", "../a"}},
-           {{"parent", ".a"}},
-           {{"parent", ""}},
-           {{"parent", nullptr}},
-           {{"parent_id", "12"}},
-           {{"weight_id", std::string(32, 'f')}},
-           {{"chain_length", 0}},
-           {{"chain_length", -1}},
-           {{"chain_length", 1.5}},
-           {{"optimizer_step", -1}},
-           {{"created", "yesterday"}},
-           {{"created", "2026-01-31T23:59:59Z"}},
-           {{"expires", "2026-13-31T23:59:59.000000Z"}},
-           {{"files", nlohmann::json::array()}},
-           {{"files", nlohmann::json::array({file})}},
-           {{"files", named("delta.safetensors")}},
-           {{"files", named("../a/model.safetensors")}},
-           {{"files", named("snapshot.json")}},
-           {{"files", named("")}},
-           {{"files", named("a/b")}},
-           {{"files", 3}},
-           {{"extra", 1}},
-       }) {
-    EXPECT_EQ(reason(patch), "CHECKPOINT_CORRUPT") << patch;
-  }
-  EXPECT_EQ(reason({{"version", 2}}), "STATE_VERSION");
-  // A ring.
-  EXPECT_EQ(reason({{"parent", "b"}, {"parent_id", good["weight_id"]}}),
-            "CHECKPOINT_CORRUPT");
-  Overwrite(path, std::string(3 << 20, ' '));
-  EXPECT_EQ(ReadReason("b"), "CHECKPOINT_CORRUPT");
-}
-
-// The files are as their digests say, and are other weights than the id names.
-TEST_F(SnapshotTest, AWrongWeightIdIsFound) {
-  Must(Save("a", MakeWeights(1)));
-  nlohmann::json json = nlohmann::json::parse(Content("/s/a/snapshot.json"));
-  json.erase("digest");
-  json["weight_id"] = std::string(32, '7');
-  Overwrite("/s/a/snapshot.json", SealJson(json));
-  EXPECT_EQ(ReadReason("a"), "CHECKPOINT_CORRUPT");
-}
-
-TEST_F(SnapshotTest, AParentStaysAndALeafGoes) {
-  const TestWeights weights = MakeWeights(1);
-  Must(Save("a", weights));
-  Must(Save("b", Step(weights, 1), {.kind = SnapshotKind::kDelta}));
-  const absl::Status kept = RemoveSnapshot(*files_, "/s", "a");
-  EXPECT_EQ(ReasonOf(kept), "SNAPSHOT_HAS_CHILDREN");
-  EXPECT_EQ(GetErrorDetail(kept)->metadata.at("child"), "b");
-  EXPECT_EQ(Read("b"), Step(weights, 1).File());
-  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "b").ok());
-  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "a").ok());
-  EXPECT_TRUE(files_->List("/s")->empty());
-  EXPECT_EQ(ReasonOf(RemoveSnapshot(*files_, "/s", "a")),
-            "CHECKPOINT_NOT_FOUND");
-  // Also one that nobody can read.
-  Must(Save("c", weights));
-  Overwrite("/s/c/snapshot.json", "");
-  EXPECT_EQ(ListSnapshots(*files_, "/s")->size(), 1u);
-  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "c").ok());
-}
-
-// Whatever comes first, no delta is without its parent.
-TEST_F(SnapshotTest, AParentIsNotRemovedUnderASaveThatHasBegun) {
-  const TestWeights weights = MakeWeights(1);
-  Must(Save("a", weights));
-  SnapshotRequest request;
-  request.directory = "/s/b";
-  request.kind = SnapshotKind::kDelta;
-  request.tensors = weights.infos;
-  auto plan = PlanSnapshot(*files_, request);
-  ASSERT_TRUE(plan.ok());
-  const auto append = [&](SnapshotWriter& writer) {
-    for (size_t i = 0; i < weights.infos.size(); ++i) {
-      writer.Append(weights.values[i].data(), weights.infos[i].num_elements());
-    }
-  };
-  {
-    auto writer = SnapshotWriter::Create(*files_, *std::move(plan));
-    ASSERT_TRUE(writer.ok());
-    EXPECT_EQ(ReasonOf(RemoveSnapshot(*files_, "/s", "a")),
-              "SNAPSHOT_HAS_CHILDREN");
-    append(**writer);
-    EXPECT_TRUE((*writer)->Publish(0).ok());
-  }
-  EXPECT_EQ(Read("b"), weights.File());
-  // Removed between the plan and the save.
-  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "b").ok());
-  plan = PlanSnapshot(*files_, request);
-  ASSERT_TRUE(plan.ok());
-  EXPECT_TRUE(RemoveSnapshot(*files_, "/s", "a").ok());
-  {
-    auto writer = SnapshotWriter::Create(*files_, *std::move(plan));
-    ASSERT_TRUE(writer.ok());
-    append(**writer);
-    EXPECT_EQ(ReasonOf((*writer)->Publish(0).status()),
-              "DELTA_PARENT_UNAVAILABLE");
-  }
-  EXPECT_TRUE(files_->List("/s")->empty());
-}
-
-// Does something between what a removal has looked at and its renaming.
-class InterruptedFileSystem : public CrashFileSystem {
- public:
-  using CrashFileSystem::CrashFileSystem;
-  std::function<void()> before_rename;
-  std::vector<std::string> changes;
-
- protected:
-  int CallRename(const std::string& from, const std::string& to) override {
-    if (before_rename) std::exchange(before_rename, nullptr)();
-    changes.push_back("rename " + from + " " + to);
-    return CrashFileSystem::CallRename(from, to);
-  }
-  int CallRemove(const std::string& path) override {
-    changes.push_back("remove " + path);
-    return CrashFileSystem::CallRemove(path);
-  }
-  int CallSyncDirectory(const std::string& path) override {
-    changes.push_back("sync " + path);
-    return CrashFileSystem::CallSyncDirectory(path);
-  }
-};
-
-// The disk's model knows a directory by its name, and could not bring back the
-// old name without the files.
-TEST_F(SnapshotTest, TheNameIsGoneForGoodBeforeAnyFileIs) {
-  Must(Save("a", MakeWeights(1)));
-  InterruptedFileSystem files(files_->Latest());
-  ASSERT_TRUE(RemoveSnapshot(files, "/s", "a").ok());
-  EXPECT_EQ(files.changes,
-            (std::vector<std::string>{"rename /s/a /s/.a~removed", "sync /s",
-                                      "remove /s/.a~removed/config.json",
-                                      "remove /s/.a~removed/model.safetensors",
-                                      "remove /s/.a~removed/snapshot.json",
-                                      "remove /s/.a~removed"}));
-}
-
-TEST_F(SnapshotTest, AParentThatGotAChildInTheMeantimeIsPutBack) {
-  const TestWeights weights = MakeWeights(1);
-  Must(Save("a", weights));
-  for (const bool finished : {true, false}) {
-    SCOPED_TRACE(finished);
-    InterruptedFileSystem files(files_->Latest());
-    std::unique_ptr<PendingDirectory> pending;
-    files.before_rename = [&] {
-      if (finished) {
-        Must(SaveTestSnapshot(files, "/s/b", Step(weights, 1),
-                              {.kind = SnapshotKind::kDelta}));
-      } else {
-        auto begun = PendingDirectory::Create(files, "/s/b", "a");
-        ASSERT_TRUE(begun.ok());
-        pending = std::make_unique<PendingDirectory>(*std::move(begun));
-      }
-    };
-    EXPECT_EQ(ReasonOf(RemoveSnapshot(files, "/s", "a")),
-              "SNAPSHOT_HAS_CHILDREN");
-    EXPECT_FALSE(files.before_rename);
-    EXPECT_TRUE(ReadTestSnapshot(files, "/s", "a").ok());
-    files.ForEachPowerLoss(files.num_events(), 50, 1, [&](const DiskImage& d) {
-      CrashFileSystem disk(d);
-      EXPECT_TRUE(ReadTestSnapshot(disk, "/s", "a").ok());
-    });
-  }
-}
-
 // The last sync of a save fails: it is there, and may go with the power, until
 // the operation is sent again.
 TEST_F(SnapshotTest, WhatASecondAttemptFindsOutlastsAPowerLoss) {
@@ -507,42 +233,6 @@ TEST_F(SnapshotTest, WhatASecondAttemptFindsOutlastsAPowerLoss) {
     EXPECT_TRUE(run().ok());
     EXPECT_EQ(losses(), 0);
   }
-}
-
-TEST_F(SnapshotTest, WhatHasExpiredGoesChildrenFirst) {
-  const TestWeights weights = MakeWeights(1);
-  const int64_t now = TestSave().now_micros;
-  const TestSave base{.ttl_seconds = 10};
-  const TestSave delta{.kind = SnapshotKind::kDelta, .ttl_seconds = 10};
-  const TestSave kept{.kind = SnapshotKind::kDelta, .ttl_seconds = 1000};
-  Must(Save("z", weights, base));
-  Must(Save("y", weights, delta));
-  Must(Save("p", weights, base));
-  Must(Save("c", weights, kept));
-  Must(Save("forever", weights));
-  EXPECT_TRUE(RemoveExpired(*files_, "/s", now)->empty());
-  EXPECT_EQ(*RemoveExpired(*files_, "/s", now + 11'000'000),
-            (std::vector<std::string>{"y", "z"}));
-  // `p` has expired, and is needed.
-  EXPECT_EQ(*files_->List("/s"),
-            (std::vector<std::string>{"c", "forever", "p"}));
-  EXPECT_EQ(*RemoveExpired(*files_, "/s", now + 1001'000'000),
-            (std::vector<std::string>{"c", "p"}));
-}
-
-TEST_F(SnapshotTest, RecoveryRemovesWhatIsHalfAndPutsBackWhatIsNeeded) {
-  const TestWeights weights = MakeWeights(1);
-  Must(Save("a", weights));
-  Must(Save("b", weights, {.kind = SnapshotKind::kDelta}));
-  Must(Save("c", weights));
-  ASSERT_TRUE(files_->Rename("/s/a", "/s/.a~removed").ok());
-  ASSERT_TRUE(files_->Rename("/s/c", "/s/.c~removed").ok());
-  ASSERT_TRUE(files_->MakeDirectory("/s/.d~b.pending").ok());
-  ASSERT_TRUE(files_->MakeDirectory("/s/.e.pending").ok());
-  EXPECT_TRUE(RecoverSnapshots(*files_, "/s").ok());
-  EXPECT_EQ(*files_->List("/s"), (std::vector<std::string>{"a", "b"}));
-  EXPECT_EQ(Read("b"), weights.File());
-  EXPECT_TRUE(RecoverSnapshots(*files_, "/none").ok());
 }
 
 TEST_F(SnapshotTest, ADeltaBecomesAModelOfItsOwn) {
