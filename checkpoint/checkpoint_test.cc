@@ -252,19 +252,19 @@ TEST(PublishTest, ADirectoryAppearsWholeOnce) {
             (std::vector<std::string>{"snapshot", "snapshot2"}));
 }
 
-TEST(PublishTest, LeftoversOfTheNameAreRemovedAndNoOthers) {
+TEST(PublishTest, LeftoversAreRemovedAndNothingElse) {
   CrashFileSystem files(
       {.files = {{"/s/.a.pending/x", ""},
                  {"/s/.a~b.pending/x", ""},
-                 {"/s/.a.b.pending/x", ""},
-                 {"/s/.b~a.pending/x", ""}},
+                 {"/s/.b~a.pending/x", ""},
+                 {"/s/b.pending/x", ""},
+                 {"/s/.c~removed/x", ""}},
        .directories = {"/s", "/s/.a.pending", "/s/.a~b.pending",
-                       "/s/.a.b.pending", "/s/.b~a.pending"}});
+                       "/s/.b~a.pending", "/s/b.pending", "/s/.c~removed"}});
   auto pending = PendingDirectory::Create(files, "/s/a", "p");
   ASSERT_TRUE(pending.ok()) << pending.status();
-  EXPECT_EQ(*files.List("/s"),
-            (std::vector<std::string>{".a.b.pending", ".a~p.pending",
-                                      ".b~a.pending"}));
+  EXPECT_EQ(*files.List("/s"), (std::vector<std::string>{
+                                   ".a~p.pending", ".c~removed", "b.pending"}));
   std::string parent;
   EXPECT_EQ(PendingName(".a~p.pending", &parent), "a");
   EXPECT_EQ(parent, "p");

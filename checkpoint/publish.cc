@@ -75,9 +75,10 @@ absl::StatusOr<PendingDirectory> PendingDirectory::Create(
   GW_RETURN_IF_ERROR(CheckAbsent(files, path));
   const std::string above = DirectoryOf(path), name = NameOf(path);
   GW_RETURN_IF_ERROR(MakeDirectories(files, above, 0755));
+  // One at a time: whoever wrote these is gone.
   GW_ASSIGN_OR_RETURN(const auto names, files.List(above));
   for (const std::string& other : names) {
-    if (PendingName(other) != name) continue;
+    if (PendingName(other).empty()) continue;
     GW_RETURN_IF_ERROR(RemoveIfThere(files, above + "/" + other));
   }
   const std::string pending = above + "/." + name +

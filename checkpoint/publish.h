@@ -17,11 +17,11 @@ namespace gradwire {
 // for.
 class PendingDirectory {
  public:
-  // Removes what an earlier process has left of a directory of this name.
+  // Removes what an earlier process has left of this and other directories.
   // `parent`: the name of a sibling that must not be removed meanwhile, or ""
   // (see checkpoint/snapshot/remove.h).
-  // REQUIRES: one PendingDirectory for a name at a time; neither name has a
-  // '~' or begins with a dot.
+  // REQUIRES: one PendingDirectory in a parent directory at a time; neither
+  // name has a '~' or begins with a dot.
   // Errors: ALREADY_EXISTS SNAPSHOT_EXISTS; the file system's.
   static absl::StatusOr<PendingDirectory> Create(
       FileSystem& files, const std::string& path,
