@@ -62,7 +62,7 @@ absl::Status Job::Create() {
 
 std::shared_ptr<RankGroup> Job::ranks() const {
   absl::MutexLock lock(&mu_);
-  return ranks_;
+  return restart_due_ ? nullptr : ranks_;
 }
 
 void Job::Stop() {

@@ -161,7 +161,8 @@ class Job {
   v1::Operation Cancel(const OperationPtr& op);
   void Acknowledge(const OperationPtr& op);
 
-  // The ranks that the job has now, for their streams.
+  // The ranks that the job has now, for their streams; null while it has none,
+  // or those it had are ending and others may come.
   std::shared_ptr<RankGroup> ranks() const;
 
   bool busy() const;

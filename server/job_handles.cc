@@ -42,7 +42,7 @@ absl::Status Job::Draining() const {
   environment_->metrics->CountRejected("draining");
   return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
       .Server()
-      .With("retry_after_seconds", 5.0)
+      .With("retry_after_seconds", 1.0)
       .Message("The server is stopping. Try again when it is back.");
 }
 

@@ -147,7 +147,7 @@ absl::StatusOr<JobPtr> JobTable::Create(const std::string& job_id,
     if (environment_->draining) {
       return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_DRAINING")
           .Server()
-          .With("retry_after_seconds", 5.0)
+          .With("retry_after_seconds", 1.0)
           .Message("The server is stopping. Try again when it is back.");
     }
     job = std::make_shared<Job>(job_id, spec, environment_);

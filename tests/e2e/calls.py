@@ -195,6 +195,14 @@ class Model:
             )
         )
 
+    def zero_grad(self, seq=None):
+        return self.stubs.training.ZeroGrad(
+            training_pb2.SequencedRequest(
+                model_id=self.model_id,
+                seq_id=self.due() if seq is None else seq,
+            )
+        )
+
     def save_snapshot(self, name, seq=None, **options):
         return self.stubs.training.SaveSnapshot(
             training_pb2.SaveSnapshotRequest(

@@ -69,6 +69,9 @@ def dial(external):
         yield new_rank
 
 
+RECOVERING = jobs_pb2.JOB_PHASE_RECOVERING
+
+
 def failed(job):
     return job.state == jobs_pb2.JOB_STATE_FAILED
 
@@ -350,9 +353,14 @@ def test_operations_run_beside_a_save(own, dial):
             load_state=operations_pb2.LoadStateResult(path="a path"),
         )
     model.result(load)
-    for kind in ("save_state", "end_save"):
+    # The first is the server's own: what was loaded may be deleted.
+    for place in ("recovery/1", "checkpoints/two"):
         for rank in ranks:
-            rank.send_done(rank.next(kind), save_state=saved(0))
+            command = rank.next("save_state")
+            assert command.save_state.directory.endswith(place)
+            rank.send_done(command, save_state=saved(0))
+        for rank in ranks:
+            rank.send_done(rank.next("end_save"), save_state=saved(0))
     model.result(second)
 
 
@@ -513,9 +521,57 @@ def test_a_restarted_job_takes_ranks_anew(own, dial):
         rank.next("joined")
         rank.next("load")
         rank.be_ready()
+    # What the job had executed: that a handle attached.
+    for rank in ranks:
+        rank.send_done(rank.next("reset"))
     own.watch(job, lambda j: j.ready)
     assert calls.refusal(own, model.optim_step).reason == "HANDLE_FENCED"
     attach(own, job, ranks)
+
+
+def test_a_job_that_recovers_waits_for_ranks_and_goes_on(tmp_path, token_file):
+    flags = external_flags(token_file)
+    with (
+        Server(tmp_path, *flags, "--max_recoveries=2") as server,
+        calls.Stubs(server.address) as own,
+        contextlib.ExitStack() as stack,
+    ):
+
+        def dial(job, rank, world_size=2):
+            fake = FakeRank(server.rank_address, job, TOKEN, rank, world_size)
+            stack.callback(fake.close)
+            return fake
+
+        def join(job, rank):
+            while (command := (fake := dial(job, rank)).next()) is None:
+                # As if there were no job: such ranks wait, and dial again.
+                assert refusal(fake).reason == "RANK_JOB_UNKNOWN"
+            assert command.HasField("joined")
+            return fake
+
+        job, ranks = ready_group(own, dial)
+        model = attach(own, job, ranks)
+        step = model.optim_step()
+        for rank in ranks:
+            rank.next("optim_step")
+        ranks[1].close()
+        now = own.watch(job, lambda j: j.phase == RECOVERING)
+        assert now.state == jobs_pb2.JOB_STATE_RUNNING
+        assert now.status_reason == "RANK_LOST"
+        assert not now.ready
+        zero = model.zero_grad()
+        ranks = [join(job, rank) for rank in (0, 1)]
+        for rank in ranks:
+            rank.next("load")
+            rank.be_ready()
+        for kind in ("reset", "optim_step", "zero_grad"):
+            for rank in ranks:
+                rank.send_done(rank.next(kind))
+        model.result(step)
+        model.result(zero)
+        now = own.watch(job, lambda j: j.ready)
+        assert now.last_recovery.cause == "RANK_LOST"
+        assert now.recoveries == 1
 
 
 # ---- Real programs ---------------------------------------------------------
