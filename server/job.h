@@ -304,7 +304,8 @@ class Job {
       ABSL_LOCKS_EXCLUDED(mu_);
   void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // `recorded`: its outcome is in the log, durable if it must be.
-  void Publish(const OperationPtr& op, bool recorded) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Publish(const OperationPtr& op, bool recorded)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status AddReference(const Reference& reference)
       ABSL_LOCKS_EXCLUDED(mu_);
   int64_t LogNeededFrom(int64_t replay_from) const

@@ -61,13 +61,14 @@ v1::JournalOutcome OutcomeOf(const Operation& op, bool with_arrays) {
 }  // namespace
 
 absl::Status Job::OpenJournal(const JobRow& row) {
-  GW_ASSIGN_OR_RETURN(journal_, Journal::Open(PosixFileSystem(),
-                                              environment_->metadata, row,
-                                              directory() + "/log"));
+  GW_ASSIGN_OR_RETURN(
+      journal_, Journal::Open(PosixFileSystem(), environment_->metadata, row,
+                              directory() + "/log"));
   return absl::OkStatus();
 }
 
-// ---- Before an operation is answered -----------------------------------------
+// ---- Before an operation is answered
+// -----------------------------------------
 
 absl::Status Job::Log(const OperationPtr& op) {
   v1::JournalOp record;
@@ -85,8 +86,8 @@ absl::Status Job::Log(const OperationPtr& op) {
   record.mutable_rank_of()->Add(op->rank_of.begin(), op->rank_of.end());
   *record.mutable_create_time() = op->record.create_time();
   if (op->request.command.has_save_state()) {
-    const auto there = PosixFileSystem().Stat(
-        op->request.command.save_state().directory());
+    const auto there =
+        PosixFileSystem().Stat(op->request.command.save_state().directory());
     op->name_taken = !absl::IsNotFound(there.status());
     record.set_name_taken(op->name_taken);
   }
@@ -112,7 +113,8 @@ absl::Status Job::Log(const OperationPtr& op) {
   return absl::OkStatus();
 }
 
-// ---- Before its end is told --------------------------------------------------
+// ---- Before its end is told
+// --------------------------------------------------
 
 void Job::Commit() {
   mu_.Lock();
@@ -233,7 +235,8 @@ void Job::BreakJournal(const absl::Status& status) {
   Apply(failed);
 }
 
-// ---- What the log may let go -------------------------------------------------
+// ---- What the log may let go
+// -------------------------------------------------
 
 int64_t Job::LogNeededFrom(int64_t replay_from) const {
   int64_t from = replay_from;
@@ -248,10 +251,10 @@ int64_t Job::LogNeededFrom(int64_t replay_from) const {
         if (op.logged_at >= 0) from = std::min(from, op.logged_at);
         return;
       }
-      const bool has_arrays =
-          op.final_state == v1::OPERATION_STATE_DONE && !op.expired &&
-          (op.kind == v1::OPERATION_KIND_FORWARD ||
-           op.kind == v1::OPERATION_KIND_FORWARD_BACKWARD);
+      const bool has_arrays = op.final_state == v1::OPERATION_STATE_DONE &&
+                              !op.expired &&
+                              (op.kind == v1::OPERATION_KIND_FORWARD ||
+                               op.kind == v1::OPERATION_KIND_FORWARD_BACKWARD);
       if (has_arrays && op.outcome_at >= results_from) {
         from = std::min(from, op.outcome_at);
       }

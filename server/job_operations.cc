@@ -102,10 +102,10 @@ absl::StatusOr<OperationPtr> Job::Admit(const OperationPtr& op) {
   GW_ASSIGN_OR_RETURN(Handle * handle, FindHandle(op->model_id));
   if (handle->queue.Find(op->seq) == nullptr) {
     // What is retained is for a backward, so it is judged as one.
-    const bool retains = op->kind == v1::OPERATION_KIND_FORWARD &&
-                         !op->activation_id.empty();
-    GW_RETURN_IF_ERROR(CheckHandle(
-        *handle, retains ? v1::OPERATION_KIND_BACKWARD : op->kind));
+    const bool retains =
+        op->kind == v1::OPERATION_KIND_FORWARD && !op->activation_id.empty();
+    GW_RETURN_IF_ERROR(
+        CheckHandle(*handle, retains ? v1::OPERATION_KIND_BACKWARD : op->kind));
   }
   op->session_id = handle->session_id;
   op->handle = handle->number;
@@ -123,8 +123,8 @@ absl::StatusOr<OperationPtr> Job::Admit(const OperationPtr& op) {
   }
   if (*admitted != op) {
     const OperationPtr earlier = *admitted;
-    environment_->metrics->CountDedup(
-        KindName(op->kind), earlier->Final() ? "replayed" : "joined");
+    environment_->metrics->CountDedup(KindName(op->kind),
+                                      earlier->Final() ? "replayed" : "joined");
     while (earlier->logging) earlier->changed.Wait(&mu_);
     GW_RETURN_IF_ERROR(earlier->log_failure);
     return earlier;

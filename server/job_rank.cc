@@ -98,9 +98,8 @@ std::optional<Job::Next> Job::TakeNext() {
   if (!again_.empty()) {
     const OperationPtr& first = again_.front();
     if (first->crashes > 0 && !in_flight_.empty()) return std::nullopt;
-    if (saving_.has_value() &&
-        (first->kind == v1::OPERATION_KIND_SAVE_STATE ||
-         first->kind == v1::OPERATION_KIND_LOAD_STATE)) {
+    if (saving_.has_value() && (first->kind == v1::OPERATION_KIND_SAVE_STATE ||
+                                first->kind == v1::OPERATION_KIND_LOAD_STATE)) {
       return std::nullopt;
     }
     OperationPtr op = again_.front();
@@ -127,9 +126,10 @@ Job::Next Job::Launch(Flight flight) {
 
 Job::Next Job::Begin(const OperationPtr& op) {
   const bool released = op->handle == 0;
-  Next next = Launch({.purpose = released ? Flight::kRelease : Flight::kOperation,
-                      .op = op,
-                      .known_items = op->logprobs.size()});
+  Next next =
+      Launch({.purpose = released ? Flight::kRelease : Flight::kOperation,
+              .op = op,
+              .known_items = op->logprobs.size()});
   if (op->request.command.command_case() == v1::RankCommand::COMMAND_NOT_SET) {
     next.read_at = op->logged_at;
   }

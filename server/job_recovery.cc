@@ -121,8 +121,7 @@ void Job::TakeBackFlights(const absl::Status& status) {
   for (const Flight& flight : in_flight_) {
     if (flight.purpose != Flight::kOperation) continue;
     if (first && crash && ++flight.op->crashes >= kMostCrashes) {
-      Finish(flight.op, v1::OPERATION_STATE_FAILED,
-             Crashed(flight.op, status));
+      Finish(flight.op, v1::OPERATION_STATE_FAILED, Crashed(flight.op, status));
     } else {
       take(flight.op);
     }
@@ -217,8 +216,7 @@ OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
 bool Job::NeedsReplay(const OperationPtr& op) const {
   // Older than the state that was loaded.
   if (point_index_ >= 0 && op->outcome_at >= 0 &&
-      op->outcome_at <
-          points_[static_cast<size_t>(point_index_)].replay_from) {
+      op->outcome_at < points_[static_cast<size_t>(point_index_)].replay_from) {
     return false;
   }
   if (op->final_state != v1::OPERATION_STATE_DONE) {
@@ -231,12 +229,12 @@ bool Job::NeedsReplay(const OperationPtr& op) const {
   if (op->kind != v1::OPERATION_KIND_FORWARD) return true;
   // Only for the activations that somebody uses.
   if (activations_.count(op->activation_id) != 0) return true;
-  return std::any_of(
-      history_.begin(), history_.end(), [&](const OperationPtr& other) {
-        return other->kind == v1::OPERATION_KIND_BACKWARD &&
-               other->activation_id == op->activation_id &&
-               other->final_state == v1::OPERATION_STATE_DONE;
-      });
+  return std::any_of(history_.begin(), history_.end(),
+                     [&](const OperationPtr& other) {
+                       return other->kind == v1::OPERATION_KIND_BACKWARD &&
+                              other->activation_id == op->activation_id &&
+                              other->final_state == v1::OPERATION_STATE_DONE;
+                     });
 }
 
 void Job::OnPointLoaded(const Flight& flight, const v1::RankDone& done) {
@@ -301,14 +299,15 @@ void Job::EndRecovery() {
   recovery_.set_seconds(
       std::chrono::duration<double>(Clock::now() - recovery_began_).count());
   *job_.mutable_last_recovery() = recovery_;
-  spdlog::info("job {}: recovered after {} in {:.2f} s from the {}, {} "
-               "operations run again, optimizer step {}",
-               id_, recovery_.cause(), recovery_.seconds(),
-               recovery_.restored_from(), recovery_.replayed_ops(),
-               job_.optimizer_step());
+  spdlog::info(
+      "job {}: recovered after {} in {:.2f} s from the {}, {} "
+      "operations run again, optimizer step {}",
+      id_, recovery_.cause(), recovery_.seconds(), recovery_.restored_from(),
+      recovery_.replayed_ops(), job_.optimizer_step());
 }
 
-// ---- Checkpoints for the next time -------------------------------------------
+// ---- Checkpoints for the next time
+// -------------------------------------------
 
 bool Job::PointDue(const OperationPtr& op) const {
   if (spec_.forward_only() || saving_.has_value() ||

@@ -125,8 +125,7 @@ void Job::Restore(const JobRow& row) {
 }
 
 absl::Status Job::RestoreOperations(const JobRow& row) {
-  GW_ASSIGN_OR_RETURN(const auto handles,
-                      environment_->metadata->Handles(id_));
+  GW_ASSIGN_OR_RETURN(const auto handles, environment_->metadata->Handles(id_));
   GW_ASSIGN_OR_RETURN(const auto rows, environment_->metadata->Operations(id_));
   GW_ASSIGN_OR_RETURN(points_, environment_->metadata->Points(id_));
   GW_RETURN_IF_ERROR(RemoveStrayPoints());

@@ -15,9 +15,8 @@ namespace gradwire {
 void Job::OnLogprobs(GroupEvent& event) {
   for (Flight& flight : in_flight_) {
     if (flight.id != event.command_id) continue;
-    std::vector<v1::LogprobItem>& items = flight.purpose == Flight::kReplay
-                                              ? flight.items
-                                              : flight.op->logprobs;
+    std::vector<v1::LogprobItem>& items =
+        flight.purpose == Flight::kReplay ? flight.items : flight.op->logprobs;
     for (v1::LogprobItem& item : event.logprobs) {
       // Bit for bit those that are there from the run before.
       if (flight.known_items > 0) {
@@ -190,8 +189,7 @@ void Job::FailOperations() {
           ? FromOperationError(job_.error())
           : ErrorBuilder(absl::StatusCode::kAborted, "JOB_DELETED")
                 .With("job_id", id_)
-                .Message(
-                    "The job was deleted before the operation ended.");
+                .Message("The job was deleted before the operation ended.");
   for (const Flight& flight : in_flight_) {
     if (flight.purpose == Flight::kOperation) {
       Finish(flight.op, v1::OPERATION_STATE_FAILED, error);

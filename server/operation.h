@@ -101,9 +101,7 @@ struct Operation {
   absl::CondVar changed;
 
   // Its end is decided, whether or not it is known yet.
-  bool Ended() const {
-    return final_state != v1::OPERATION_STATE_UNSPECIFIED;
-  }
+  bool Ended() const { return final_state != v1::OPERATION_STATE_UNSPECIFIED; }
   bool Final() const {
     return record.state() == v1::OPERATION_STATE_DONE ||
            record.state() == v1::OPERATION_STATE_FAILED ||

@@ -49,8 +49,8 @@ struct SupervisorOptions {
 class Supervisor {
  public:
   // Serves when it returns. Errors: those of StateDir, PortFile and OpsHttp;
-  // those of Metadata; PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE; LAUNCH_INVALID;
-  // those of ReadJoinToken and RankServerCredentials.
+  // those of Metadata; PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE;
+  // LAUNCH_INVALID; those of ReadJoinToken and RankServerCredentials.
   static absl::StatusOr<std::unique_ptr<Supervisor>> Start(
       const SupervisorOptions& options);
   // No new work; what runs may end within `drain`; then everything stops.

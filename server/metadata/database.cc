@@ -19,8 +19,9 @@ absl::Status Failure(sqlite3* handle, int result) {
       return ErrorBuilder(absl::StatusCode::kResourceExhausted, "STORAGE_FULL")
           .Server()
           .With("operation", "metadata")
-          .Message("The server's disk is full, so that nothing can be "
-                   "recorded. Free some space and try again.");
+          .Message(
+              "The server's disk is full, so that nothing can be "
+              "recorded. Free some space and try again.");
     case SQLITE_CORRUPT:
     case SQLITE_NOTADB:
       return ErrorBuilder(absl::StatusCode::kDataLoss, "METADATA_CORRUPT")
@@ -116,9 +117,10 @@ absl::StatusOr<std::unique_ptr<Database>> Database::Open(
                  "one.");
   }
   for (; have < need; ++have) {
-    const std::string sql =
-        "BEGIN IMMEDIATE;" + std::string(migrations[static_cast<size_t>(have)]) +
-        ";PRAGMA user_version=" + std::to_string(have + 1) + ";COMMIT";
+    const std::string sql = "BEGIN IMMEDIATE;" +
+                            std::string(migrations[static_cast<size_t>(have)]) +
+                            ";PRAGMA user_version=" + std::to_string(have + 1) +
+                            ";COMMIT";
     GW_RETURN_IF_ERROR(database->Execute(sql.c_str()));
   }
   return database;
@@ -128,8 +130,7 @@ Database::~Database() { sqlite3_close_v2(handle_); }
 
 absl::StatusOr<Statement> Database::Prepare(const char* sql) {
   sqlite3_stmt* statement = nullptr;
-  const int result =
-      sqlite3_prepare_v2(handle_, sql, -1, &statement, nullptr);
+  const int result = sqlite3_prepare_v2(handle_, sql, -1, &statement, nullptr);
   if (result != SQLITE_OK) return Failure(handle_, result);
   return Statement(statement);
 }

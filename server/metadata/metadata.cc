@@ -61,8 +61,7 @@ CREATE TABLE recovery_points (
 absl::StatusOr<std::unique_ptr<Metadata>> Metadata::Open(
     const std::string& path) {
   std::unique_ptr<Metadata> metadata(new Metadata);
-  GW_ASSIGN_OR_RETURN(metadata->database_,
-                      Database::Open(path, Migrations()));
+  GW_ASSIGN_OR_RETURN(metadata->database_, Database::Open(path, Migrations()));
   Database& database = *metadata->database_;
   GW_ASSIGN_OR_RETURN(
       Statement lease,

@@ -50,6 +50,13 @@ JobRow Row(const std::string& id) {
   return row;
 }
 
+HandleRow HandleOf(int64_t number, const std::string& model_id) {
+  HandleRow row;
+  row.number = number;
+  row.model_id = model_id;
+  return row;
+}
+
 TEST_F(MetadataTest, EveryOpeningTakesAHigherEpoch) {
   EXPECT_EQ(Open()->epoch(), 1);
   EXPECT_EQ(Open()->epoch(), 2);
@@ -99,7 +106,7 @@ TEST_F(MetadataTest, OfADeletedJobNothingStaysButItsName) {
   const auto metadata = Open();
   for (const char* id : {"a", "b"}) {
     ASSERT_TRUE(metadata->AddJob(Row(id)).ok());
-    ASSERT_TRUE(metadata->AddHandle(id, {.number = 1, .model_id = "m"}).ok());
+    ASSERT_TRUE(metadata->AddHandle(id, HandleOf(1, "m")).ok());
     const RecoveryPoint point = {1, 10, 3, 4};
     Metadata::Reference reference;
     reference.operations = {{1, 1, "x"}};
@@ -129,9 +136,9 @@ TEST_F(MetadataTest, HandlesAndSessions) {
                                       .request = "r",
                                       .attached = true})
                     .ok());
-    ASSERT_TRUE(metadata->AddHandle("a", {.number = 1, .model_id = "m1"}).ok());
+    ASSERT_TRUE(metadata->AddHandle("a", HandleOf(1, "m1")).ok());
     ASSERT_TRUE(metadata->FenceHandles("a").ok());
-    ASSERT_TRUE(metadata->AddHandle("a", {.number = 3, .model_id = "m3"}).ok());
+    ASSERT_TRUE(metadata->AddHandle("a", HandleOf(3, "m3")).ok());
     Metadata::Reference reference;
     reference.closed = {{3, 9}};
     ASSERT_TRUE(metadata->AddReference("a", reference).ok());

@@ -25,8 +25,10 @@ from gradwire._proto.gradwire.v1 import (
 )
 from gradwire.errors import (
     GradwireError,
+    ServerError,
     UserError,
     from_operation,
+    from_rpc,
     invalid,
     stream_ended,
 )
