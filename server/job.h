@@ -300,6 +300,9 @@ class Job {
   absl::Status Log(const OperationPtr& op);
   void Commit();
   void EndCommit() ABSL_LOCKS_EXCLUDED(mu_);
+  // Until there is some; CANCELLED when the server stops.
+  absl::Status AwaitSpace(const std::function<absl::Status()>& write)
+      ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status Record(const std::vector<OperationPtr>& ended)
       ABSL_LOCKS_EXCLUDED(mu_);
   void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

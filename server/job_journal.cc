@@ -14,6 +14,8 @@ namespace {
 
 // How long a full disk is waited for, before it is tried again.
 constexpr absl::Duration kFullPause = absl::Milliseconds(200);
+// And until then; a disk that is full for longer fails the job.
+constexpr absl::Duration kFullPatience = absl::Minutes(30);
 // Results that nobody has acknowledged hold the log so far back.
 constexpr int64_t kResultStoreBytes = int64_t{1} << 30;
 constexpr size_t kMostPoints = 2;
@@ -156,32 +158,44 @@ void Job::Commit() {
   mu_.Unlock();
 }
 
+absl::Status Job::AwaitSpace(const std::function<absl::Status()>& write) {
+  const absl::Time deadline = absl::Now() + kFullPatience;
+  bool told = false;
+  while (true) {
+    const absl::Status status = write();
+    if (!absl::IsResourceExhausted(status) || absl::Now() > deadline) {
+      return status;
+    }
+    // The next server runs what is not recorded again.
+    if (stopping()) return absl::CancelledError("the server stops");
+    if (!told) {
+      spdlog::warn("job {}: results wait for space on the disk: {}", id_,
+                   std::string(status.message()));
+    }
+    told = true;
+    absl::SleepFor(kFullPause);
+  }
+}
+
 absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
   bool durable = false;
   for (const OperationPtr& op : ended) {
     // Nobody changes it between its end and its publication.
     const v1::JournalOutcome outcome = OutcomeOf(*op, true);
-    bool told = false;
-    while (true) {
-      auto range = journal_->AppendOutcome(op->handle, op->seq, outcome);
-      if (range.ok()) {
-        op->outcome_at = range->begin;
-        break;
-      }
-      if (!absl::IsResourceExhausted(range.status())) return range.status();
-      // The next server runs what is not recorded again.
-      if (stopping()) return absl::CancelledError("the server stops");
-      if (!told) {
-        spdlog::warn("job {}: results wait for space on the disk: {}", id_,
-                     std::string(range.status().message()));
-      }
-      told = true;
-      absl::SleepFor(kFullPause);
-    }
+    GW_RETURN_IF_ERROR(AwaitSpace([&]() -> absl::Status {
+      GW_ASSIGN_OR_RETURN(
+          const Oplog::Range range,
+          journal_->AppendOutcome(op->handle, op->seq, outcome));
+      op->outcome_at = range.begin;
+      return absl::OkStatus();
+    }));
     durable = durable || MustBeDurable(*op);
   }
   Failpoint("op.after_record");
-  if (durable) GW_RETURN_IF_ERROR(journal_->Commit());
+  if (durable) {
+    GW_RETURN_IF_ERROR(journal_->Sync());
+    GW_RETURN_IF_ERROR(AwaitSpace([&] { return journal_->SetWatermark(); }));
+  }
   Failpoint("op.before_reply");
   return absl::OkStatus();
 }

@@ -49,9 +49,13 @@ absl::StatusOr<Oplog::Range> Journal::AppendOutcome(
                 outcome.SerializeAsString());
 }
 
-absl::Status Journal::Commit() {
+absl::Status Journal::Sync() {
   GW_RETURN_IF_ERROR(log_->Sync(log_->end()));
   Failpoint("oplog.after_sync");
+  return absl::OkStatus();
+}
+
+absl::Status Journal::SetWatermark() {
   return metadata_.SetWatermark(job_id_, log_->durable_offset());
 }
 

@@ -33,9 +33,12 @@ class Journal {
                                         const v1::JournalOp& op);
   absl::StatusOr<Oplog::Range> AppendOutcome(int64_t handle, int64_t seq,
                                              const v1::JournalOutcome& outcome);
-  // Returns once all that has been appended is durable, and the metadata know.
-  // Errors: those of Oplog::Sync and Metadata.
-  absl::Status Commit();
+  // Returns once all that has been appended is durable. Errors: those of
+  // Oplog::Sync, which are final.
+  absl::Status Sync();
+  // Then the metadata are to know. Errors: those of Metadata; of a full disk,
+  // may be tried again.
+  absl::Status SetWatermark();
 
   // What is in the log, in its order. One of `op` and `outcome` is set.
   struct Entry {

@@ -455,7 +455,7 @@ def test_what_a_killed_server_leaves_is_no_checkpoint(models, tmp_path):
 
 
 def test_a_full_disk_is_said_and_loses_nothing(models, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", tmp_path]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "none", tmp_path]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small disk cannot be mounted: not root")
     try:
@@ -464,7 +464,7 @@ def test_a_full_disk_is_said_and_loses_nothing(models, tmp_path):
             steps(client, 0, 1)
             names = []
             with pytest.raises(gradwire.GradwireError) as caught:
-                for index in range(40):
+                for index in range(80):
                     client.save_state(f"state-{index}").result()
                     names.append(f"state-{index}")
             assert caught.value.reason == "STORAGE_FULL"

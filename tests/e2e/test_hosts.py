@@ -47,6 +47,7 @@ class Cluster:
             f"--join_token_file={self._token}",
             f"--rank_timeout_seconds={TIMEOUT}",
             f"--collective_timeout_seconds={TIMEOUT}",
+            "--max_recoveries=0",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -128,7 +129,7 @@ def fail_in_a_step(cluster, cut):
 
 
 def start_again(cluster, count):
-    """By the operator and by the scheduler; the losses of three steps."""
+    """By the operator and by the scheduler; the losses of three more steps."""
     cluster.await_ends()
     cluster.driver.ask("restart", job="job")
     cluster.start_ranks("job", count)
@@ -150,7 +151,8 @@ def test_hosts_train_and_a_cut_link_ends_in_a_clear_state(
         )
         assert state["metadata"]["rank"] == str(count - 1)
         hosts.set_link(count - 1, up=True)
-        assert start_again(cluster, count) == first
+        # It goes on where it was, below where it began.
+        assert max(start_again(cluster, count)) < first[0]
 
 
 # Networks are the same to a sanitizer, and take their time.
@@ -170,7 +172,7 @@ def test_what_one_host_sends_another_is_lost(
         )
         assert int(state["metadata"]["rank"]) in (sender, receiver)
         hosts.set_path(sender, receiver, up=True)
-        assert start_again(cluster, 3) == first
+        assert max(start_again(cluster, 3)) < first[0]
 
 
 def test_a_state_directory_that_is_not_shared_is_said(tmp_path, models):

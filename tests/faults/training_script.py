@@ -164,6 +164,6 @@ def exact(value):
     if dataclasses.is_dataclass(value):
         fields = {f.name for f in dataclasses.fields(value)}
         # Where it lies, and how it came about, are not what it is.
-        fields -= {"local_path", "recomputed"}
+        fields -= {"local_path", "reason", "recomputed"}
         return {name: exact(getattr(value, name)) for name in sorted(fields)}
     return value
