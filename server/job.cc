@@ -118,8 +118,9 @@ void Job::StartRanks() {
       options, [this](GroupEvent event) { OnRanks(std::move(event)); });
   {
     absl::MutexLock lock(&mu_);
-    if (stopping_ || (job_.state() != v1::JOB_STATE_CREATING &&
-                      job_.phase() != v1::JOB_PHASE_RECOVERING)) {
+    const bool recovers = job_.state() == v1::JOB_STATE_RUNNING &&
+                          job_.phase() == v1::JOB_PHASE_RECOVERING;
+    if (stopping_ || (job_.state() != v1::JOB_STATE_CREATING && !recovers)) {
       return;
     }
     ranks_ = ranks;

@@ -297,7 +297,8 @@ class Job {
   // Puts it in its handle's queue, or returns the one that is there.
   absl::StatusOr<OperationPtr> Admit(const OperationPtr& op)
       ABSL_LOCKS_EXCLUDED(mu_);
-  absl::Status Log(const OperationPtr& op);
+  // Returns where its record is.
+  absl::StatusOr<int64_t> Log(const OperationPtr& op);
   void Commit();
   void EndCommit() ABSL_LOCKS_EXCLUDED(mu_);
   // Until there is some; CANCELLED when the server stops.
@@ -339,6 +340,8 @@ class Job {
   OperationPtr TakeSaveBefore(const OperationPtr& op)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::optional<Next> NextReplay() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Of one that has ended: whether the ranks were not as before.
+  static bool ChangesState(const Operation& op);
   bool NeedsReplay(const OperationPtr& op) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void OnPointLoaded(const Flight& flight, const v1::RankDone& done)
@@ -448,7 +451,7 @@ class Job {
   bool recovering_ = false;
   bool restart_due_ = false;
   Clock::time_point restart_at_;
-  Clock::time_point recovery_began_;
+  Clock::time_point recovery_began_, recovery_ended_;
   int failures_in_row_ = 0;
   // Why the job cannot go on, for the executor to say.
   absl::Status failure_;

@@ -157,7 +157,7 @@ absl::StatusOr<Job::Handle*> Job::Attach(
   row.request = request.SerializeAsString();
   row.attached = handle->attached;
   GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));
-  GW_RETURN_IF_ERROR(Log(handle->reset));
+  GW_ASSIGN_OR_RETURN(handle->reset->logged_at, Log(handle->reset));
 
   absl::MutexLock lock(&mu_);
   GW_RETURN_IF_ERROR(Unready());

@@ -69,10 +69,9 @@ absl::Status Job::OpenJournal(const JobRow& row) {
   return absl::OkStatus();
 }
 
-// ---- Before an operation is answered
-// -----------------------------------------
+// ---- Before an operation is answered ----------
 
-absl::Status Job::Log(const OperationPtr& op) {
+absl::StatusOr<int64_t> Job::Log(const OperationPtr& op) {
   v1::JournalOp record;
   record.set_kind(op->kind);
   record.set_activation_id(op->activation_id);
@@ -111,12 +110,10 @@ absl::Status Job::Log(const OperationPtr& op) {
     request.gradients[i].Swap(record.mutable_gradients(static_cast<int>(i)));
   }
   GW_RETURN_IF_ERROR(range.status());
-  op->logged_at = range->begin;
-  return absl::OkStatus();
+  return range->begin;
 }
 
-// ---- Before its end is told
-// --------------------------------------------------
+// ---- Before its end is told ----------
 
 void Job::Commit() {
   mu_.Lock();
@@ -249,19 +246,21 @@ void Job::BreakJournal(const absl::Status& status) {
   Apply(failed);
 }
 
-// ---- What the log may let go
-// -------------------------------------------------
+// ---- What the log may let go ----------
 
 int64_t Job::LogNeededFrom(int64_t replay_from) const {
   int64_t from = replay_from;
   for (const OperationPtr& op : history_) {
     if (op->outcome_at >= 0 && op->outcome_at < replay_from) continue;
+    // That a handle has attached is all there is to it.
+    if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) continue;
     if (op->logged_at >= 0) from = std::min(from, op->logged_at);
   }
   const int64_t results_from = journal_->end() - kResultStoreBytes;
   for (const auto& [id, handle] : handles_) {
     handle->queue.Visit([&](const Operation& op) {
       if (!op.Final()) {
+        if (op.logging) from = std::min(from, op.log_from);
         if (op.logged_at >= 0) from = std::min(from, op.logged_at);
         return;
       }
@@ -300,8 +299,9 @@ absl::Status Job::AddReference(const Reference& reference) {
       }
     }
     replay_from = points.empty() ? history_from_ : points.front().replay_from;
-    row.log_begin = LogNeededFrom(
-        history_.empty() && points.empty() ? journal_->end() : replay_from);
+    // Without a checkpoint, what history names is all that is needed.
+    row.log_begin =
+        LogNeededFrom(points.empty() ? journal_->end() : replay_from);
     operations.swap(unreferenced_);
     for (const auto& [id, handle] : handles_) {
       row.closed.emplace_back(handle->number, handle->closed_below);

@@ -69,9 +69,11 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   GW_ASSIGN_OR_RETURN(const OperationPtr admitted, Admit(op));
   if (admitted != op) return admitted;
 
-  const absl::Status logged = Log(op);
+  const absl::StatusOr<int64_t> at = Log(op);
+  const absl::Status logged = at.status();
   absl::MutexLock lock(&mu_);
   op->logging = false;
+  op->logged_at = at.value_or(-1);
   op->log_failure = logged;
   op->changed.SignalAll();
   if (op->Ended()) {
@@ -110,6 +112,7 @@ absl::StatusOr<OperationPtr> Job::Admit(const OperationPtr& op) {
   op->session_id = handle->session_id;
   op->handle = handle->number;
   op->logging = true;
+  op->log_from = journal_->end();
   absl::StatusOr<OperationPtr> admitted =
       handle->queue.Submit(op, Clock::now());
   if (!admitted.ok()) {
@@ -181,6 +184,8 @@ void Job::EndSeq(const std::string& model_id, int64_t seq,
                                    : v1::OPERATION_STATE_FAILED,
          status);
   work_.SignalAll();
+  // Whoever is told counts on it.
+  while (!op->Final() && !stopping_) op->changed.Wait(&mu_);
 }
 
 void Job::Hold(const std::string& model_id, int64_t seq,

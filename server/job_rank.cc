@@ -84,8 +84,8 @@ std::optional<Job::Next> Job::TakeNext() {
     return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
   }
   if (!job_.ready()) return std::nullopt;
-  if (save_after_ != nullptr && !saving_.has_value()) return SavePoint();
-  if (!control_.empty()) {
+  if (save_after_ != nullptr) return SavePoint();
+  if (again_.empty() && !control_.empty()) {
     OperationPtr op = control_.front();
     control_.pop_front();
     return Begin(op);
@@ -96,13 +96,12 @@ std::optional<Job::Next> Job::TakeNext() {
     if (flight.op != nullptr && flight.op->crashes > 0) return std::nullopt;
   }
   if (!again_.empty()) {
-    const OperationPtr& first = again_.front();
-    if (first->crashes > 0 && !in_flight_.empty()) return std::nullopt;
-    if (saving_.has_value() && (first->kind == v1::OPERATION_KIND_SAVE_STATE ||
-                                first->kind == v1::OPERATION_KIND_LOAD_STATE)) {
+    const OperationPtr op = again_.front();
+    if (op->crashes > 0 && !in_flight_.empty()) return std::nullopt;
+    if (saving_.has_value() && (op->kind == v1::OPERATION_KIND_SAVE_STATE ||
+                                op->kind == v1::OPERATION_KIND_LOAD_STATE)) {
       return std::nullopt;
     }
-    OperationPtr op = again_.front();
     again_.pop_front();
     return Begin(op);
   }

@@ -18,6 +18,8 @@ namespace {
 
 // An operation may kill so many times before it is given up.
 constexpr int kMostCrashes = 3;
+// Ranks that have lived so long after a recovery did not fail because of it.
+constexpr auto kSound = std::chrono::seconds(60);
 constexpr auto kFirstPause = std::chrono::milliseconds(100);
 constexpr int kMostDoublings = 6;
 // After a checkpoint that could not be written.
@@ -73,6 +75,9 @@ void Job::OnRanksFailed(const absl::Status& status) {
   bool recovers = false;
   {
     absl::MutexLock lock(&mu_);
+    if (job_.ready() && Clock::now() - recovery_ended_ > kSound) {
+      failures_in_row_ = 0;
+    }
     recovers = MayRecover(status);
     restart_due_ = recovers;
     if (recovers) {
@@ -106,11 +111,9 @@ void Job::OnRanksFailed(const absl::Status& status) {
 
 void Job::TakeBackFlights(const absl::Status& status) {
   const bool crash = IsCrash(status);
-  std::deque<OperationPtr> control;
   const auto take = [&](const OperationPtr& op) {
     op->is_again = true;
-    (op->kind == v1::OPERATION_KIND_UNSPECIFIED ? control : again_)
-        .push_back(op);
+    again_.push_back(op);
   };
   // Unless its second command is in flight.
   if (saving_.has_value() && saving_->purpose == Flight::kOperation &&
@@ -127,17 +130,18 @@ void Job::TakeBackFlights(const absl::Status& status) {
     }
     first = false;
   }
+  // Releases of activations that are gone with their ranks are done.
+  for (const OperationPtr& op : control_) {
+    if (op->handle != 0) take(op);
+  }
+  control_.clear();
+  // A handle attaches as its number 0: after all of the one before it.
   std::sort(again_.begin(), again_.end(), [](const auto& a, const auto& b) {
     return std::pair(a->handle, a->seq) < std::pair(b->handle, b->seq);
   });
   saving_.reset();
   end_save_.reset();
   in_flight_.clear();
-  // Releases of activations that are gone with their ranks are done.
-  for (const OperationPtr& op : control_) {
-    if (op->handle != 0) control.push_back(op);
-  }
-  control_ = std::move(control);
   save_after_ = nullptr;
 }
 
@@ -180,7 +184,9 @@ std::optional<Job::Next> Job::NextReplay() {
     ++replay_next_;
     if (!NeedsReplay(op)) continue;
     Next next = Launch({.purpose = Flight::kReplay, .op = op});
-    if (op->final_state == v1::OPERATION_STATE_DONE) {
+    if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) {
+      next.request.command.mutable_reset();
+    } else if (op->final_state == v1::OPERATION_STATE_DONE) {
       next.read_at = op->logged_at;
       next.shapes = op->shapes;
       next.rank_of = op->rank_of;
@@ -213,17 +219,27 @@ OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
   return save;
 }
 
+bool Job::ChangesState(const Operation& op) {
+  if (!op.ran) return false;
+  if (op.final_state != v1::OPERATION_STATE_DONE) {
+    // Its gradients, or that there are none any more.
+    return op.tainted || op.kind == v1::OPERATION_KIND_OPTIM_STEP;
+  }
+  switch (op.kind) {
+    case v1::OPERATION_KIND_SAVE_SNAPSHOT:
+    case v1::OPERATION_KIND_SAVE_STATE:
+      return false;
+    case v1::OPERATION_KIND_FORWARD:
+      return !op.activation_id.empty();
+    default:
+      return true;
+  }
+}
+
 bool Job::NeedsReplay(const OperationPtr& op) const {
   // Older than the state that was loaded.
   if (point_index_ >= 0 && op->outcome_at >= 0 &&
       op->outcome_at < points_[static_cast<size_t>(point_index_)].replay_from) {
-    return false;
-  }
-  if (op->final_state != v1::OPERATION_STATE_DONE) {
-    return op->tainted || op->kind == v1::OPERATION_KIND_OPTIM_STEP;
-  }
-  if (op->kind == v1::OPERATION_KIND_SAVE_SNAPSHOT ||
-      op->kind == v1::OPERATION_KIND_SAVE_STATE) {
     return false;
   }
   if (op->kind != v1::OPERATION_KIND_FORWARD) return true;
@@ -295,6 +311,7 @@ void Job::EndRecovery() {
   if (!RecoveryEnded()) return;
   stage_ = Stage::kRunning;
   recovering_ = false;
+  recovery_ended_ = Clock::now();
   recovery_.set_optimizer_step(job_.optimizer_step());
   recovery_.set_seconds(
       std::chrono::duration<double>(Clock::now() - recovery_began_).count());
@@ -306,8 +323,7 @@ void Job::EndRecovery() {
       recovery_.replayed_ops(), job_.optimizer_step());
 }
 
-// ---- Checkpoints for the next time
-// -------------------------------------------
+// ---- Checkpoints for the next time ----------
 
 bool Job::PointDue(const OperationPtr& op) const {
   if (spec_.forward_only() || saving_.has_value() ||

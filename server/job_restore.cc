@@ -177,7 +177,9 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     if (is_new) unreferenced_.push_back(op);
     job_.set_weight_version(op->weight_version);
     job_.set_optimizer_step(op->optimizer_step);
-    if (op->ran && op->outcome_at >= history_from_) history_.push_back(op);
+    if (ChangesState(*op) && op->outcome_at >= history_from_) {
+      history_.push_back(op);
+    }
     return absl::OkStatus();
   }));
   referenced_at_ = row.log_begin;
@@ -209,7 +211,7 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     // The server ended while it attached.
     if (current_->reset == nullptr || current_->reset->logged_at < 0) {
       current_->reset = ResetOf(*current_);
-      GW_RETURN_IF_ERROR(Log(current_->reset));
+      GW_ASSIGN_OR_RETURN(current_->reset->logged_at, Log(current_->reset));
     }
     control_.push_back(current_->reset);
   }

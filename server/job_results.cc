@@ -43,9 +43,15 @@ void Job::OnDone(const GroupEvent& event) {
   const Flight flight = std::move(*found);
   in_flight_.erase(found);
   if (flight.saves()) saving_.reset();
-  const bool stepped = done.optimizer_step() != job_.optimizer_step();
-  job_.set_weight_version(done.weight_version());
-  job_.set_optimizer_step(done.optimizer_step());
+  // While it recovers, a job is where its log says.
+  const bool replays =
+      flight.purpose == Flight::kReplay || flight.purpose == Flight::kLoadPoint;
+  const bool stepped =
+      !replays && done.optimizer_step() != job_.optimizer_step();
+  if (!replays) {
+    job_.set_weight_version(done.weight_version());
+    job_.set_optimizer_step(done.optimizer_step());
+  }
   *job_.mutable_memory_use() = done.memory_use();
   *job_.mutable_memory_use_max() = event.most_memory;
   environment_->metrics->SetMemoryUse(id_, done.memory_use());
@@ -178,7 +184,7 @@ void Job::Finish(const OperationPtr& op, v1::OperationState state,
     op->changed.SignalAll();
     return;
   }
-  if (op->ran) history_.push_back(op);
+  if (ChangesState(*op)) history_.push_back(op);
   ended_.push_back(op);
   commit_work_.Signal();
 }

@@ -64,8 +64,10 @@ struct Operation {
   int64_t handle = 0;
   int64_t logged_at = -1;
   int64_t outcome_at = -1;
-  // Its record is being written: nobody runs it yet, or answers for it.
+  // Its record is being written, at log_from or behind: nobody runs it yet, or
+  // answers for it.
   bool logging = false;
+  int64_t log_from = 0;
   absl::Status log_failure;
 
   // What it ended with, until the outcome is in the log and `record` may say

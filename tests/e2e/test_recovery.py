@@ -3,11 +3,11 @@
 again, what it refuses. How bits come through any kill is in tests/faults."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
 import signal
+import sqlite3
 
 import calls
 import grpc
@@ -45,6 +45,23 @@ def ended(job):
 
 def log_of(state_dir, job="job"):
     return sorted((pathlib.Path(state_dir) / "jobs" / job / "log").iterdir())
+
+
+def points_of(state_dir):
+    """(number, optimizer step) of the checkpoints that recovery knows."""
+    with contextlib.closing(
+        sqlite3.connect(pathlib.Path(state_dir) / "gradwire.db")
+    ) as database:
+        return database.execute(
+            "SELECT number, optimizer_step FROM recovery_points "
+            "WHERE job_id = 'job' ORDER BY number"
+        ).fetchall()
+
+
+def await_points(state_dir, stubs):
+    """They are written beside the training."""
+    while len(points_of(state_dir)) < 2:
+        stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
 
 
 def new_model(stubs, models, job="job", **spec):
@@ -136,10 +153,11 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
         want = train(new_model(stubs, models, "calm"), 12)
         model = new_model(stubs, models)
         first = train(model, 10)
+        await_points(tmp_path, stubs)
         # What was checkpointed is told from the database, arrays from the log.
         kill(server)
-    points = tmp_path / "jobs" / "job" / "recovery"
-    assert len(list(points.iterdir())) == 2
+    (_, older), (_, newer) = points_of(tmp_path)
+    assert 0 < older < newer <= 10
     with serving(tmp_path, flag) as (server, stubs):
         model.stubs = stubs
         assert [x[1:] for x in first] == [x[1:] for x in want[:10]]
@@ -153,8 +171,8 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
             assert got == arrays
         assert [x[1:] for x in train(model, 2)] == [x[1:] for x in want[10:]]
         job = stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
-        assert job.last_recovery.restored_from == "checkpoint of step 9"
-        assert job.last_recovery.replayed_ops == 2
+        assert job.last_recovery.restored_from == f"checkpoint of step {newer}"
+        assert job.last_recovery.replayed_ops == 2 * (10 - newer)
         # A rank's death alone is mended in the same way.
         os.kill(ranks_of(server.process.pid).pop(), signal.SIGKILL)
         stubs.watch("job", lambda job: job.recoveries == 1 and job.ready)
@@ -167,20 +185,13 @@ def test_a_damaged_checkpoint_only_makes_it_longer(models, tmp_path, damaged):
         want = train(new_model(stubs, models, "calm"), 8)
         model = new_model(stubs, models)
         train(model, 7)
-        # They are written beside the training.
-        folder = tmp_path / "jobs" / "job" / "recovery"
-        while len(list(folder.glob("[1-9]*"))) < 2:
-            stubs.watch("job", ended)
+        await_points(tmp_path, stubs)
         kill(server)
-    points = sorted(
-        folder.glob("[1-9]*"),
-        key=lambda path: int(path.name),
-    )
-    assert len(points) == 2
-    older = json.loads((points[0] / "manifest.json").read_text())
-    step = older["optimizer_step"]
-    for point in points[2 - damaged :]:
-        path = point / "rank-00000.data"
+    points = points_of(tmp_path)
+    step = points[0][1]
+    folder = tmp_path / "jobs" / "job" / "recovery"
+    for number, _ in points[2 - damaged :]:
+        path = folder / str(number) / "rank-00000.data"
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
@@ -368,6 +379,44 @@ def test_kept_activations_come_back(models, tmp_path):
         assert step.grad_norm > 0
 
 
+def test_a_handle_that_attaches_meanwhile_comes_after_what_ran(
+    models, tmp_path
+):
+    with serving(tmp_path) as (server, stubs):
+        old = new_model(stubs, models)
+        refs = []
+        for number in range(8):
+            seq = 2 * number + 1
+            old.forward_backward(calls.batch(DATA), seq=seq)
+            refs.append(old.optim_step(seq=seq + 1, learning_rate=0.01))
+        os.kill(ranks_of(server.process.pid).pop(), signal.SIGKILL)
+        request = training_pb2.CreateModelRequest(
+            session_id=stubs.new_session(),
+            model_seq_id=1,
+            job_id="job",
+            take_over=True,
+        )
+        created = stubs.training.CreateModel(request)
+        ends = [stubs.wait(ref.op_id) for ref in refs]
+        done = [e for e in ends if e.HasField("optim_step")]
+        assert all(
+            e.error.reason == "HANDLE_FENCED" for e in ends if e not in done
+        )
+        assert [e.optim_step.optimizer_step for e in done] == list(
+            range(1, len(done) + 1)
+        )
+        assert created.optimizer_step == len(done)
+        kill(server)
+    with serving(tmp_path) as (server, stubs):
+        new = calls.Model(stubs, created.model_id)
+        # At once, and not only when the ranks have come so far.
+        assert new.info().optimizer_step == len(done)
+        assert stubs.training.CreateModel(request) == created
+        step = new.result(new.optim_step(expected_ops=0)).optim_step
+        assert step.skipped
+        assert step.optimizer_step == len(done)
+
+
 def test_a_clean_stop_loses_nothing_that_was_accepted(models, tmp_path):
     with serving(tmp_path, "--drain_seconds=0") as (server, stubs):
         model = new_model(stubs, models)
@@ -407,8 +456,6 @@ def test_a_job_that_cannot_recover_fails_with_the_reason(models, tmp_path):
 
 def test_a_second_server_is_kept_out_by_its_epoch(models, tmp_path):
     """The lock is one host's; the lease is the state directory's."""
-    import sqlite3
-
     with serving(tmp_path) as (server, stubs):
         model = new_model(stubs, models)
         train(model, 1)
