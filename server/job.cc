@@ -94,7 +94,11 @@ void Job::Start() {
   executor_ = std::thread([this] { Run(); });
   {
     absl::MutexLock lock(&mu_);
-    if (job_.state() != v1::JOB_STATE_CREATING) return;
+    if (job_.state() != v1::JOB_STATE_CREATING) {
+      // It failed under an earlier server, or cannot be restored by this one.
+      Tell(false);
+      return;
+    }
   }
   StartRanks();
 }

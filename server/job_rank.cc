@@ -83,7 +83,8 @@ std::optional<Job::Next> Job::TakeNext() {
   if (stage_ == Stage::kLoadPoint || stage_ == Stage::kReplay) {
     return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
   }
-  if (!job_.ready()) return std::nullopt;
+  // The ranks' failure is known before the job's state says so.
+  if (stage_ != Stage::kRunning || !job_.ready()) return std::nullopt;
   if (save_after_ != nullptr) return SavePoint();
   if (again_.empty() && !control_.empty()) {
     OperationPtr op = control_.front();
