@@ -74,12 +74,20 @@ class DigestVectors {
   }
 #endif
   HWY_INLINE void AddTo(DigestSums& sums, int64_t block) const {
-    const D64 d;
-    sums.AddBlock(block, {hn::GetLane(hn::SumOfLanes(d, sum0_)),
-                          hn::GetLane(hn::SumOfLanes(d, sum1_))});
+    sums.AddBlock(block, {SumOf(sum0_), SumOf(sum1_)});
   }
 
  private:
+  // Not SumOfLanes: of 512 bits the compiler's own header adds signed numbers,
+  // whose overflow is undefined.
+  static HWY_INLINE uint64_t SumOf(V64 vector) {
+    const D64 d;
+    HWY_ALIGN uint64_t lanes[hn::MaxLanes(D64())];
+    hn::Store(vector, d, lanes);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < hn::Lanes(d); ++i) sum += lanes[i];
+    return sum;
+  }
 #if HWY_TARGET != HWY_SCALAR
   static HWY_INLINE V32 Odd(V32 x) {
     return hn::BitCast(D32(), hn::ShiftRight<32>(hn::BitCast(D64(), x)));
