@@ -43,6 +43,16 @@ def ended(job):
     return job.ready or job.state == jobs_pb2.JOB_STATE_FAILED
 
 
+def recovered(stubs):
+    """The job, once it says how it was rebuilt; or that has failed."""
+    while True:
+        job = stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
+        if job.state == jobs_pb2.JOB_STATE_FAILED or (
+            job.ready and job.last_recovery.restored_from
+        ):
+            return job
+
+
 def log_of(state_dir, job="job"):
     return sorted((pathlib.Path(state_dir) / "jobs" / job / "log").iterdir())
 
@@ -139,7 +149,7 @@ def test_the_next_server_knows_all_and_goes_on(models, tmp_path, world_size):
         assert (step.optimizer_step, step.grad_norm) == (3, want[2][2])
         assert [x[1:] for x in train(model, 1)] == [want[3][1:]]
         assert logprobs_now(model) == weights
-        job = stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
+        job = recovered(stubs)
         assert job.last_recovery.cause == "SERVER_STARTED"
         assert job.last_recovery.restored_from == "base model"
         assert job.optimizer_step == 4
@@ -170,7 +180,7 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
             ]
             assert got == arrays
         assert [x[1:] for x in train(model, 2)] == [x[1:] for x in want[10:]]
-        job = stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
+        job = recovered(stubs)
         assert job.last_recovery.restored_from == f"checkpoint of step {newer}"
         assert job.last_recovery.replayed_ops == 2 * (10 - newer)
         # A rank's death alone is mended in the same way.
@@ -197,7 +207,7 @@ def test_a_damaged_checkpoint_only_makes_it_longer(models, tmp_path, damaged):
         path.write_bytes(content)
     with serving(tmp_path, flag) as (server, stubs):
         model.stubs = stubs
-        job = stubs.watch("job", ended)
+        job = recovered(stubs)
         if damaged == 1:
             assert job.last_recovery.damaged_checkpoints == 1
             assert (
