@@ -349,6 +349,7 @@ class Job {
   void OnReplayed(const Flight& flight, const v1::RankDone& done)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool RecoveryEnded() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void DescribeRecovery() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void EndRecovery() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // So that it does not have to begin at the beginning.
   bool PointDue(const OperationPtr& op) const

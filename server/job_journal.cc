@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What of a job is on the disk, and when: operations before they run, what
 // became of them before anybody is told. docs/recovery.md.
-#include <algorithm>
-
 #include "base/log.h"
 #include "base/status.h"
-#include "checkpoint/training_state.h"
 #include "server/failpoint.h"
 #include "server/job.h"
+#include "server/journal_records.h"
 
 namespace gradwire {
 namespace {
@@ -16,9 +14,9 @@ namespace {
 constexpr absl::Duration kFullPause = absl::Milliseconds(200);
 // And until then; a disk that is full for longer fails the job.
 constexpr absl::Duration kFullPatience = absl::Minutes(30);
-// Results that nobody has acknowledged hold the log so far back.
-constexpr int64_t kResultStoreBytes = int64_t{1} << 30;
-constexpr size_t kMostPoints = 2;
+// More of one operation's arrays are not kept in the log: a record has its
+// limit, and so has a message.
+constexpr int64_t kMostArrayBytes = int64_t{1} << 30;
 
 // What a client may build on must be there after a power loss. Of other results
 // it keeps the inputs until an operation of these says that they are.
@@ -29,35 +27,6 @@ bool MustBeDurable(const Operation& op) {
          op.kind != v1::OPERATION_KIND_BACKWARD &&
          op.kind != v1::OPERATION_KIND_ZERO_GRAD &&
          op.kind != v1::OPERATION_KIND_RELEASE_ACTIVATIONS;
-}
-
-v1::JournalOutcome OutcomeOf(const Operation& op, bool with_arrays) {
-  v1::JournalOutcome outcome;
-  *outcome.mutable_operation() = op.record;
-  outcome.mutable_operation()->set_state(op.final_state);
-  outcome.mutable_operation()->clear_queue_position();
-  outcome.set_request_digest(op.digest);
-  outcome.set_digest(op.state_digest);
-  outcome.set_ran(op.ran);
-  outcome.set_tainted(op.tainted);
-  outcome.set_weight_version(op.weight_version);
-  outcome.set_optimizer_step(op.optimizer_step);
-  outcome.set_dropped_ops(op.dropped_ops);
-  outcome.set_closed_below(op.closed_below);
-  outcome.set_activation_id(op.activation_id);
-  *outcome.mutable_logprobs_commit() = op.logprobs_commit;
-  if (op.kind == v1::OPERATION_KIND_BACKWARD) {
-    for (const DatumShape& shape : op.shapes) {
-      outcome.add_shape_n(shape.n);
-      outcome.add_shape_k(shape.k);
-    }
-  }
-  if (with_arrays) {
-    for (const v1::LogprobItem& item : op.logprobs) {
-      *outcome.add_logprobs() = item;
-    }
-  }
-  return outcome;
 }
 
 }  // namespace
@@ -178,7 +147,12 @@ absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
   bool durable = false;
   for (const OperationPtr& op : ended) {
     // Nobody changes it between its end and its publication.
-    const v1::JournalOutcome outcome = OutcomeOf(*op, true);
+    int64_t array_bytes = 0;
+    for (const v1::LogprobItem& item : op->logprobs) {
+      array_bytes += static_cast<int64_t>(item.ByteSizeLong());
+    }
+    const v1::JournalOutcome outcome =
+        OutcomeOf(*op, array_bytes <= kMostArrayBytes);
     GW_RETURN_IF_ERROR(AwaitSpace([&]() -> absl::Status {
       GW_ASSIGN_OR_RETURN(
           const Oplog::Range range,
@@ -244,118 +218,6 @@ void Job::BreakJournal(const absl::Status& status) {
     restart_due_ = false;
   }
   Apply(failed);
-}
-
-// ---- What the log may let go ----------
-
-int64_t Job::LogNeededFrom(int64_t replay_from) const {
-  int64_t from = replay_from;
-  for (const OperationPtr& op : history_) {
-    if (op->outcome_at >= 0 && op->outcome_at < replay_from) continue;
-    // That a handle has attached is all there is to it.
-    if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) continue;
-    if (op->logged_at >= 0) from = std::min(from, op->logged_at);
-  }
-  const int64_t results_from = journal_->end() - kResultStoreBytes;
-  for (const auto& [id, handle] : handles_) {
-    handle->queue.Visit([&](const Operation& op) {
-      if (!op.Final()) {
-        if (op.logging) from = std::min(from, op.log_from);
-        if (op.logged_at >= 0) from = std::min(from, op.logged_at);
-        return;
-      }
-      const bool has_arrays = op.final_state == v1::OPERATION_STATE_DONE &&
-                              !op.expired &&
-                              (op.kind == v1::OPERATION_KIND_FORWARD ||
-                               op.kind == v1::OPERATION_KIND_FORWARD_BACKWARD);
-      if (has_arrays && op.outcome_at >= results_from) {
-        from = std::min(from, op.outcome_at);
-      }
-    });
-  }
-  return from;
-}
-
-absl::Status Job::AddReference(const Reference& reference) {
-  FileSystem& files = PosixFileSystem();
-  if (!reference.usable) {
-    return RemoveState(files, PointDirectory(*reference.point));
-  }
-  Failpoint("checkpoint.before_reference");
-  Metadata::Reference row;
-  std::vector<RecoveryPoint> points;
-  std::vector<RecoveryPoint> old;
-  std::vector<OperationPtr> operations;
-  int64_t replay_from = 0;
-  {
-    absl::MutexLock lock(&mu_);
-    points = points_;
-    if (reference.point.has_value()) {
-      points.push_back(*reference.point);
-      points.back().replay_from = reference.last->outcome_at + 1;
-      while (points.size() > kMostPoints) {
-        old.push_back(points.front());
-        points.erase(points.begin());
-      }
-    }
-    replay_from = points.empty() ? history_from_ : points.front().replay_from;
-    // Without a checkpoint, what history names is all that is needed.
-    row.log_begin =
-        LogNeededFrom(points.empty() ? journal_->end() : replay_from);
-    operations.swap(unreferenced_);
-    for (const auto& [id, handle] : handles_) {
-      row.closed.emplace_back(handle->number, handle->closed_below);
-    }
-    referenced_at_ = journal_->end();
-  }
-  for (const OperationPtr& op : operations) {
-    row.operations.push_back(
-        {op->handle, op->seq, OutcomeOf(*op, false).SerializeAsString()});
-  }
-  if (reference.point.has_value()) {
-    row.point = &points.back();
-    row.oldest_point = points.front().number;
-  }
-  const absl::Status added = environment_->metadata->AddReference(id_, row);
-  {
-    absl::MutexLock lock(&mu_);
-    if (!added.ok()) {
-      unreferenced_.insert(unreferenced_.begin(), operations.begin(),
-                           operations.end());
-      return added;
-    }
-    points_ = points;
-    if (!points.empty()) history_from_ = replay_from;
-    while (!history_.empty() && history_.front()->outcome_at >= 0 &&
-           history_.front()->outcome_at < replay_from) {
-      history_.pop_front();
-    }
-  }
-  Failpoint("checkpoint.after_reference");
-  for (const RecoveryPoint& point : old) {
-    const absl::Status removed = RemoveState(files, PointDirectory(point));
-    if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
-  }
-  GW_RETURN_IF_ERROR(journal_->Trim(row.log_begin));
-  Failpoint("checkpoint.after_trim");
-  return absl::OkStatus();
-}
-
-void Job::RemoveDurableState() {
-  FileSystem& files = PosixFileSystem();
-  for (const std::string part : {"/log", "/recovery"}) {
-    const auto names = files.List(directory() + part);
-    if (!names.ok()) continue;
-    for (const std::string& name : *names) {
-      const std::string path = directory() + part + "/" + name;
-      if (part == "/log") {
-        files.Remove(path).IgnoreError();
-      } else {
-        RemoveState(files, path).IgnoreError();
-      }
-    }
-    files.Remove(directory() + part).IgnoreError();
-  }
 }
 
 }  // namespace gradwire

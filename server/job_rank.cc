@@ -34,7 +34,8 @@ void Job::Run() {
     if (restart_due_ && RestartRanks()) continue;
     if (RecoveryEnded()) {
       // First ready, then no longer recovering: whoever looks in between finds
-      // a job that takes operations.
+      // a job that takes operations, and how it was rebuilt.
+      DescribeRecovery();
       mu_.Unlock();
       Apply({JobEvent::kReady, {}, 1});
       mu_.Lock();

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a job's state comes back: ranks that have failed start again, load the
 // newest checkpoint that is whole, and run what the log says they had run,
-// each operation to the same result. And the checkpoints, so that this does
-// not have to begin at the beginning. docs/recovery.md.
+// each operation to the same result. docs/recovery.md.
 #include <algorithm>
 
+#include "absl/strings/escaping.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "server/grpc_status.h"
 #include "server/job.h"
 #include "server/rank_errors.h"
 #include "server/result_digest.h"
-#include "server/version.h"
 
 namespace gradwire {
 namespace {
@@ -22,17 +21,6 @@ constexpr int kMostCrashes = 3;
 constexpr auto kSound = std::chrono::seconds(60);
 constexpr auto kFirstPause = std::chrono::milliseconds(100);
 constexpr int kMostDoublings = 6;
-// After a checkpoint that could not be written.
-constexpr auto kPointPause = std::chrono::seconds(60);
-
-std::string Hex(const std::string& bytes) {
-  static constexpr char kDigits[] = "0123456789abcdef";
-  std::string out;
-  for (const unsigned char byte : bytes) {
-    out += {kDigits[byte >> 4], kDigits[byte & 15]};
-  }
-  return out;
-}
 
 // By itself, rather than by somebody who kills ranks.
 bool IsCrash(const absl::Status& status) {
@@ -152,10 +140,6 @@ void Job::Break(const absl::Status& status) {
   failure_ = status;
   stage_ = Stage::kStarting;
   work_.SignalAll();
-}
-
-std::string Job::PointDirectory(const RecoveryPoint& point) const {
-  return directory() + "/recovery/" + std::to_string(point.number);
 }
 
 void Job::BeginRecovery() {
@@ -291,8 +275,8 @@ void Job::OnReplayed(const Flight& flight, const v1::RankDone& done) {
           .Server()
           .With("op_id", op.op_id)
           .With("step", done.optimizer_step())
-          .With("value", done.has_error() ? has : Hex(has))
-          .With("limit", Hex(had))
+          .With("value", done.has_error() ? has : absl::BytesToHexString(has))
+          .With("limit", absl::BytesToHexString(had))
           .Message(
               "Running the logged operations again gave another result than "
               "the first time, at " +
@@ -306,12 +290,7 @@ bool Job::RecoveryEnded() const {
          replay_next_ >= history_.size() && !restart_due_;
 }
 
-void Job::EndRecovery() {
-  // Ranks may have failed since it was seen.
-  if (!RecoveryEnded()) return;
-  stage_ = Stage::kRunning;
-  recovering_ = false;
-  recovery_ended_ = Clock::now();
+void Job::DescribeRecovery() {
   recovery_.set_optimizer_step(job_.optimizer_step());
   recovery_.set_seconds(
       std::chrono::duration<double>(Clock::now() - recovery_began_).count());
@@ -323,55 +302,12 @@ void Job::EndRecovery() {
       recovery_.replayed_ops(), job_.optimizer_step());
 }
 
-// ---- Checkpoints for the next time ----------
-
-bool Job::PointDue(const OperationPtr& op) const {
-  if (spec_.forward_only() || saving_.has_value() ||
-      Clock::now() < no_point_before_) {
-    return false;
-  }
-  // What is loaded may be deleted.
-  if (op->kind == v1::OPERATION_KIND_LOAD_STATE) return true;
-  if (op->kind != v1::OPERATION_KIND_OPTIM_STEP) return false;
-  // Kept activations are not saved.
-  for (const auto& [id, activation] : activations_) {
-    if (activation.kept) return false;
-  }
-  return steps_since_point_ + 1 >= environment_->auto_checkpoint_steps ||
-         seconds_since_point_ >= environment_->max_replay_seconds;
-}
-
-Job::Next Job::SavePoint() {
-  Flight flight{.purpose = Flight::kSavePoint, .op = save_after_};
-  save_after_ = nullptr;
-  flight.point.number = next_point_++;
-  const RecoveryPoint point = flight.point;
-  Next next = Launch(std::move(flight));
-  v1::RankSaveState& save = *next.request.command.mutable_save_state();
-  save.set_directory(PointDirectory(point));
-  auto& attributes = *save.mutable_attributes();
-  attributes["base_model"] = spec_.base_model();
-  attributes["precision"] = spec_.precision();
-  attributes["version"] = kVersion;
-  return next;
-}
-
-void Job::OnPointSaved(const Flight& flight, const v1::RankDone& done) {
-  if (done.has_error()) {
-    spdlog::warn("job {}: no checkpoint for its recovery could be written: {}",
-                 id_, done.error().message());
-    no_point_before_ = Clock::now() + kPointPause;
-    return;
-  }
-  RecoveryPoint point = flight.point;
-  point.optimizer_step = done.save_state().optimizer_step();
-  point.weight_version = done.save_state().weight_version();
-  // An operation that failed may have left gradients, which are not saved.
-  const bool usable = flight.op->final_state == v1::OPERATION_STATE_DONE;
-  steps_since_point_ = 0;
-  seconds_since_point_ = 0;
-  references_.push_back({flight.op, point, usable});
-  commit_work_.Signal();
+void Job::EndRecovery() {
+  // Ranks may have failed since it was seen.
+  if (!RecoveryEnded()) return;
+  stage_ = Stage::kRunning;
+  recovering_ = false;
+  recovery_ended_ = Clock::now();
 }
 
 }  // namespace gradwire

@@ -12,6 +12,7 @@
 #include "server/grpc_status.h"
 #include "server/job.h"
 #include "server/job_errors.h"
+#include "server/journal_records.h"
 
 namespace gradwire {
 namespace {
@@ -31,54 +32,6 @@ OperationPtr NewOperation(const std::string& model_id,
   op->record.set_seq_id(seq);
   op->record.set_queue_state(v1::QUEUE_STATE_ACTIVE);
   return op;
-}
-
-void TakeOp(const v1::JournalOp& logged, Operation& op) {
-  op.kind = logged.kind();
-  op.activation_id = logged.activation_id();
-  op.retain_ttl_seconds = logged.retain_ttl_seconds();
-  op.digest = logged.request_digest();
-  op.tokens = logged.tokens();
-  op.bytes = logged.bytes();
-  op.shapes.clear();
-  for (int i = 0; i < logged.shape_n_size(); ++i) {
-    op.shapes.push_back({logged.shape_n(i), logged.shape_k(i)});
-  }
-  op.rank_of.assign(logged.rank_of().begin(), logged.rank_of().end());
-  op.is_again = true;
-  op.name_taken = logged.name_taken();
-  if (op.Ended()) return;
-  op.record.set_kind(logged.kind());
-  op.record.set_state(v1::OPERATION_STATE_QUEUED);
-  *op.record.mutable_create_time() = logged.create_time();
-}
-
-void TakeOutcome(v1::JournalOutcome& outcome, Operation& op) {
-  op.record.Swap(outcome.mutable_operation());
-  op.final_state = op.record.state();
-  op.kind = op.record.kind();
-  op.digest = outcome.request_digest();
-  op.state_digest = outcome.digest();
-  op.ran = outcome.ran();
-  op.tainted = outcome.tainted();
-  op.weight_version = outcome.weight_version();
-  op.optimizer_step = outcome.optimizer_step();
-  op.dropped_ops = outcome.dropped_ops();
-  op.closed_below = outcome.closed_below();
-  op.activation_id = outcome.activation_id();
-  op.logprobs_commit = outcome.logprobs_commit();
-  if (op.shapes.empty()) {
-    for (int i = 0; i < outcome.shape_n_size(); ++i) {
-      op.shapes.push_back({outcome.shape_n(i), outcome.shape_k(i)});
-    }
-  }
-  op.ended = Clock::now();
-}
-
-bool HasArrays(const Operation& op) {
-  return op.final_state == v1::OPERATION_STATE_DONE &&
-         (op.kind == v1::OPERATION_KIND_FORWARD ||
-          op.kind == v1::OPERATION_KIND_FORWARD_BACKWARD);
 }
 
 }  // namespace
@@ -172,8 +125,8 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     op->outcome_at = entry.begin;
     const bool is_new = !op->Ended();
     TakeOutcome(*entry.outcome, *op);
-    op->stored = HasArrays(*op);
-    op->expired = false;
+    op->stored = HasArrays(*op) && entry.outcome->logprobs_size() > 0;
+    op->expired = HasArrays(*op) && !op->stored;
     if (is_new) unreferenced_.push_back(op);
     job_.set_weight_version(op->weight_version);
     job_.set_optimizer_step(op->optimizer_step);

@@ -167,10 +167,13 @@ absl::Status Metadata::SetJobState(const std::string& job_id,
   return Transact([&]() -> absl::Status {
     GW_ASSIGN_OR_RETURN(
         Statement set,
-        database_->Prepare(
-            "UPDATE jobs SET state = ?, error = ? WHERE job_id = ?"));
-    GW_RETURN_IF_ERROR(
-        set.Bind(int64_t{state}).BindBlob(error).Bind(job_id).Run());
+        database_->Prepare("UPDATE jobs SET state = ?, error = ? "
+                           "WHERE job_id = ? AND state != ?"));
+    GW_RETURN_IF_ERROR(set.Bind(int64_t{state})
+                           .BindBlob(error)
+                           .Bind(job_id)
+                           .Bind(int64_t{JobRow::kDeleted})
+                           .Run());
     if (state != JobRow::kDeleted) return absl::OkStatus();
     for (const char* sql : {"DELETE FROM handles WHERE job_id = ?",
                             "DELETE FROM operations WHERE job_id = ?",

@@ -82,7 +82,8 @@ class Metadata {
   absl::Status AddJob(const JobRow& job);
   // Undoes AddJob of a job that could not be begun.
   absl::Status ForgetJob(const std::string& job_id);
-  // Of a deleted one nothing stays but its name.
+  // Of a deleted one nothing stays but its name, and it stays deleted: a
+  // failure of its ranks may come later.
   absl::Status SetJobState(const std::string& job_id, JobRow::State state,
                            const std::string& error);
   absl::Status SetProfile(const std::string& job_id,

@@ -118,6 +118,8 @@ TEST_F(MetadataTest, OfADeletedJobNothingStaysButItsName) {
   EXPECT_TRUE(metadata->Handles("a")->empty());
   EXPECT_TRUE(metadata->Operations("a")->empty());
   EXPECT_TRUE(metadata->Points("a")->empty());
+  ASSERT_TRUE(metadata->SetJobState("a", JobRow::kFailed, "late").ok());
+  EXPECT_EQ(metadata->Jobs()->at(0).state, JobRow::kDeleted);
   EXPECT_EQ(metadata->Handles("b")->size(), 1u);
   EXPECT_EQ(metadata->Operations("b")->size(), 1u);
   EXPECT_EQ(metadata->Points("b")->size(), 1u);

@@ -44,13 +44,10 @@ def ended(job):
 
 
 def recovered(stubs):
-    """The job, once it says how it was rebuilt; or that has failed."""
-    while True:
-        job = stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
-        if job.state == jobs_pb2.JOB_STATE_FAILED or (
-            job.ready and job.last_recovery.restored_from
-        ):
-            return job
+    """The job, as soon as it is ready, or has failed."""
+    job = stubs.watch("job", ended)
+    assert job.last_recovery.restored_from or not job.ready
+    return job
 
 
 def log_of(state_dir, job="job"):
