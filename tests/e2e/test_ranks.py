@@ -218,6 +218,60 @@ def test_a_failed_job_starts_again(fakes, own):
     assert error.reason == "JOB_DELETED"
 
 
+def await_running(own, ref):
+    """Until the ranks have it."""
+    request = operations_pb2.GetOperationRequest(op_id=ref.op_id)
+    while True:
+        operation = own.operations.GetOperation(request)
+        if operation.state == operations_pb2.OPERATION_STATE_RUNNING:
+            return
+
+
+def test_what_crashes_a_rank_each_time_is_given_up(
+    fake_binary, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FAKE_RANK_DELAY", "1")
+    flags = (f"--rank_binary={fake_binary}", "--max_recoveries=5")
+    with (
+        Server(tmp_path, *flags) as server,
+        calls.Stubs(server.address) as own,
+    ):
+        job, model = new_model(own, world_size=2)
+        data = calls.batch(sequences(VOCAB, (5, 3)))
+        ref = model.forward_backward(data)
+        for crashes in range(3):
+            own.watch(job, lambda j, n=crashes: j.recoveries == n and j.ready)
+            await_running(own, ref)
+            os.kill(ranks_by_number(server.process.pid)[1], signal.SIGSEGV)
+            own.watch(job, lambda j, n=crashes: j.recoveries == n + 1)
+        error = calls.refusal(own, lambda: ref)
+        assert error.reason == "OP_CRASHED_WORKER"
+        assert error.metadata["signal"] == str(int(signal.SIGSEGV))
+        assert error.metadata["rank"] == "1"
+        assert error.metadata["limit"] == "3"
+        # It is final, and the job goes on without it.
+        assert calls.refusal(own, lambda: ref).reason == "OP_CRASHED_WORKER"
+        model.logprobs(model.forward_backward(data), 2)
+
+
+def test_a_job_that_keeps_failing_fails(fake_binary, tmp_path):
+    flags = (f"--rank_binary={fake_binary}", "--max_recoveries=2")
+    with (
+        Server(tmp_path, *flags) as server,
+        calls.Stubs(server.address) as own,
+    ):
+        job, _ = new_model(own, world_size=1)
+        for recoveries in (1, 2):
+            os.kill(ranks_by_number(server.process.pid)[0], signal.SIGKILL)
+            own.watch(
+                job, lambda j, n=recoveries: j.recoveries == n and j.ready
+            )
+        os.kill(ranks_by_number(server.process.pid)[0], signal.SIGKILL)
+        assert own.watch(job, failed).status_reason == "RANK_EXITED"
+        own.restart_job(job)
+        own.watch(job, lambda j: j.ready)
+
+
 def test_the_command_line_restarts_a_job(fakes, own, monkeypatch, capsys):
     monkeypatch.setenv("GRADWIRE_ADDRESS", fakes.address)
     job, _ = new_model(own, world_size=1)
