@@ -99,11 +99,12 @@ class Workers:
     """Daemon threads that take work in the order it was given.
 
     Threads of concurrent.futures would keep a process alive that waits for a
-    server.
+    server. A thread ends after `idle` seconds without work.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, idle: float = 5):
         self._limit = limit
+        self._idle = idle
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
@@ -114,7 +115,7 @@ class Workers:
             self._pending += 1
             start = self._threads < min(self._limit, self._pending)
             self._threads += start
-        self._work.put(work)
+            self._work.put(work)
         if start:
             threading.Thread(
                 target=self._run, name="gradwire-worker", daemon=True
@@ -122,7 +123,14 @@ class Workers:
 
     def _run(self) -> None:
         while True:
-            work = self._work.get()
+            try:
+                work = self._work.get(timeout=self._idle)
+            except queue.Empty:
+                with self._lock:
+                    if not self._work.empty():
+                        continue
+                    self._threads -= 1
+                    return
             try:
                 work()
             finally:

@@ -2,6 +2,8 @@
 """Shifting, digests, errors, futures and the derivative of a loss."""
 
 import logging
+import threading
+import time
 
 import grpc
 import numpy as np
@@ -14,7 +16,7 @@ if not hasattr(gradwire, "Datum"):
 from google.rpc import error_details_pb2, status_pb2  # noqa: E402
 from gradwire import errors, wire  # noqa: E402
 from gradwire.custom_loss import differentiate  # noqa: E402
-from gradwire.future import Future  # noqa: E402
+from gradwire.future import Future, Workers  # noqa: E402
 
 
 def test_from_tokens_shifts_and_masks_the_prompt():
@@ -184,3 +186,21 @@ def test_bad_losses_are_refused_before_sending():
         reason(lambda d, lp: (sum(torch.sqrt(x).sum() for x in lp), {}))
         == "NONFINITE_INPUT"
     )
+
+
+def test_idle_workers_end_and_come_again():
+    def running():
+        return [t for t in threading.enumerate() if t.name == "gradwire-worker"]
+
+    before = set(running())
+    workers = Workers(limit=2, idle=0.01)
+    done = threading.Semaphore(0)
+    for _ in range(3):
+        for _ in range(100):
+            workers.submit(done.release)
+        for _ in range(100):
+            assert done.acquire(timeout=60)
+        end = time.monotonic() + 60
+        while set(running()) - before:
+            assert time.monotonic() < end, "a worker without work stays"
+            time.sleep(0.01)
