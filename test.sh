@@ -70,8 +70,11 @@ python_test() {
   local report=$results/$1.xml
   shift
   if [[ $# -eq 0 ]]; then return; fi
+  # A test that hangs fails alone, with the stacks of all threads; one that hangs
+  # outside of Python ends the run.
   timeout --signal=INT "$limit" .venv/bin/python -m pytest -q \
-    -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true \
+    --timeout=300 --timeout-method=signal \
+    -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true \
     -p no:cacheprovider --junitxml="$report" "$@"
   count $? --junit "$report"
 }
