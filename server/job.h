@@ -213,6 +213,8 @@ class Job {
     // Logprobs of the run before, which come again.
     size_t known_items = 0;
     std::vector<v1::LogprobItem> items = {};  // of kReplay
+    // Of kSavePoint: computed since the one before it, when it began.
+    double seconds = 0;
     // Whether its ranks write beside what follows.
     bool saves() const {
       return purpose == kSavePoint ||

@@ -43,7 +43,9 @@ bool Job::PointDue(const OperationPtr& op) const {
 }
 
 Job::Next Job::SavePoint() {
-  Flight flight{.purpose = Flight::kSavePoint, .op = save_after_};
+  Flight flight{.purpose = Flight::kSavePoint,
+                .op = save_after_,
+                .seconds = seconds_since_point_};
   save_after_ = nullptr;
   flight.point.number = next_point_++;
   const RecoveryPoint point = flight.point;
@@ -69,8 +71,10 @@ void Job::OnPointSaved(const Flight& flight, const v1::RankDone& done) {
   point.weight_version = done.save_state().weight_version();
   // An operation that failed may have left gradients, which are not saved.
   const bool usable = flight.op->final_state == v1::OPERATION_STATE_DONE;
-  steps_since_point_ = 0;
-  seconds_since_point_ = 0;
+  // Of those that have ended while it was written, it knows nothing.
+  steps_since_point_ =
+      std::max<int64_t>(0, job_.optimizer_step() - point.optimizer_step);
+  seconds_since_point_ = std::max(0.0, seconds_since_point_ - flight.seconds);
   references_.push_back({flight.op, point, usable});
   commit_work_.Signal();
 }
