@@ -412,6 +412,8 @@ class Job {
   double quadratic_ = 0;
   // What the metadata know of it, and of the profile.
   std::string known_ready_;
+  // Of the ranks that are ready.
+  std::string kernels_;
 
   std::map<std::string, std::unique_ptr<Handle>> handles_;
   Handle* current_ = nullptr;

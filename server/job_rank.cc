@@ -155,12 +155,18 @@ Job::Next Job::Begin(const OperationPtr& op) {
 }
 
 Dispatch Job::LoadModel(int64_t id) const {
+  v1::JobSpec spec = spec_;
+  if (spec.precision().empty()) {
+    // The default of the device that it began on.
+    absl::MutexLock lock(&mu_);
+    spec.set_precision(profile_.precision());
+  }
   Dispatch dispatch;
   for (int rank = 0; rank < world_size(); ++rank) {
     v1::RankCommand& command = dispatch.own.emplace_back().emplace_back();
     command.set_command_id(id);
     v1::RankLoad& load = *command.mutable_load();
-    *load.mutable_spec() = spec_;
+    *load.mutable_spec() = spec;
     load.set_job_id(id_);
     load.set_rank(rank);
     load.set_world_size(world_size());
@@ -235,6 +241,7 @@ void Job::OnRanks(GroupEvent event) {
         known_ready_ = ready;
         profile_ = event.ready.profile();
         quadratic_ = event.ready.quadratic();
+        kernels_ = event.ready.kernels();
         *job_.mutable_memory() = event.ready.memory();
         job_.set_device(profile_.device());
         recovers = recovering_;

@@ -10,6 +10,7 @@
 #include "server/grpc_status.h"
 #include "server/job.h"
 #include "server/rank_errors.h"
+#include "server/replay_check.h"
 #include "server/result_digest.h"
 
 namespace gradwire {
@@ -144,6 +145,7 @@ void Job::Break(const absl::Status& status) {
 
 void Job::BeginRecovery() {
   recovery_.set_replayed_ops(0);
+  recovery_.set_fidelity(v1::REPLAY_FIDELITY_BIT_IDENTICAL);
   point_index_ = static_cast<int64_t>(points_.size()) - 1;
   replay_next_ = 0;
   stage_ = point_index_ >= 0 ? Stage::kLoadPoint : Stage::kReplay;
@@ -270,6 +272,22 @@ void Job::OnReplayed(const Flight& flight, const v1::RankDone& done) {
     has = ResultDigest(done, flight.items);
   }
   if (!done.has_error() && (had.empty() || had == has)) return;
+  // Behind the first operation that other kernels have rounded in another way,
+  // the same kernels too run on another state.
+  const bool may_differ =
+      op.kernels != kernels_ ||
+      recovery_.fidelity() == v1::REPLAY_FIDELITY_WITHIN_TOLERANCE;
+  if (may_differ && IsWithinTolerance(op.record, op.weight_version,
+                                      op.optimizer_step, done)) {
+    if (recovery_.fidelity() != v1::REPLAY_FIDELITY_WITHIN_TOLERANCE) {
+      spdlog::warn(
+          "job {}: {} was run by other kernels, and differs within the "
+          "tolerance: {} then, {} now",
+          id_, op.op_id, op.kernels, kernels_);
+    }
+    recovery_.set_fidelity(v1::REPLAY_FIDELITY_WITHIN_TOLERANCE);
+    return;
+  }
   Break(
       ErrorBuilder(absl::StatusCode::kDataLoss, "REPLAY_DIVERGED")
           .Server()

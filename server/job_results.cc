@@ -92,6 +92,7 @@ void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
     return;
   }
   op->state_digest = ResultDigest(done, op->logprobs);
+  op->kernels = kernels_;
   v1::Operation& record = op->record;
   switch (done.result_case()) {
     case v1::RankDone::kForward: {

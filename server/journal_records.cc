@@ -10,6 +10,7 @@ v1::JournalOutcome OutcomeOf(const Operation& op, bool with_arrays) {
   outcome.mutable_operation()->clear_queue_position();
   outcome.set_request_digest(op.digest);
   outcome.set_digest(op.state_digest);
+  outcome.set_kernels(op.kernels);
   outcome.set_ran(op.ran);
   outcome.set_tainted(op.tainted);
   outcome.set_weight_version(op.weight_version);
@@ -58,6 +59,7 @@ void TakeOutcome(v1::JournalOutcome& outcome, Operation& op) {
   op.kind = op.record.kind();
   op.digest = outcome.request_digest();
   op.state_digest = outcome.digest();
+  op.kernels = outcome.kernels();
   op.ran = outcome.ran();
   op.tainted = outcome.tainted();
   op.weight_version = outcome.weight_version();

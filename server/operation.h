@@ -75,6 +75,7 @@ struct Operation {
   v1::OperationState final_state = v1::OPERATION_STATE_UNSPECIFIED;
   // As in JournalOutcome.
   std::string state_digest;
+  std::string kernels;
   bool ran = false;
   bool tainted = false;
   int64_t weight_version = 0;

@@ -112,6 +112,7 @@ class RankGroup {
     std::unique_ptr<RankProcess> process;
     RankStanding standing;
     bool ready = false;
+    std::string kernels;  // once ready
   };
 
   bool local() const { return !options_.rank_binary.empty(); }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What ranks are sent and what they say, while their group lives.
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/str_join.h"
 #include "base/log.h"
 #include "server/grpc_status.h"
 #include "server/rank_errors.h"
@@ -79,10 +82,16 @@ void RankGroup::Report(int rank, absl::Status status) {
 
 void RankGroup::OnReady(int rank, v1::RankReady ready) {
   seat(rank).ready = true;
+  seat(rank).kernels = ready.kernels();
   if (rank == 0) ready_ = std::move(ready);
+  std::vector<std::string> kernels;
   for (const std::unique_ptr<Seat>& seat : seats_) {
     if (!seat->ready) return;
+    if (kernels.empty() || kernels.back() != seat->kernels) {
+      kernels.push_back(seat->kernels);
+    }
   }
+  ready_.set_kernels(absl::StrJoin(kernels, "; "));
   outbox_.push_back({.kind = GroupEvent::kReady, .ready = ready_});
 }
 

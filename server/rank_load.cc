@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "server/default_precision.h"
 #include "server/grpc_status.h"
+#include "server/kernels_id.h"
 #include "server/rank_group_join.h"
 #include "server/rank_memory.h"
 #include "server/rank_worker.h"
@@ -104,6 +105,8 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   }
   *ready.mutable_ready()->mutable_profile() = *std::move(profile);
   *ready.mutable_ready()->mutable_memory() = ToProto(trainer_->plan());
+  ready.mutable_ready()->set_kernels(
+      KernelsId(ready.ready().profile().device()));
   ready.mutable_ready()->set_quadratic(
       QuadraticCost(trainer_->config(), trainer_->num_parameters()));
   link_.Send(ready);

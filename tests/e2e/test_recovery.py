@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import signal
 import sqlite3
+import time
 
 import calls
 import grpc
@@ -23,6 +24,8 @@ from processes import Server, ranks_of
 
 VOCAB = MODELS["llama"][1]["vocab_size"]
 DATA = sequences(VOCAB, (9, 17, 5, 12))
+BIT_IDENTICAL = jobs_pb2.REPLAY_FIDELITY_BIT_IDENTICAL
+WITHIN_TOLERANCE = jobs_pb2.REPLAY_FIDELITY_WITHIN_TOLERANCE
 
 
 def kill(server):
@@ -50,6 +53,14 @@ def recovered(stubs):
     return job
 
 
+def profile_of(stubs):
+    return stubs.jobs.GetProfile(jobs_pb2.GetProfileRequest(job_id="job"))
+
+
+def arrays_of(parts):
+    return [x.logprobs.data for part in parts for x in part.chunk.items]
+
+
 def log_of(state_dir, job="job"):
     return sorted((pathlib.Path(state_dir) / "jobs" / job / "log").iterdir())
 
@@ -65,9 +76,12 @@ def points_of(state_dir):
         ).fetchall()
 
 
-def await_points(state_dir, stubs):
-    """They are written beside the training."""
-    while len(points_of(state_dir)) < 2:
+def await_points(state_dir, stubs, count):
+    """They are written beside the training, one after the other: steps that
+    were taken meanwhile have none of their own."""
+    end = time.monotonic() + 120
+    while len(points_of(state_dir)) < count:
+        assert time.monotonic() < end, points_of(state_dir)
         stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
 
 
@@ -159,8 +173,10 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
     with serving(tmp_path, flag) as (server, stubs):
         want = train(new_model(stubs, models, "calm"), 12)
         model = new_model(stubs, models)
-        first = train(model, 10)
-        await_points(tmp_path, stubs)
+        first = train(model, 5)
+        await_points(tmp_path, stubs, 1)
+        first += train(model, 5)
+        await_points(tmp_path, stubs, 2)
         # What was checkpointed is told from the database, arrays from the log.
         kill(server)
     (_, older), (_, newer) = points_of(tmp_path)
@@ -169,13 +185,7 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
         model.stubs = stubs
         assert [x[1:] for x in first] == [x[1:] for x in want[:10]]
         for op_id, arrays, _ in first:
-            parts = fetch(stubs, op_id)
-            got = [
-                item.logprobs.data
-                for part in parts
-                for item in part.chunk.items
-            ]
-            assert got == arrays
+            assert arrays_of(fetch(stubs, op_id)) == arrays
         assert [x[1:] for x in train(model, 2)] == [x[1:] for x in want[10:]]
         job = recovered(stubs)
         assert job.last_recovery.restored_from == f"checkpoint of step {newer}"
@@ -191,8 +201,10 @@ def test_a_damaged_checkpoint_only_makes_it_longer(models, tmp_path, damaged):
     with serving(tmp_path, flag) as (server, stubs):
         want = train(new_model(stubs, models, "calm"), 8)
         model = new_model(stubs, models)
-        train(model, 7)
-        await_points(tmp_path, stubs)
+        train(model, 3)
+        await_points(tmp_path, stubs, 1)
+        train(model, 4)
+        await_points(tmp_path, stubs, 2)
         kill(server)
     points = points_of(tmp_path)
     step = points[0][1]
@@ -473,3 +485,51 @@ def test_a_second_server_is_kept_out_by_its_epoch(models, tmp_path):
         assert step.reason == "EPOCH_FENCED"
         job = stubs.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="job"))
         assert job.state == jobs_pb2.JOB_STATE_FAILED
+
+
+def test_other_kernels_replay_within_a_tolerance(models, tmp_path, monkeypatch):
+    """Another instruction set, or build, rounds in another way; that is said,
+    and a change that is more than rounding still stops the job."""
+    base = tmp_path / "model"
+    shutil.copytree(models["llama"], base)
+    state = tmp_path / "state"
+    state.mkdir()
+    with serving(state) as (server, stubs):
+        stubs.create_job("job", base_model=str(base))
+        model = calls.Model(stubs, stubs.attach("job"))
+        precision = profile_of(stubs).precision
+        first = train(model, 3)
+        kill(server)
+    with serving(state) as (server, stubs):
+        job = recovered(stubs)
+        assert job.last_recovery.fidelity == BIT_IDENTICAL
+        kill(server)
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "SSE41")
+    with serving(state) as (server, stubs):
+        job = recovered(stubs)
+        assert job.ready, job.status_message
+        assert job.last_recovery.fidelity == WITHIN_TOLERANCE
+        assert job.optimizer_step == 3
+        # The precision is that of the beginning, whatever suits this device.
+        assert profile_of(stubs).precision == precision
+        # What had been told is told again, to the bit.
+        for op_id, arrays, _ in first:
+            assert arrays_of(fetch(stubs, op_id)) == arrays
+        model.stubs = stubs
+        # Both kinds of records are in the log now.
+        train(model, 2)
+        kill(server)
+    with serving(state) as (server, stubs):
+        job = recovered(stubs)
+        assert job.ready, job.status_message
+        assert job.last_recovery.fidelity == WITHIN_TOLERANCE
+        model.stubs = stubs
+        train(model, 1)
+        kill(server)
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    for i in range(len(content) // 2, len(content), 4):
+        content[i + 3] ^= 0x80  # the sign
+    path.write_bytes(content)
+    with serving(state) as (server, stubs):
+        assert recovered(stubs).status_reason == "REPLAY_DIVERGED"
