@@ -207,6 +207,24 @@ absl::StatusOr<std::vector<v1::Checkpoint>> CheckpointCatalogue::List(
   return rows;
 }
 
+absl::StatusOr<std::vector<CheckpointRef>> CheckpointCatalogue::Refs() const {
+  GW_ASSIGN_OR_RETURN(const auto jobs, NamesIn(jobs_directory_));
+  std::vector<CheckpointRef> refs;
+  for (const std::string& job : jobs) {
+    for (const bool snapshot : {false, true}) {
+      CheckpointRef ref = {job, "", snapshot};
+      GW_ASSIGN_OR_RETURN(const auto names, NamesIn(jobs_directory_ + "/" +
+                                                    job + "/" + ref.folder()));
+      for (const std::string& name : names) {
+        if (!CheckName(name, "name").ok()) continue;  // not yet one
+        ref.name = name;
+        refs.push_back(ref);
+      }
+    }
+  }
+  return refs;
+}
+
 absl::StatusOr<v1::Checkpoint> CheckpointCatalogue::GetSnapshot(
     const CheckpointRef& ref) const {
   const std::string directory = SnapshotsOf(ref.job_id);

@@ -35,6 +35,8 @@ class CheckpointCatalogue {
   // are damaged have an error in place of what is not known.
   absl::StatusOr<std::vector<v1::Checkpoint>> List(
       const std::string& job_id) const;
+  // All that there are, by name alone: in each job checkpoints, then snapshots.
+  absl::StatusOr<std::vector<CheckpointRef>> Refs() const;
   // Errors: those of StateReader, or of ReadSnapshot.
   absl::StatusOr<v1::Checkpoint> Get(const CheckpointRef& ref) const;
   // Errors: also those of ReadChain and SnapshotImage.

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <set>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -27,17 +30,90 @@ absl::Status CheckList(const v1::ListCheckpointsRequest& request) {
                                   : CheckJobId(request.job_id());
 }
 
+absl::Status NoStore() {
+  return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
+                      "OBJECT_STORE_MISSING")
+      .Server()
+      .Message(
+          "This server has no object store. Start it with --object_store, or "
+          "leave out what asks for one.");
+}
+
 }  // namespace
+
+absl::StatusOr<std::vector<v1::Checkpoint>> CheckpointServiceImpl::Rows(
+    const v1::ListCheckpointsRequest& request) const {
+  GW_ASSIGN_OR_RETURN(std::vector<v1::Checkpoint> rows,
+                      catalogue().List(request.job_id()));
+  RemoteStore* const remote = context_.remote;
+  if (remote == nullptr) {
+    if (request.remote()) return NoStore();
+    return rows;
+  }
+  std::set<std::string> known;
+  for (v1::Checkpoint& row : rows) {
+    known.insert(row.path());
+    if (auto ref = ParseCatalogueRef(row.path(), "path"); ref.ok()) {
+      remote->Fill(*ref, row);
+    }
+  }
+  if (!request.remote()) return rows;
+  GW_ASSIGN_OR_RETURN(std::vector<v1::Checkpoint> there,
+                      remote->List(request.job_id()));
+  for (v1::Checkpoint& row : there) {
+    if (known.count(row.path()) == 0) rows.push_back(std::move(row));
+  }
+  std::stable_sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.create_time().seconds(), a.create_time().nanos()) <
+           std::pair(b.create_time().seconds(), b.create_time().nanos());
+  });
+  return rows;
+}
+
+absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Get(
+    const CheckpointRef& ref) const {
+  auto row = catalogue().Get(ref);
+  RemoteStore* const remote = context_.remote;
+  if (remote == nullptr) return row;
+  if (row.ok()) remote->Fill(ref, *row);
+  if (!absl::IsNotFound(row.status())) return row;
+  auto there = remote->Get(ref);
+  // Of neither, the disk's answer.
+  return absl::IsNotFound(there.status()) ? row : there;
+}
+
+absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Delete(
+    const CheckpointRef& ref) const {
+  RemoteStore* const remote = context_.remote;
+  if (remote == nullptr) return catalogue().Delete(ref);
+  auto row = catalogue().Delete(ref);
+  if (absl::IsNotFound(row.status())) {
+    const auto there = remote->Get(ref);
+    if (absl::IsNotFound(there.status())) return row;
+    GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));
+    row = there;
+  }
+  GW_RETURN_IF_ERROR(row.status());
+  GW_RETURN_IF_ERROR(remote->Remove(ref));
+  return row;
+}
+
+absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Fetch(
+    const CheckpointRef& ref) const {
+  if (context_.remote == nullptr) return NoStore();
+  GW_RETURN_IF_ERROR(context_.remote->Fetch(ref));
+  return Get(ref);
+}
 
 absl::StatusOr<v1::ListCheckpointsResponse> CheckpointServiceImpl::List(
     const v1::ListCheckpointsRequest& request) const {
   GW_RETURN_IF_ERROR(CheckList(request));
-  if (!request.job_id().empty() && !catalogue().KnowsJob(request.job_id())) {
+  if (!request.job_id().empty() && !request.remote() &&
+      !catalogue().KnowsJob(request.job_id())) {
     // It may have saved nothing yet.
     GW_RETURN_IF_ERROR(context_.jobs->Get(request.job_id()).status());
   }
-  GW_ASSIGN_OR_RETURN(const std::vector<v1::Checkpoint> rows,
-                      catalogue().List(request.job_id()));
+  GW_ASSIGN_OR_RETURN(const std::vector<v1::Checkpoint> rows, Rows(request));
   auto next = rows.begin();
   if (!request.page_token().empty()) {
     // The last row of the page before; rows never change their order.
@@ -77,10 +153,11 @@ grpc::Status CheckpointServiceImpl::ListCheckpoints(
 }
 
 grpc::Status CheckpointServiceImpl::Answer(const v1::CheckpointRequest& request,
-                                           Call call, v1::Checkpoint* reply) {
+                                           const Call& call,
+                                           v1::Checkpoint* reply) {
   auto ref = ParseCatalogueRef(request.path(), "path");
   if (!ref.ok()) return ToGrpcStatus(ref.status());
-  auto row = (catalogue().*call)(*ref);
+  auto row = call(*ref);
   if (!row.ok()) return ToGrpcStatus(row.status());
   *reply = *std::move(row);
   return grpc::Status::OK;
@@ -89,19 +166,30 @@ grpc::Status CheckpointServiceImpl::Answer(const v1::CheckpointRequest& request,
 grpc::Status CheckpointServiceImpl::GetCheckpoint(
     grpc::ServerContext*, const v1::CheckpointRequest* request,
     v1::Checkpoint* reply) {
-  return Answer(*request, &CheckpointCatalogue::Get, reply);
+  return Answer(
+      *request, [this](const auto& ref) { return Get(ref); }, reply);
 }
 
 grpc::Status CheckpointServiceImpl::VerifyCheckpoint(
     grpc::ServerContext*, const v1::CheckpointRequest* request,
     v1::Checkpoint* reply) {
-  return Answer(*request, &CheckpointCatalogue::Verify, reply);
+  return Answer(
+      *request, [this](const auto& ref) { return catalogue().Verify(ref); },
+      reply);
 }
 
 grpc::Status CheckpointServiceImpl::DeleteCheckpoint(
     grpc::ServerContext*, const v1::CheckpointRequest* request,
     v1::Checkpoint* reply) {
-  return Answer(*request, &CheckpointCatalogue::Delete, reply);
+  return Answer(
+      *request, [this](const auto& ref) { return Delete(ref); }, reply);
+}
+
+grpc::Status CheckpointServiceImpl::FetchCheckpoint(
+    grpc::ServerContext*, const v1::CheckpointRequest* request,
+    v1::Checkpoint* reply) {
+  return Answer(
+      *request, [this](const auto& ref) { return Fetch(ref); }, reply);
 }
 
 grpc::Status CheckpointServiceImpl::PromoteCheckpoint(

@@ -11,8 +11,10 @@
 
 namespace gradwire {
 
-Collector::Collector(CheckpointCatalogue catalogue, absl::Duration interval)
+Collector::Collector(CheckpointCatalogue catalogue, absl::Duration interval,
+                     std::function<void(const CheckpointRef& ref)> on_deleted)
     : catalogue_(std::move(catalogue)),
+      on_deleted_(std::move(on_deleted)),
       thread_([this, interval] { Run(interval); }) {}
 
 Collector::~Collector() {
@@ -31,6 +33,9 @@ void Collector::Run(absl::Duration interval) {
     const absl::Status status = catalogue_.DeleteExpired(absl::Now(), paths);
     for (const std::string& path : paths) {
       spdlog::info("{} has expired and was deleted", path);
+      if (auto ref = ParseCatalogueRef(path, "path"); ref.ok()) {
+        on_deleted_(*ref);
+      }
     }
     // Once for each reason.
     const std::string now(status.message());

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <functional>
 #include <mutex>
 #include <thread>
 
@@ -15,13 +16,16 @@ namespace gradwire {
 class Collector {
  public:
   // Begins at once, and again after each `interval`; the destructor ends it.
-  Collector(CheckpointCatalogue catalogue, absl::Duration interval);
+  // `on_deleted` is told of each.
+  Collector(CheckpointCatalogue catalogue, absl::Duration interval,
+            std::function<void(const CheckpointRef& ref)> on_deleted);
   ~Collector();
 
  private:
   void Run(absl::Duration interval);
 
   const CheckpointCatalogue catalogue_;
+  const std::function<void(const CheckpointRef& ref)> on_deleted_;
   std::mutex mutex_;
   std::condition_variable ending_;
   bool end_ = false;  // guarded by mutex_

@@ -67,6 +67,21 @@ ABSL_FLAG(int64_t, auto_checkpoint_steps, 100,
 ABSL_FLAG(double, max_replay_seconds, 300,
           "a checkpoint for recovery is written once recovery without it would "
           "repeat so many seconds of computing");
+ABSL_FLAG(std::string, object_store, "",
+          "s3://bucket or s3://bucket/prefix, where checkpoints and snapshots "
+          "are copied to; keys are AWS_ACCESS_KEY_ID and "
+          "AWS_SECRET_ACCESS_KEY of the environment");
+ABSL_FLAG(std::string, object_store_endpoint, "",
+          "https://host[:port] of an S3 API; default: AWS_ENDPOINT_URL, or "
+          "AWS's own");
+ABSL_FLAG(std::string, object_store_region, "",
+          "its region; default: AWS_REGION, or us-east-1");
+ABSL_FLAG(std::string, object_store_ca, "",
+          "PEM file of authorities for its certificate; default: the system's");
+ABSL_FLAG(bool, object_store_insecure, false,
+          "let its endpoint be another machine's without TLS");
+ABSL_FLAG(int, object_store_part_mib, 16,
+          "files larger than this are sent in parts of this size");
 ABSL_FLAG(int64_t, max_queued_ops, 64, "operations that wait in one model");
 
 namespace gradwire {
@@ -168,6 +183,19 @@ int Main() {
   options.rank_tls.key = absl::GetFlag(FLAGS_rank_tls_key);
   options.rank_tls.ca = absl::GetFlag(FLAGS_rank_tls_ca);
   options.rank_tls.insecure = absl::GetFlag(FLAGS_rank_insecure);
+  options.object_store.url = absl::GetFlag(FLAGS_object_store);
+  options.object_store.endpoint = absl::GetFlag(FLAGS_object_store_endpoint);
+  options.object_store.region = absl::GetFlag(FLAGS_object_store_region);
+  options.object_store.ca_file = absl::GetFlag(FLAGS_object_store_ca);
+  options.object_store_insecure = absl::GetFlag(FLAGS_object_store_insecure);
+  FillFromEnvironment(options.object_store);
+  const int part_mib = absl::GetFlag(FLAGS_object_store_part_mib);
+  // S3's own limits.
+  if (part_mib < 5 || part_mib > 5120) {
+    spdlog::error("--object_store_part_mib must be from 5 to 5120");
+    return kBadConfiguration;
+  }
+  options.object_store.part_bytes = int64_t{part_mib} << 20;
   const double drain = absl::GetFlag(FLAGS_drain_seconds);
   if (!(drain >= 0 && drain <= 86400)) {
     spdlog::error("--drain_seconds must be from 0 to 86400");

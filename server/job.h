@@ -66,6 +66,8 @@ struct JobEnvironment {
   std::chrono::milliseconds retain_ttl = std::chrono::seconds(60);
   std::chrono::milliseconds result_retention = std::chrono::hours(1);
   std::atomic<bool> draining{false};
+  // Told of every checkpoint and snapshot that was published.
+  std::function<void()> on_saved = [] {};
   // Told of every change of a job's state; called with the job's mutex held.
   std::function<void(const v1::Job&)> on_change;
 };

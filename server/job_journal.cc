@@ -188,6 +188,11 @@ void Job::Publish(const OperationPtr& op, bool recorded) {
   op->record.set_state(op->final_state);
   op->changed.SignalAll();
   if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) return;
+  if (op->final_state == v1::OPERATION_STATE_DONE &&
+      (op->kind == v1::OPERATION_KIND_SAVE_STATE ||
+       op->kind == v1::OPERATION_KIND_SAVE_SNAPSHOT)) {
+    environment_->on_saved();
+  }
   results_.push_back(op);
   environment_->sessions->Publish(op->session_id, op->record);
   Measure(op);

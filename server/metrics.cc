@@ -133,6 +133,14 @@ struct Metrics::State {
       MakeGauge("gradwire_job_step", "Optimizer steps applied.");
   Family<Counter>& restarts = MakeCounter(
       "gradwire_job_restarts_total", "Restarts, by what made them necessary.");
+  Family<Counter>& uploads =
+      MakeCounter("gradwire_object_store_uploads_total",
+                  "Checkpoints and snapshots copied, by outcome of a try.");
+  Family<Counter>& upload_bytes = MakeCounter(
+      "gradwire_object_store_upload_bytes_total", "Bytes of such copies.");
+  Family<Gauge>& uploads_waiting =
+      MakeGauge("gradwire_object_store_uploads_waiting",
+                "Checkpoints and snapshots that have no copy yet.");
   Family<Gauge>& queue_depth =
       MakeGauge("gradwire_ops_queue_depth", "Operations that wait.");
   Family<Gauge>& queue_bytes =
@@ -369,6 +377,18 @@ void Metrics::SetStep(const std::string& job_id, int64_t step, double grad_norm,
 
 void Metrics::SetLoss(const std::string& job_id, double loss) {
   state_->OfJob(state_->loss, job_id).Set(loss);
+}
+
+void Metrics::CountUpload(const std::string& outcome) {
+  state_->uploads.Add({{"outcome", outcome}}).Increment();
+}
+
+void Metrics::CountUploadBytes(int64_t bytes) {
+  state_->upload_bytes.Add({}).Increment(static_cast<double>(bytes));
+}
+
+void Metrics::SetUploadsWaiting(int64_t count) {
+  state_->uploads_waiting.Add({}).Set(static_cast<double>(count));
 }
 
 void Metrics::CountDedup(const std::string& op, const std::string& outcome) {

@@ -48,6 +48,11 @@ class Metrics {
                double learning_rate);
   void SetLoss(const std::string& job_id, double loss);
 
+  // Of copies in an object store; outcome: ok, error.
+  void CountUpload(const std::string& outcome);
+  void CountUploadBytes(int64_t bytes);
+  void SetUploadsWaiting(int64_t count);
+
   void CountDedup(const std::string& op, const std::string& outcome);
   void CountRejected(const std::string& reason);
   void RpcStarted(const std::string& service, const std::string& method,

@@ -12,6 +12,7 @@
 #include "gradwire/v1/training.grpc.pb.h"
 #include "server/checkpoint_catalogue.h"
 #include "server/job_table.h"
+#include "server/remote_store.h"
 #include "server/session_table.h"
 
 namespace gradwire {
@@ -28,6 +29,7 @@ struct ServiceContext {
   JobTable* jobs = nullptr;
   SessionTable* sessions = nullptr;
   JobEnvironment* environment = nullptr;
+  RemoteStore* remote = nullptr;  // null: the server has no object store
   ServiceLimits limits;
   Clock::time_point started = Clock::now();
   std::string metrics_address;
@@ -84,6 +86,9 @@ class CheckpointServiceImpl final : public v1::CheckpointService::Service {
   grpc::Status DeleteCheckpoint(grpc::ServerContext* call,
                                 const v1::CheckpointRequest* request,
                                 v1::Checkpoint* reply) override;
+  grpc::Status FetchCheckpoint(grpc::ServerContext* call,
+                               const v1::CheckpointRequest* request,
+                               v1::Checkpoint* reply) override;
   grpc::Status PromoteCheckpoint(grpc::ServerContext* call,
                                  const v1::PromoteCheckpointRequest* request,
                                  v1::PromotedModel* reply) override;
@@ -95,13 +100,19 @@ class CheckpointServiceImpl final : public v1::CheckpointService::Service {
                           grpc::ServerWriter<v1::FilePart>* writer) override;
 
  private:
-  using Call = absl::StatusOr<v1::Checkpoint> (CheckpointCatalogue::*)(
-      const CheckpointRef& ref) const;
+  using Call =
+      std::function<absl::StatusOr<v1::Checkpoint>(const CheckpointRef& ref)>;
 
+  absl::StatusOr<std::vector<v1::Checkpoint>> Rows(
+      const v1::ListCheckpointsRequest& request) const;
   absl::StatusOr<v1::ListCheckpointsResponse> List(
       const v1::ListCheckpointsRequest& request) const;
-  grpc::Status Answer(const v1::CheckpointRequest& request, Call call,
-                      v1::Checkpoint* reply);
+  // Of the disk, or else of the object store.
+  absl::StatusOr<v1::Checkpoint> Get(const CheckpointRef& ref) const;
+  absl::StatusOr<v1::Checkpoint> Delete(const CheckpointRef& ref) const;
+  absl::StatusOr<v1::Checkpoint> Fetch(const CheckpointRef& ref) const;
+  static grpc::Status Answer(const v1::CheckpointRequest& request,
+                             const Call& call, v1::Checkpoint* reply);
 
   CheckpointCatalogue catalogue() const {
     return CheckpointCatalogue(context_.environment->jobs_directory);
@@ -203,6 +214,9 @@ class TrainingServiceImpl final : public v1::TrainingService::Service {
       override;
 
  private:
+  // What is in the object store alone comes back to the disk.
+  absl::Status FetchState(const v1::LoadStateRequest& request,
+                          const CheckpointRef& ref);
   ServiceContext& context_;
 };
 

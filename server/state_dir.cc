@@ -17,6 +17,7 @@
 #include "base/error.h"
 #include "base/status.h"
 #include "checkpoint/file_system.h"
+#include "checkpoint/remote/remote_checkpoints.h"
 #include "checkpoint/snapshot/list.h"
 #include "checkpoint/training_state.h"
 
@@ -57,6 +58,10 @@ absl::Status RemovePending(const std::string& jobs, const std::string& models) {
     const absl::Status removed =
         RemoveLeftovers(PosixFileSystem(), (job / "checkpoints").string());
     if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
+    for (const char* folder : {"checkpoints", "snapshots"}) {
+      GW_RETURN_IF_ERROR(
+          RemoveUnfinishedFetches(PosixFileSystem(), (job / folder).string()));
+    }
   }
   return absl::OkStatus();
 }

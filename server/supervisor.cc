@@ -157,12 +157,18 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   if (environment.external) {
     GW_RETURN_IF_ERROR(server->StartExternalRankListener(options));
   }
+  if (!options.object_store.url.empty()) {
+    GW_RETURN_IF_ERROR(server->StartRemoteStore(options));
+  }
   // Before the first client, who may ask for one of them.
   GW_RETURN_IF_ERROR(server->jobs_.Restore());
   GW_RETURN_IF_ERROR(server->StartPublicListener(options.listen));
   server->collector_ = std::make_unique<Collector>(
       CheckpointCatalogue(environment.jobs_directory),
-      absl::Seconds(options.collect_seconds));
+      absl::Seconds(options.collect_seconds),
+      [remote = server->remote_.get()](const CheckpointRef& ref) {
+        if (remote != nullptr) remote->RemoveLater(ref);
+      });
   for (const char* service : kServices) server->health_.Set(service, true);
   server->serving_ = true;
   if (!options.port_file.empty()) {
@@ -172,6 +178,43 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
                         server->metrics_->address(), server->rank_address_));
   }
   return server;
+}
+
+absl::Status Supervisor::StartRemoteStore(const SupervisorOptions& options) {
+  constexpr std::string_view kHttp = "http://";
+  const std::string& endpoint = options.object_store.endpoint;
+  if (endpoint.starts_with(kHttp) && !options.object_store_insecure) {
+    const std::string rest = endpoint.substr(kHttp.size());
+    GW_ASSIGN_OR_RETURN(
+        const HostPort where,
+        ParseHostPort(rest.find(':') == std::string::npos ? rest + ":80"
+                                                          : rest));
+    if (!IsLoopback(where.host)) {
+      return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                          "OBJECT_STORE_INVALID")
+          .With("field", "object_store_endpoint")
+          .With("value", endpoint)
+          .Message("--object_store_endpoint=" + endpoint +
+                   " would carry weights over a network without TLS. Use "
+                   "https://, or allow it with --object_store_insecure.");
+    }
+  }
+  GW_ASSIGN_OR_RETURN(auto store, OpenS3(options.object_store));
+  // What is wrong with the flags is said now; what is away may come.
+  S3Options once = options.object_store;
+  once.tries = 1;
+  GW_ASSIGN_OR_RETURN(auto probe, OpenS3(once));
+  if (const absl::Status there = probe->Check(); absl::IsUnavailable(there)) {
+    spdlog::warn("{}: {}", probe->url(), std::string(there.message()));
+  } else {
+    GW_RETURN_IF_ERROR(there);
+  }
+  remote_ = std::make_unique<RemoteStore>(
+      std::move(store), CheckpointCatalogue(environment_.jobs_directory),
+      metadata_->server_id(), metadata_->epoch(), &registry_);
+  environment_.on_saved = [remote = remote_.get()] { remote->Wake(); };
+  context_.remote = remote_.get();
+  return absl::OkStatus();
 }
 
 absl::Status Supervisor::StartRankListener() {
@@ -285,6 +328,7 @@ void Supervisor::Stop(absl::Duration drain) {
   rank_server_->Shutdown(grace);
   if (external_rank_server_ != nullptr) external_rank_server_->Shutdown(grace);
   collector_.reset();
+  if (remote_ != nullptr) remote_->End();
   port_file_.reset();
   metrics_.reset();
 }

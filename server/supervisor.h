@@ -7,12 +7,14 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "checkpoint/remote/s3_object_store.h"
 #include "server/collector.h"
 #include "server/health.h"
 #include "server/job_table.h"
 #include "server/metrics.h"
 #include "server/ops_http.h"
 #include "server/rank_tls.h"
+#include "server/remote_store.h"
 #include "server/rpc_metrics.h"
 #include "server/services.h"
 #include "server/session_table.h"
@@ -44,13 +46,18 @@ struct SupervisorOptions {
   std::string rank_listen;
   std::string join_token_file;
   RankTls rank_tls;
+  // No url: no object store.
+  S3Options object_store;
+  // Let its endpoint be http:// of another machine.
+  bool object_store_insecure = false;
 };
 
 class Supervisor {
  public:
   // Serves when it returns. Errors: those of StateDir, PortFile and OpsHttp;
-  // those of Metadata; PORT_TAKEN; ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE;
-  // LAUNCH_INVALID; those of ReadJoinToken and RankServerCredentials.
+  // those of Metadata and OpenS3; OBJECT_STORE_REFUSED; PORT_TAKEN;
+  // ADDRESS_NOT_LOOPBACK; OPTION_OUT_OF_RANGE; LAUNCH_INVALID; those of
+  // ReadJoinToken and RankServerCredentials.
   static absl::StatusOr<std::unique_ptr<Supervisor>> Start(
       const SupervisorOptions& options);
   // No new work; what runs may end within `drain`; then everything stops.
@@ -64,14 +71,17 @@ class Supervisor {
 
  private:
   Supervisor() = default;
+  absl::Status StartRemoteStore(const SupervisorOptions& options);
   absl::Status StartRankListener();
   absl::Status StartExternalRankListener(const SupervisorOptions& options);
   absl::Status StartPublicListener(const std::string& listen);
 
   std::unique_ptr<StateDir> state_dir_;
   std::unique_ptr<Metadata> metadata_;
-  std::unique_ptr<Collector> collector_;
   Metrics registry_;
+  // Jobs tell it of what they save.
+  std::unique_ptr<RemoteStore> remote_;
+  std::unique_ptr<Collector> collector_;
   SessionTable sessions_;
   JobEnvironment environment_;
   HealthService health_;

@@ -265,6 +265,24 @@ grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
                       CheckSaveState(*request), reply);
 }
 
+absl::Status TrainingServiceImpl::FetchState(
+    const v1::LoadStateRequest& request, const CheckpointRef& ref) {
+  constexpr auto kKind = v1::OPERATION_KIND_LOAD_STATE;
+  if (context_.remote == nullptr) return absl::OkStatus();
+  const auto target =
+      FindTarget(context_, request.model_id(), request.seq_id(), kKind);
+  if (!target.ok()) return absl::OkStatus();  // which is said in its turn
+  const absl::Status fetched = context_.remote->Fetch(ref);
+  // Of what is not there either, the ranks say so.
+  if (absl::IsNotFound(fetched)) return absl::OkStatus();
+  const bool may_pass =
+      absl::IsUnavailable(fetched) || absl::IsResourceExhausted(fetched);
+  if (!fetched.ok() && !may_pass) {
+    target->job->EndSeq(request.model_id(), request.seq_id(), kKind, fetched);
+  }
+  return fetched;
+}
+
 grpc::Status TrainingServiceImpl::LoadState(grpc::ServerContext*,
                                             const v1::LoadStateRequest* request,
                                             v1::OperationRef* reply) {
@@ -275,6 +293,9 @@ grpc::Status TrainingServiceImpl::LoadState(grpc::ServerContext*,
   if (ref.ok()) {
     load.set_directory(DirectoryOf(context_, *ref));
     load.set_path("gradwire://" + ref->path());
+    if (const absl::Status there = FetchState(*request, *ref); !there.ok()) {
+      return ToGrpcStatus(there);
+    }
   }
   load.set_optimizer(request->optimizer());
   return SubmitSimple(context_, request->model_id(), request->seq_id(),

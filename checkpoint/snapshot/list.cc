@@ -46,7 +46,10 @@ absl::StatusOr<std::string> ChildOf(FileSystem& files,
   return std::string();
 }
 
-absl::Status HasChildren(const std::string& name, const std::string& child) {
+}  // namespace
+
+absl::Status SnapshotHasChildren(const std::string& name,
+                                 const std::string& child) {
   return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
                       "SNAPSHOT_HAS_CHILDREN")
       .With("field", "name")
@@ -55,8 +58,6 @@ absl::Status HasChildren(const std::string& name, const std::string& child) {
       .Message("snapshot " + name + " is the parent of the delta " + child +
                "; delete that first");
 }
-
-}  // namespace
 
 absl::StatusOr<std::vector<ListedSnapshot>> ListSnapshots(
     FileSystem& files, const std::string& directory) {
@@ -85,7 +86,7 @@ absl::Status RemoveSnapshot(FileSystem& files, const std::string& directory,
   const auto info = files.Stat(path);
   if (info.ok() && info->is_directory) {
     GW_ASSIGN_OR_RETURN(std::string child, ChildOf(files, directory, name));
-    if (!child.empty()) return HasChildren(name, child);
+    if (!child.empty()) return SnapshotHasChildren(name, child);
     GW_RETURN_IF_ERROR(RemoveIfThere(files, hidden));
     GW_RETURN_IF_ERROR(files.Rename(path, hidden));
     // A save may have begun since. If it has not seen that the parent is gone,
@@ -94,7 +95,7 @@ absl::Status RemoveSnapshot(FileSystem& files, const std::string& directory,
     if (!child.empty()) {
       GW_RETURN_IF_ERROR(files.Rename(hidden, path));
       GW_RETURN_IF_ERROR(files.SyncDirectory(directory));
-      return HasChildren(name, child);
+      return SnapshotHasChildren(name, child);
     }
   } else if (!info.ok() && !absl::IsNotFound(info.status())) {
     return info.status();

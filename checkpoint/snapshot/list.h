@@ -25,6 +25,10 @@ struct ListedSnapshot {
 absl::StatusOr<std::vector<ListedSnapshot>> ListSnapshots(
     FileSystem& files, const std::string& directory);
 
+// The error: FAILED_PRECONDITION SNAPSHOT_HAS_CHILDREN (child).
+absl::Status SnapshotHasChildren(const std::string& name,
+                                 const std::string& child);
+
 // Takes a snapshot away, be it damaged or not; its name is free when this
 // returns. A parent of another one stays, also of one that is being made: a
 // save that has begun before keeps its parent, one that begins later does not

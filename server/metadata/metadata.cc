@@ -52,6 +52,12 @@ CREATE TABLE recovery_points (
   optimizer_step INTEGER NOT NULL,
   weight_version INTEGER NOT NULL,
   PRIMARY KEY (job_id, number)) WITHOUT ROWID)",
+      // A name of its own among all servers that share an object store.
+      R"(
+CREATE TABLE server (
+  only INTEGER PRIMARY KEY CHECK (only = 1),
+  id TEXT NOT NULL);
+INSERT INTO server VALUES (1, lower(hex(randomblob(6)))))",
   };
   return *migrations;
 }
@@ -70,6 +76,10 @@ absl::StatusOr<std::unique_ptr<Metadata>> Metadata::Open(
   metadata->epoch_ = lease.Int(0);
   // It has not been committed before it is through.
   GW_RETURN_IF_ERROR(lease.Run());
+  GW_ASSIGN_OR_RETURN(Statement server,
+                      database.Prepare("SELECT id FROM server"));
+  GW_RETURN_IF_ERROR(server.Step().status());
+  metadata->server_id_ = server.Bytes(0);
   return metadata;
 }
 

@@ -74,6 +74,8 @@ class Metadata {
       const std::string& path);
 
   int64_t epoch() const { return epoch_; }
+  // Of this file; twelve of [0-9a-f].
+  const std::string& server_id() const { return server_id_; }
 
   absl::Status AddSession(const std::string& session_id);
   absl::Status FinishSession(const std::string& session_id);
@@ -125,6 +127,7 @@ class Metadata {
   std::mutex mutex_;
   std::unique_ptr<Database> database_;  // guarded by mutex_
   int64_t epoch_ = 0;
+  std::string server_id_;
 };
 
 }  // namespace gradwire

@@ -190,6 +190,10 @@ def _checkpoint_line(row: Any) -> str:
         f"{path:48} {when}  {row.kind or 'training':8} "
         f"step {row.optimizer_step}  {_mib(row.bytes)}  {model}"
     )
+    if row.object_url:
+        line += f"  {'at' if row.local_path else 'only at'} {row.object_url}"
+    if row.HasField("upload_error"):
+        line += f"  no copy: {row.upload_error.reason}"
     if row.parent:
         line += f"  to {row.parent}"
     if row.HasField("expire_time"):
@@ -262,7 +266,7 @@ def _checkpoint(args: argparse.Namespace) -> int:
 
     with ServiceClient() as service:
         if args.action == "list":
-            rows = service.list_checkpoints(args.what or "")
+            rows = service.list_checkpoints(args.what or "", remote=args.remote)
             if args.json:
                 listed = [_checkpoint_fields(row) for row in rows]
                 print(json.dumps(listed, indent=2))
@@ -280,12 +284,18 @@ def _checkpoint(args: argparse.Namespace) -> int:
             "get": service.get_checkpoint,
             "verify": service.verify_checkpoint,
             "delete": service.delete_checkpoint,
+            "fetch": service.fetch_checkpoint,
         }[args.action]
         row = call(path)
         if args.json:
             print(json.dumps(_checkpoint_fields(row)))
         else:
-            done = {"get": "", "verify": "verified ", "delete": "deleted "}
+            done = {
+                "get": "",
+                "verify": "verified ",
+                "delete": "deleted ",
+                "fetch": "fetched ",
+            }
             _say(done[args.action] + _checkpoint_line(row))
     return 0
 
@@ -348,12 +358,20 @@ def _parser() -> argparse.ArgumentParser:
     job.set_defaults(run=_job)
     checkpoint = commands.add_parser(
         "checkpoint",
-        help="list, get, verify, promote, diff, delete checkpoints and "
+        help="list, get, verify, promote, diff, fetch, delete checkpoints and "
         "snapshots",
     )
     checkpoint.add_argument(
         "action",
-        choices=("list", "get", "verify", "promote", "diff", "delete"),
+        choices=(
+            "list",
+            "get",
+            "verify",
+            "promote",
+            "diff",
+            "fetch",
+            "delete",
+        ),
     )
     checkpoint.add_argument("what", nargs="?", help="a job's id (list), a path")
     checkpoint.add_argument(
@@ -369,6 +387,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("dlt1", "xor", "sparse"),
         default="dlt1",
         help="of --export: docs/delta.md, XOR + zstd, indices and values",
+    )
+    checkpoint.add_argument(
+        "--remote",
+        action="store_true",
+        help="list also what is in the object store alone",
     )
     checkpoint.add_argument("--json", action="store_true")
     checkpoint.set_defaults(run=_checkpoint)

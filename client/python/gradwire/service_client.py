@@ -197,15 +197,19 @@ class ServiceClient:
         request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
         return self.call(self._jobs.DeleteJob, request)
 
-    def list_checkpoints(self, job_id: str = "") -> list[Any]:
+    def list_checkpoints(
+        self, job_id: str = "", *, remote: bool = False
+    ) -> list[Any]:
         """Training checkpoints and snapshots of a job, or of all jobs that
         there are or were; oldest first. `kind` says which one is. One that is
-        damaged has its `error` set."""
+        damaged has its `error` set. `object_url` says where its copy in the
+        server's object store is; with `remote`, those that are there alone are
+        listed as well, and have no `local_path`."""
         rows: list[Any] = []
         token = ""
         while True:
             request = checkpoints_pb2.ListCheckpointsRequest(
-                job_id=job_id, page_size=200, page_token=token
+                job_id=job_id, page_size=200, page_token=token, remote=remote
             )
             page = self.call(self._checkpoints.ListCheckpoints, request)
             rows.extend(page.checkpoints)
@@ -234,6 +238,15 @@ class ServiceClient:
         # A repetition could not tell its own success from a wrong path.
         return self.call_once(
             self._checkpoints.DeleteCheckpoint, request, timeout=None
+        )
+
+    def fetch_checkpoint(self, path: str) -> Any:
+        """Brings a checkpoint or snapshot that is in the object store alone
+        back to the server's disk, with what it needs. `load_state` does so by
+        itself."""
+        request = checkpoints_pb2.CheckpointRequest(path=path)
+        return self.call(
+            self._checkpoints.FetchCheckpoint, request, timeout=None
         )
 
     def promote_checkpoint(self, path: str, model_id: str) -> Any:

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/remote_store.h"
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "base/log.h"
+#include "base/status.h"
+#include "checkpoint/file_system.h"
+#include "checkpoint/snapshot/list.h"
+#include "server/grpc_status.h"
+
+namespace gradwire {
+namespace {
+
+// After a failure, and for what nobody has told of.
+constexpr auto kPause = std::chrono::seconds(30);
+constexpr const char* kFolders[] = {"checkpoints", "snapshots"};
+
+v1::Checkpoint RowOf(const CheckpointRef& ref, const RemoteCommit& commit,
+                     const std::string& url) {
+  v1::Checkpoint row;
+  row.set_path("gradwire://" + ref.path());
+  row.set_job_id(ref.job_id);
+  row.set_name(ref.name);
+  row.set_kind(!ref.snapshot           ? "training"
+               : commit.parent.empty() ? "base"
+                                       : "delta");
+  row.set_parent(commit.parent);
+  row.set_bytes(commit.bytes());
+  row.set_digest(commit.digest);
+  row.set_object_url(url + "/" + ref.path());
+  row.mutable_create_time()->set_seconds(commit.created_micros / 1'000'000);
+  row.mutable_create_time()->set_nanos(
+      static_cast<int32_t>(commit.created_micros % 1'000'000 * 1000));
+  return row;
+}
+
+}  // namespace
+
+RemoteStore::RemoteStore(std::unique_ptr<ObjectStore> store,
+                         CheckpointCatalogue catalogue, std::string server,
+                         int64_t epoch, Metrics* metrics)
+    : store_(std::move(store)),
+      catalogue_(std::move(catalogue)),
+      remote_(*store_, PosixFileSystem(), std::move(server), epoch),
+      metrics_(metrics),
+      thread_([this] { Run(); }) {}
+
+void RemoteStore::End() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    end_ = true;
+  }
+  store_->Stop();
+  work_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+bool RemoteStore::ending() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return end_;
+}
+
+void RemoteStore::Wake() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    woken_ = true;
+  }
+  work_.notify_all();
+}
+
+void RemoteStore::Fill(const CheckpointRef& ref, v1::Checkpoint& row) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (stored_.count(ref.path()) != 0) {
+    row.set_object_url(url() + "/" + ref.path());
+  }
+  const auto failure = failures_.find(ref.path());
+  if (failure != failures_.end()) {
+    *row.mutable_upload_error() = ToOperationError(failure->second);
+  }
+}
+
+// ---- In the background ----
+
+void RemoteStore::Run() {
+  while (true) {
+    RunOnce();
+    std::unique_lock<std::mutex> lock(mutex_);
+    work_.wait_for(lock, kPause, [this] { return end_ || woken_; });
+    if (end_) return;
+    woken_ = false;
+  }
+}
+
+bool RemoteStore::RunOnce() {
+  std::deque<CheckpointRef> removals;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    removals.swap(to_remove_);
+  }
+  bool done = true;
+  for (const CheckpointRef& ref : removals) {
+    if (const absl::Status status = Remove(ref); !status.ok()) {
+      spdlog::warn("{} is not removed from {}: {}", ref.path(), url(),
+                   std::string(status.message()));
+      const std::lock_guard<std::mutex> lock(mutex_);
+      to_remove_.push_back(ref);
+      done = false;
+    }
+  }
+  auto refs = catalogue_.Refs();
+  if (!refs.ok()) {
+    spdlog::warn("checkpoints to store cannot be listed: {}",
+                 std::string(refs.status().message()));
+    return false;
+  }
+  int64_t waiting = 0;
+  const auto is_stored = [this](const CheckpointRef& ref) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return stored_.count(ref.path()) != 0;
+  };
+  for (const CheckpointRef& ref : *refs) waiting += is_stored(ref) ? 0 : 1;
+  metrics_->SetUploadsWaiting(waiting);
+  for (const CheckpointRef& ref : *refs) {
+    if (ending()) return false;
+    if (is_stored(ref)) continue;
+    const absl::Status status = Store(ref);
+    if (ending()) return false;
+    SetFailure(ref, status);
+    metrics_->CountUpload(status.ok() ? "ok" : "error");
+    done = done && status.ok();
+    if (status.ok()) metrics_->SetUploadsWaiting(--waiting);
+  }
+  return done;
+}
+
+void RemoteStore::SetFailure(const CheckpointRef& ref,
+                             const absl::Status& status) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (status.ok()) {
+    failures_.erase(ref.path());
+    return;
+  }
+  const auto [failure, is_new] = failures_.emplace(ref.path(), status);
+  // Once for each reason.
+  if (is_new || failure->second != status) {
+    spdlog::warn("{} is not in {} yet: {}", ref.path(), url(),
+                 std::string(status.message()));
+  }
+  failure->second = status;
+}
+
+absl::Status RemoteStore::Store(const CheckpointRef& ref) {
+  auto row = catalogue_.Get(ref);
+  if (absl::IsNotFound(row.status())) return absl::OkStatus();
+  // What is damaged is not copied.
+  GW_RETURN_IF_ERROR(row.status());
+  if (!row->parent().empty()) {
+    const CheckpointRef parent = {ref.job_id, row->parent(), true};
+    bool is_stored = false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      is_stored = stored_.count(parent.path()) != 0;
+    }
+    // A delta is seen only with the whole chain.
+    if (!is_stored) GW_RETURN_IF_ERROR(Store(parent));
+  }
+  GW_RETURN_IF_ERROR(remote_.Sweep(ref.path()));
+  GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
+                      remote_.Store(ref.path(), catalogue_.DirectoryOf(ref),
+                                    row->digest(), row->parent(),
+                                    row->create_time().seconds() * 1'000'000 +
+                                        row->create_time().nanos() / 1000));
+  bool is_there = false;
+  {
+    // Who deletes it removes the copy after it is gone from the disk: before
+    // this, and then there was none yet, or after it.
+    const std::lock_guard<std::mutex> lock(mutex_);
+    is_there = PosixFileSystem().Stat(catalogue_.DirectoryOf(ref)).ok();
+    if (is_there) stored_.insert(ref.path());
+  }
+  if (!is_there) return remote_.Remove(ref.path());
+  metrics_->CountUploadBytes(commit.bytes());
+  spdlog::info("{} is in {}, {} MiB", ref.path(), url(), commit.bytes() >> 20);
+  return absl::OkStatus();
+}
+
+// ---- For requests ----
+
+absl::StatusOr<v1::Checkpoint> RemoteStore::Get(const CheckpointRef& ref) {
+  GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
+  if (!commit.has_value()) return RemoteCheckpoints::Missing(ref.path());
+  return RowOf(ref, *commit, url());
+}
+
+absl::StatusOr<std::vector<v1::Checkpoint>> RemoteStore::List(
+    const std::string& job_id) {
+  std::vector<std::string> jobs = {job_id};
+  if (job_id.empty()) {
+    GW_ASSIGN_OR_RETURN(jobs, store_->ListSegments("jobs/"));
+  }
+  std::vector<v1::Checkpoint> rows;
+  for (const std::string& job : jobs) {
+    for (const char* folder : kFolders) {
+      GW_ASSIGN_OR_RETURN(const auto names,
+                          remote_.ListNames("jobs/" + job + "/" + folder));
+      for (const std::string& name : names) {
+        if (!CheckName(name, "name").ok()) continue;
+        const CheckpointRef ref = {job, name, folder == kFolders[1]};
+        auto row = Get(ref);
+        if (absl::IsNotFound(row.status())) continue;  // deleted meanwhile
+        if (absl::IsUnavailable(row.status())) return row.status();
+        if (!row.ok()) {
+          const absl::Status why = row.status();
+          row = RowOf(ref, {}, url());
+          *row->mutable_error() = ToOperationError(why);
+        }
+        rows.push_back(*std::move(row));
+      }
+    }
+  }
+  return rows;
+}
+
+absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
+  const std::string directory = catalogue_.DirectoryOf(ref);
+  FileSystem& files = PosixFileSystem();
+  const auto there = files.Stat(directory);
+  if (!absl::IsNotFound(there.status())) return there.status();
+  GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
+  if (!commit.has_value()) return RemoteCheckpoints::Missing(ref.path());
+  // What a delta applies to comes first.
+  if (!commit->parent.empty()) {
+    GW_RETURN_IF_ERROR(CheckName(commit->parent, "parent"));
+    GW_RETURN_IF_ERROR(FetchOne({ref.job_id, commit->parent, true}));
+  }
+  GW_RETURN_IF_ERROR(MakeDirectories(files, gradwire::DirectoryOf(directory)));
+  GW_RETURN_IF_ERROR(remote_.Fetch(ref.path(), directory).status());
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stored_.insert(ref.path());
+  }
+  spdlog::info("{} was fetched from {}", ref.path(), url());
+  return absl::OkStatus();
+}
+
+absl::Status RemoteStore::Fetch(const CheckpointRef& ref) {
+  const std::lock_guard<std::mutex> lock(fetching_);
+  return FetchOne(ref);
+}
+
+absl::Status RemoteStore::Remove(const CheckpointRef& ref) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stored_.erase(ref.path());
+    failures_.erase(ref.path());
+  }
+  return remote_.Remove(ref.path());
+}
+
+absl::Status RemoteStore::CheckNoChild(const CheckpointRef& ref) {
+  if (!ref.snapshot) return absl::OkStatus();
+  GW_ASSIGN_OR_RETURN(const auto rows, List(ref.job_id));
+  for (const v1::Checkpoint& row : rows) {
+    if (row.parent() == ref.name)
+      return SnapshotHasChildren(ref.name, row.name());
+  }
+  return absl::OkStatus();
+}
+
+void RemoteStore::RemoveLater(const CheckpointRef& ref) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    to_remove_.push_back(ref);
+  }
+  Wake();
+}
+
+}  // namespace gradwire

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies of checkpoints and snapshots in an object store: made in the
+// background, fetched when there is none on the disk any more.
+// docs/object_storage.md.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "checkpoint/remote/remote_checkpoints.h"
+#include "gradwire/v1/checkpoints.pb.h"
+#include "server/checkpoint_catalogue.h"
+#include "server/metrics.h"
+
+namespace gradwire {
+
+// Thread rule: all methods from any thread.
+class RemoteStore {
+ public:
+  // Begins at once: what earlier lives of this server have left, then what is
+  // on the disk and not in the store. `metrics` outlives it.
+  RemoteStore(std::unique_ptr<ObjectStore> store, CheckpointCatalogue catalogue,
+              std::string server, int64_t epoch, Metrics* metrics);
+  ~RemoteStore() { End(); }
+  // Cuts off what is being stored or fetched; the next server begins it again.
+  // Requests fail from then on.
+  void End();
+
+  std::string url() const { return store_->url(); }
+
+  // There may be something new to store.
+  void Wake();
+  // Where a copy is, or why there is none.
+  void Fill(const CheckpointRef& ref, v1::Checkpoint& row) const;
+
+  // Of one job, or of all: what the store has, by path.
+  // Errors: those of RemoteCheckpoints.
+  absl::StatusOr<std::vector<v1::Checkpoint>> List(const std::string& job_id);
+  // Errors: also NOT_FOUND REMOTE_CHECKPOINT_NOT_FOUND.
+  absl::StatusOr<v1::Checkpoint> Get(const CheckpointRef& ref);
+  // It is on the disk when this returns, with all that it needs.
+  // Errors: those of RemoteCheckpoints::Fetch.
+  absl::Status Fetch(const CheckpointRef& ref);
+  // Of what is not on the disk any more: the copy is gone when this returns.
+  absl::Status Remove(const CheckpointRef& ref);
+  // The same in the background, however often it has to be tried.
+  void RemoveLater(const CheckpointRef& ref);
+  // FAILED_PRECONDITION SNAPSHOT_HAS_CHILDREN: the store has a delta to it.
+  absl::Status CheckNoChild(const CheckpointRef& ref);
+
+ private:
+  void Run();
+  // Whether all is done that there is to do.
+  bool RunOnce();
+  absl::Status Store(const CheckpointRef& ref);
+  absl::Status FetchOne(const CheckpointRef& ref);
+  void SetFailure(const CheckpointRef& ref, const absl::Status& status);
+  bool ending() const;
+
+  const std::unique_ptr<ObjectStore> store_;
+  const CheckpointCatalogue catalogue_;
+  RemoteCheckpoints remote_;
+  Metrics* const metrics_;
+
+  std::mutex fetching_;  // one at a time; before mutex_
+  mutable std::mutex mutex_;
+  std::condition_variable work_;
+  bool end_ = false;
+  bool woken_ = false;
+  std::set<std::string> stored_;  // by path
+  std::map<std::string, absl::Status> failures_;
+  std::deque<CheckpointRef> to_remove_;
+  std::thread thread_;
+};
+
+}  // namespace gradwire

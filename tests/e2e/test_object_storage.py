@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints and snapshots that outlast the server's disk."""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import time
+
+import gradwire
+import pytest
+from conftest import MODELS, save_model, sequences
+from gradwire import cli
+from gradwire.local_server import find_server
+from object_store import BUCKET, ObjectStore
+from processes import Server
+
+VOCAB = MODELS["llama"][1]["vocab_size"]
+DATA = sequences(VOCAB, (9, 17, 5))
+FLAG = f"--object_store=s3://{BUCKET}/team/a"
+
+
+@pytest.fixture(scope="module")
+def shared_bucket():
+    with ObjectStore() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(shared_bucket, monkeypatch):
+    """An empty one, known to the servers of the test."""
+    for key in shared_bucket.keys():
+        shared_bucket.s3.delete_object(Bucket=BUCKET, Key=key)
+    for name, value in shared_bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    return shared_bucket
+
+
+@contextlib.contextmanager
+def serving(state_dir, *flags):
+    state_dir.mkdir(exist_ok=True)
+    with Server(state_dir, FLAG, *flags) as server:
+        service = gradwire.ServiceClient(address=server.address)
+        yield server, service
+        # Not all calls were meant to succeed.
+        with contextlib.suppress(gradwire.GradwireError):
+            service.close()
+
+
+def train(client, steps):
+    out = []
+    for _ in range(steps):
+        result = client.forward_backward(DATA, "cross_entropy").result()
+        step = client.optim_step(
+            gradwire.AdamParams(learning_rate=0.01)
+        ).result()
+        out.append(([x.tobytes() for x in result.logprobs], step.grad_norm))
+    return out
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return value
+
+
+def stored(service, path):
+    """The checkpoint's row, once there is a copy."""
+
+    def look():
+        row = service.get_checkpoint(path)
+        return row if row.object_url else None
+
+    return until(look)
+
+
+def content(directory):
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in pathlib.Path(directory).iterdir()
+    }
+
+
+def refusal(call):
+    with pytest.raises(gradwire.GradwireError) as caught:
+        call()
+    return caught.value
+
+
+def test_a_training_goes_on_after_its_disk_is_lost(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (server, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        train(client, 2)
+        path = client.save_state("two").result().path
+        want = train(client, 2)
+        row = stored(service, path)
+        assert row.object_url == (
+            f"s3://{BUCKET}/team/a/jobs/job/checkpoints/two"
+        )
+        before = content(row.local_path)
+        server.process.kill()
+        server.process.wait()
+    # What is stored is what was on the disk, and says so itself.
+    prefix = "team/a/jobs/job/checkpoints/two"
+    commit = json.loads(bucket.get(f"{prefix}/commit.json"))
+    assert {f["name"]: f["sha256"] for f in commit["files"]} == before
+    for file in commit["files"]:
+        object_ = bucket.get(f"{prefix}/{commit['folder']}/{file['name']}")
+        assert hashlib.sha256(object_).hexdigest() == file["sha256"]
+        assert len(object_) == file["bytes"]
+    shutil.rmtree(tmp_path / "one")
+    with serving(tmp_path / "another") as (server, service):
+        assert not service.list_checkpoints()
+        (row,) = service.list_checkpoints(remote=True)
+        assert (row.path, row.kind, row.local_path) == (path, "training", "")
+        assert row.digest and row.bytes and row.object_url
+        client = service.create_training_client(models["llama"])
+        client.load_state_with_optimizer(path).result()
+        assert train(client, 2) == want
+        (row,) = service.list_checkpoints()
+        assert content(row.local_path) == before
+        assert service.verify_checkpoint(path).digest == row.digest
+
+
+def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (server, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        client.save_weights_for_sampler("base", type="base").result()
+        for number in range(3):
+            train(client, 1)
+            path = (
+                client.save_weights_for_sampler(f"d{number}", type="delta")
+                .result()
+                .path
+            )
+        stored(service, path)
+        weight_id = service.verify_checkpoint(path).weight_id
+        # A copy is made of parents first.
+        order = [
+            bucket.s3.head_object(
+                Bucket=BUCKET,
+                Key=f"team/a/jobs/job/snapshots/{name}/commit.json",
+            )["LastModified"]
+            for name in ("base", "d0", "d1", "d2")
+        ]
+        assert order == sorted(order)
+    shutil.rmtree(tmp_path / "one")
+    with serving(tmp_path / "two") as (server, service):
+        base = path.replace("d2", "base")
+        # Nothing that is needed goes, though no delta is on this disk.
+        error = refusal(lambda: service.delete_checkpoint(base))
+        assert error.reason == "SNAPSHOT_HAS_CHILDREN"
+        row = service.fetch_checkpoint(path)
+        assert row.weight_id == weight_id
+        assert service.verify_checkpoint(path).weight_id == weight_id
+        names = [row.name for row in service.list_checkpoints("job")]
+        assert sorted(names) == ["base", "d0", "d1", "d2"]
+        # Again, it is there.
+        assert service.fetch_checkpoint(path).weight_id == weight_id
+
+
+def test_large_files_travel_in_parts(bucket, tmp_path):
+    model = save_model("llama", tmp_path / "model", vocab_size=30011)
+    with serving(tmp_path / "one", "--object_store_part_mib=5") as (_, service):
+        client = service.create_training_client(model, job_id="job")
+        path = client.save_state("large").result().path
+        row = stored(service, path)
+        before = content(row.local_path)
+        sizes = [
+            f.stat().st_size for f in pathlib.Path(row.local_path).iterdir()
+        ]
+        assert max(sizes) > 5 << 20
+    (data,) = [k for k in bucket.keys() if k.endswith("rank-00000.data")]
+    head = bucket.s3.head_object(Bucket=BUCKET, Key=data)
+    assert head["ETag"].strip('"').endswith("-2")  # two parts
+    with serving(tmp_path / "two", "--object_store_part_mib=5") as (_, service):
+        assert content(service.fetch_checkpoint(path).local_path) == before
+
+
+def test_what_is_deleted_is_deleted_there_as_well(bucket, models, tmp_path):
+    with serving(tmp_path / "one", "--collect_seconds=0.1") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        kept = client.save_state("kept").result().path
+        gone = client.save_state("gone").result().path
+        stored(service, kept)
+        stored(service, gone)
+        service.delete_checkpoint(gone)
+        assert not bucket.keys("team/a/jobs/job/checkpoints/gone/")
+        assert bucket.keys("team/a/jobs/job/checkpoints/kept/")
+        # The name is free, and what is saved under it is copied again.
+        stored(service, client.save_state("gone").result().path)
+        client.save_state("brief", ttl=3).result()
+        until(lambda: bucket.keys("team/a/jobs/job/checkpoints/brief/commit"))
+        until(lambda: not bucket.keys("team/a/jobs/job/checkpoints/brief/"))
+    shutil.rmtree(tmp_path / "one")
+    with serving(tmp_path / "two") as (_, service):
+        service.delete_checkpoint(kept)
+        assert not bucket.keys("team/a/jobs/job/checkpoints/kept/")
+        error = refusal(lambda: service.delete_checkpoint(kept))
+        assert error.reason == "CHECKPOINT_NOT_FOUND"
+        error = refusal(lambda: service.fetch_checkpoint(kept))
+        assert error.reason == "REMOTE_CHECKPOINT_NOT_FOUND"
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "commit"])
+def test_a_damaged_copy_is_refused(bucket, models, tmp_path, how):
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("state").result().path
+        stored(service, path)
+    end = "/commit.json" if how == "commit" else "rank-00000.data"
+    (key,) = [k for k in bucket.keys() if k.endswith(end)]
+    old = bucket.get(key)
+    if how == "missing":
+        bucket.s3.delete_object(Bucket=BUCKET, Key=key)
+    elif how == "cut":
+        bucket.put(key, old[:-1])
+    else:
+        bucket.put(key, old[:100] + bytes([old[100] ^ 1]) + old[101:])
+    with serving(tmp_path / "two") as (_, service):
+        client = service.create_training_client(models["llama"])
+        error = refusal(lambda: client.load_state(path).result())
+        assert error.reason == "OBJECT_CORRUPT", error
+        # Nothing of it is on the disk, and the job goes on.
+        assert not service.list_checkpoints()
+        folder = tmp_path / "two" / "jobs" / "job" / "checkpoints"
+        assert not list(folder.iterdir() if folder.exists() else ())
+        train(client, 1)
+
+
+def test_a_store_that_is_away_holds_nothing_up(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        bucket.stop()
+        try:
+            path = client.save_state("state").result(60).path
+            train(client, 2)
+            assert not service.get_checkpoint(path).object_url
+        finally:
+            bucket.go_on()
+        stored(service, path)
+
+
+def test_a_server_that_is_killed_stores_again(bucket, models, tmp_path):
+    state = tmp_path / "one"
+    paths = []
+    with serving(state) as (server, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        for number in range(6):
+            paths.append(client.save_state(f"s{number}").result().path)
+        until(lambda: bucket.keys())
+        server.process.kill()
+        server.process.wait()
+    # Of an upload that a life before has begun.
+    server_id = None
+    for key in bucket.keys():
+        if "/commit" not in key:
+            server_id = key.split("/")[-2].split("-")[0]
+    left = f"team/a/jobs/job/checkpoints/s5/{server_id}-0-0123456789abcdef/x"
+    bucket.put(left, b"x")
+    other = "team/a/jobs/job/checkpoints/s5/0123456789ab-0-0123456789abcdef/x"
+    bucket.put(other, b"x")
+    with serving(state) as (_, service):
+        for path in paths:
+            stored(service, path)
+        assert left not in bucket.keys()
+        # Another server's is not ours to remove.
+        assert other in bucket.keys()
+    for number in range(6):
+        prefix = f"team/a/jobs/job/checkpoints/s{number}/"
+        folder = json.loads(bucket.get(f"{prefix}commit.json"))["folder"]
+        rest = {key.split("/")[-2] for key in bucket.keys(prefix)}
+        assert rest - {f"s{number}", folder} <= {other.split("/")[-2]}
+
+
+def test_two_servers_of_one_prefix_do_not_mix(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        stored(service, client.save_state("same").result().path)
+    with serving(tmp_path / "two") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        train(client, 1)
+        path = client.save_state("same").result().path
+
+        def failed():
+            row = service.get_checkpoint(path)
+            return row if row.HasField("upload_error") else None
+
+        row = until(failed)
+        assert row.upload_error.reason == "REMOTE_CHECKPOINT_EXISTS"
+        assert not row.object_url
+
+
+def run_server(tmp_path, *flags, **environment):
+    return subprocess.run(
+        [
+            find_server(),
+            f"--state_dir={tmp_path}",
+            "--listen=127.0.0.1:0",
+            "--metrics_listen=127.0.0.1:0",
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--object_store=weights"], "must be s3://"),
+        (["--object_store=s3://"], "must be s3://"),
+        (["--object_store=s3://a/../b"], "must be s3://"),
+        ([FLAG, "--object_store_endpoint=ftp://x"], "must be https://"),
+        ([FLAG, "--object_store_endpoint=http://10.0.0.1:9"], "without TLS"),
+        ([FLAG, "--object_store_part_mib=1"], "from 5 to 5120"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_the_start(tmp_path, flags, said):
+    done = run_server(
+        tmp_path, *flags, AWS_ACCESS_KEY_ID="k", AWS_SECRET_ACCESS_KEY="s"
+    )
+    assert done.returncode == 2
+    assert said in done.stdout + done.stderr
+
+
+def test_wrong_keys_and_buckets_are_refused_at_the_start(bucket, tmp_path):
+    right = bucket.environment()
+    done = run_server(tmp_path, FLAG, AWS_ENDPOINT_URL=bucket.endpoint)
+    assert done.returncode == 2
+    assert "AWS_ACCESS_KEY_ID" in done.stdout + done.stderr
+    done = run_server(
+        tmp_path, FLAG, **{**right, "AWS_SECRET_ACCESS_KEY": "wrong"}
+    )
+    assert done.returncode == 2
+    assert "SignatureDoesNotMatch" in done.stdout + done.stderr
+    done = run_server(tmp_path, "--object_store=s3://nobodys", **right)
+    assert done.returncode == 2
+    assert "NoSuchBucket" in done.stdout + done.stderr
+
+
+def test_without_a_store_that_is_said(models, tmp_path, capsys, monkeypatch):
+    with Server(tmp_path) as server:
+        service = gradwire.ServiceClient(address=server.address)
+        path = "gradwire://jobs/job/checkpoints/x"
+        for call in (
+            lambda: service.fetch_checkpoint(path),
+            lambda: service.list_checkpoints(remote=True),
+        ):
+            assert refusal(call).reason == "OBJECT_STORE_MISSING"
+        service.close()
+        monkeypatch.setenv("GRADWIRE_ADDRESS", server.address)
+        assert cli.main(["checkpoint", "list", "--remote"]) == 1
+        assert "OBJECT_STORE_MISSING" in capsys.readouterr().err
+
+
+def test_the_command_line_shows_where_copies_are(
+    bucket, models, tmp_path, capsys, monkeypatch
+):
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("state").result().path
+        stored(service, path)
+    shutil.rmtree(tmp_path / "one")
+    with serving(tmp_path / "two") as (server, _):
+        monkeypatch.setenv("GRADWIRE_ADDRESS", server.address)
+        assert cli.main(["checkpoint", "list", "--remote"]) == 0
+        assert f"only at s3://{BUCKET}/team/a" in capsys.readouterr().err
+        assert cli.main(["checkpoint", "fetch", path]) == 0
+        assert "fetched jobs/job/checkpoints/state" in capsys.readouterr().err
+        assert cli.main(["checkpoint", "list", "job"]) == 0
+        assert f"  at s3://{BUCKET}/team/a" in capsys.readouterr().err
