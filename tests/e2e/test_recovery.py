@@ -190,8 +190,9 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
         job = recovered(stubs)
         assert job.last_recovery.restored_from == f"checkpoint of step {newer}"
         assert job.last_recovery.replayed_ops == 2 * (10 - newer)
-        # A rank's death alone is mended in the same way.
-        os.kill(ranks_of(server.process.pid).pop(), signal.SIGKILL)
+        # Ranks' death alone is mended in the same way.
+        for rank in ranks_of(server.process.pid):
+            os.kill(rank, signal.SIGKILL)
         stubs.watch("job", lambda job: job.recoveries == 1 and job.ready)
 
 
