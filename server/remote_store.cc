@@ -95,27 +95,25 @@ void RemoteStore::Run() {
   }
 }
 
-bool RemoteStore::RunOnce() {
+void RemoteStore::RunOnce() {
   std::deque<CheckpointRef> removals;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     removals.swap(to_remove_);
   }
-  bool done = true;
   for (const CheckpointRef& ref : removals) {
     if (const absl::Status status = Remove(ref); !status.ok()) {
       spdlog::warn("{} is not removed from {}: {}", ref.path(), url(),
                    std::string(status.message()));
       const std::lock_guard<std::mutex> lock(mutex_);
       to_remove_.push_back(ref);
-      done = false;
     }
   }
   auto refs = catalogue_.Refs();
   if (!refs.ok()) {
     spdlog::warn("checkpoints to store cannot be listed: {}",
                  std::string(refs.status().message()));
-    return false;
+    return;
   }
   int64_t waiting = 0;
   const auto is_stored = [this](const CheckpointRef& ref) {
@@ -125,16 +123,16 @@ bool RemoteStore::RunOnce() {
   for (const CheckpointRef& ref : *refs) waiting += is_stored(ref) ? 0 : 1;
   metrics_->SetUploadsWaiting(waiting);
   for (const CheckpointRef& ref : *refs) {
-    if (ending()) return false;
+    if (ending()) return;
     if (is_stored(ref)) continue;
     const absl::Status status = Store(ref);
-    if (ending()) return false;
+    if (ending()) return;
     SetFailure(ref, status);
     metrics_->CountUpload(status.ok() ? "ok" : "error");
-    done = done && status.ok();
     if (status.ok()) metrics_->SetUploadsWaiting(--waiting);
+    // It would say so of each.
+    if (absl::IsUnavailable(status)) break;
   }
-  return done;
 }
 
 void RemoteStore::SetFailure(const CheckpointRef& ref,

@@ -59,8 +59,7 @@ class RemoteStore {
 
  private:
   void Run();
-  // Whether all is done that there is to do.
-  bool RunOnce();
+  void RunOnce();
   absl::Status Store(const CheckpointRef& ref);
   absl::Status FetchOne(const CheckpointRef& ref);
   void SetFailure(const CheckpointRef& ref, const absl::Status& status);

@@ -323,12 +323,13 @@ void Supervisor::Stop(absl::Duration drain) {
     absl::SleepFor(absl::Milliseconds(20));
   // Waiting calls are answered with what has become of their operations.
   for (const JobPtr& job : jobs_.List()) job->Stop();
+  // Requests may wait for it.
+  if (remote_ != nullptr) remote_->End();
   const auto grace = std::chrono::system_clock::now() + std::chrono::seconds(2);
   public_server_->Shutdown(grace);
   rank_server_->Shutdown(grace);
   if (external_rank_server_ != nullptr) external_rank_server_->Shutdown(grace);
   collector_.reset();
-  if (remote_ != nullptr) remote_->End();
   port_file_.reset();
   metrics_.reset();
 }

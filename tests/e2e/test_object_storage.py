@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 import subprocess
+import threading
 import time
 
 import gradwire
@@ -376,3 +377,22 @@ def test_the_command_line_shows_where_copies_are(
         assert "fetched jobs/job/checkpoints/state" in capsys.readouterr().err
         assert cli.main(["checkpoint", "list", "job"]) == 0
         assert f"  at s3://{BUCKET}/team/a" in capsys.readouterr().err
+
+
+def test_a_stop_does_not_wait_for_the_store(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("state").result().path
+        stored(service, path)
+    with serving(tmp_path / "two", "--drain_seconds=0") as (server, service):
+        bucket.stop()
+        try:
+            threading.Thread(
+                target=lambda: refusal(lambda: service.fetch_checkpoint(path)),
+                daemon=True,
+            ).start()
+            time.sleep(0.5)
+            server.process.terminate()
+            assert server.process.wait(15) == 0
+        finally:
+            bucket.go_on()
