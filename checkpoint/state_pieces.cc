@@ -102,7 +102,9 @@ absl::StatusOr<StateIndex> IndexPieces(int64_t num_parameters,
                                  std::to_string(num_parameters));
       }
       StateIndex::Vector& vector =
-          index.vectors.try_emplace(piece.vector, piece.dtype).first->second;
+          index.vectors
+              .try_emplace(piece.vector, StateIndex::Vector{piece.dtype, {}})
+              .first->second;
       if (vector.dtype != piece.dtype) {
         return PiecesInvalid(piece.vector, piece.begin,
                              std::string("is both ") + DTypeName(piece.dtype) +
