@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Builds the libFuzzer targets of this directory and runs them, two at a time.
+#
+#   tests/fuzz/run.sh [--runs N] [TARGET...]     default: 2000000, all of them
+#   tests/fuzz/run.sh --repeat FILE TARGET       one input, as a finding left it
+#
+# Prints a line for each target as it ends, and fails if one of them has found
+# something. What it found, and the log, are in .cache/fuzz/TARGET.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+runs=2000000
+repeat=
+targets=()
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --runs) runs=$2 && shift ;;
+    --repeat) repeat=$2 && shift ;;
+    -*)
+      echo "run.sh: unknown argument '$1'; use --runs, --repeat or targets" >&2
+      exit 2
+      ;;
+    *) targets+=("$1") ;;
+  esac
+  shift
+done
+if [[ ${#targets[@]} -eq 0 ]]; then
+  for source in tests/fuzz/*_fuzz.cc; do
+    targets+=("$(basename "$source" _fuzz.cc)")
+  done
+fi
+
+# All that is built here, so that a name that is none ends here, too.
+bazel build --config=fuzz --noshow_progress --ui_event_filters=-info \
+  "${targets[@]/#//\/tests/fuzz:}"
+bin=$(bazel info --config=fuzz bazel-bin 2>/dev/null)/tests/fuzz
+
+# Where memory was allocated is of less use than speed: --repeat shows it.
+readonly fast=malloc_context_size=1:quarantine_size_mb=16
+# An input takes milliseconds, and kilobytes.
+readonly limits=(-max_len=4096 -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=16)
+
+if [[ $repeat ]]; then
+  exec "$bin/${targets[0]}" "${limits[@]}" "$repeat"
+fi
+
+# run TARGET: prints its line.
+run() {
+  local directory=.cache/fuzz/$1 status=0 begin=$EPOCHREALTIME corpus=()
+  rm -rf "$directory"
+  mkdir -p "$directory"
+  if [[ -d tests/fuzz/corpus/$1 ]]; then corpus=("tests/fuzz/corpus/$1"); fi
+  # Entropic scheduling costs a third of the time where inputs are this small.
+  ASAN_OPTIONS=$fast nice "$bin/$1" -runs="$runs" "${limits[@]}" -entropic=0 \
+    -print_final_stats=1 -artifact_prefix="$directory/" \
+    "${corpus[@]}" >"$directory/log.txt" 2>&1 || status=$?
+  local inputs edges
+  inputs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$directory/log.txt")
+  edges=$(sed -n 's/^#.* cov: \([0-9]*\).*/\1/p' "$directory/log.txt" | tail -n 1)
+  # A run that ended in any other way than by its number of inputs is one.
+  local findings=0
+  if [[ $status -ne 0 || ${inputs:-0} -lt $runs ]]; then findings=1; fi
+  awk -v name="$1" -v inputs="${inputs:-0}" -v edges="${edges:-0}" \
+    -v findings="$findings" -v begin="$begin" -v end="$EPOCHREALTIME" 'BEGIN {
+      printf "fuzz: %-15s %8d inputs %6d/s %6d edges %d findings\n",
+        name, inputs, inputs / (end - begin), edges, findings
+    }'
+  if [[ $findings -eq 0 ]]; then return; fi
+  {
+    tail -n 40 "$directory/log.txt"
+    for input in "$directory"/{crash,leak,oom,timeout}-*; do
+      if [[ -f $input ]]; then
+        echo "fuzz: repeat it: tests/fuzz/run.sh --repeat $input $1"
+      fi
+    done
+  } >&2
+  return 1
+}
+
+status=0
+running=0
+for target in "${targets[@]}"; do
+  if [[ $running -ge 2 ]]; then
+    wait -n || status=1
+    running=$((running - 1))
+  fi
+  run "$target" &
+  running=$((running + 1))
+done
+while [[ $running -gt 0 ]]; do
+  wait -n || status=1
+  running=$((running - 1))
+done
+exit "$status"

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// A checkpoint of a training: the manifest, the tables of two ranks and their
+// data, with a zero byte behind each text. The data is halved between the
+// ranks.
+#include <algorithm>
+#include <array>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+#include "checkpoint/crash_file_system.h"
+#include "checkpoint/state_format.h"
+#include "checkpoint/training_state.h"
+#include "tests/fuzz/fuzz.h"
+
+namespace gradwire {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr size_t kRanks = 2;
+
+struct Parts {
+  std::string manifest;
+  std::array<std::string, kRanks> tables;
+  std::array<std::string, kRanks> data;
+};
+
+Parts Split(const std::string& input) {
+  Parts parts;
+  size_t at = 0;
+  const auto take = [&] {
+    const size_t end = std::min(input.find('\0', at), input.size());
+    std::string text = input.substr(at, end - at);
+    at = std::min(end + 1, input.size());
+    return text;
+  };
+  parts.manifest = take();
+  for (std::string& table : parts.tables) table = take();
+  const size_t half = (input.size() - at + 1) / 2;
+  parts.data = {input.substr(at, half), input.substr(at + half)};
+  return parts;
+}
+
+std::string Join(const Parts& parts) {
+  std::string input = parts.manifest + '\0';
+  for (const std::string& table : parts.tables) input += table + '\0';
+  return input + parts.data[0] + parts.data[1];
+}
+
+Json Parse(const std::string& text) {
+  return Json::parse(text, nullptr, /*allow_exceptions=*/false);
+}
+
+// Makes digests of chunks and sizes those of the data.
+void SealTable(std::string& table, const std::string& data) {
+  Json json = Parse(table);
+  if (!json.is_object() || !json.contains("chunk_bytes")) return;
+  const Json& bytes = json["chunk_bytes"];
+  if (!bytes.is_number_integer() || bytes <= 0 || bytes > INT64_MAX) return;
+  const auto chunk_bytes = static_cast<size_t>(bytes.get<int64_t>());
+  Json digests = Json::array();
+  for (size_t at = 0; at < data.size();) {
+    const std::string chunk = data.substr(at, chunk_bytes);
+    digests.push_back(DigestOf(chunk));
+    at += chunk.size();
+  }
+  json["chunk_digests"] = std::move(digests);
+  json["data_bytes"] = data.size();
+  json.erase("digest");
+  table = SealJson(json);
+}
+
+void SealManifest(Parts& parts) {
+  Json json = Parse(parts.manifest);
+  if (!json.is_object() || !json.contains("ranks")) return;
+  Json& ranks = json["ranks"];
+  if (!ranks.is_array()) return;
+  for (size_t i = 0; i < std::min(ranks.size(), kRanks); ++i) {
+    if (!ranks[i].is_object()) continue;
+    ranks[i]["table_bytes"] = parts.tables[i].size();
+    ranks[i]["table_digest"] = DigestOf(parts.tables[i]);
+  }
+  json.erase("digest");
+  parts.manifest = SealJson(json);
+}
+
+bool SameHeader(const StateHeader& a, const StateHeader& b) {
+  return a.num_parameters == b.num_parameters &&
+         a.model_digest == b.model_digest &&
+         a.optimizer_step == b.optimizer_step &&
+         a.weight_version == b.weight_version && a.attributes == b.attributes;
+}
+
+void CheckManifest(const StateManifest& manifest) {
+  const auto again = ParseManifest(ManifestText(manifest));
+  GW_CHECK(again.ok());
+  GW_CHECK(SameHeader(again->header, manifest.header));
+  GW_CHECK(std::equal(again->ranks.begin(), again->ranks.end(),
+                      manifest.ranks.begin(), manifest.ranks.end(),
+                      [](const auto& a, const auto& b) {
+                        return a.table_bytes == b.table_bytes &&
+                               a.table_digest == b.table_digest;
+                      }));
+}
+
+void CheckTable(const std::string& text, int rank, int64_t data_bytes) {
+  const auto table = ParseTable(text, rank, data_bytes);
+  GW_CHECK(table.ok());
+  const auto again = ParseTable(TableText(*table), rank, data_bytes);
+  GW_CHECK(again.ok());
+  GW_CHECK(again->chunk_digests == table->chunk_digests &&
+           again->chunk_bytes == table->chunk_bytes &&
+           again->pieces.size() == table->pieces.size());
+  int64_t bytes = 0;
+  for (const StatePiece& piece : table->pieces) {
+    bytes += piece.count * DTypeBytes(piece.dtype);
+  }
+  GW_CHECK(bytes == data_bytes);
+}
+
+// Of each vector: what is read at once is what is read in parts, and Verify
+// says of it what Read does.
+void CheckVectors(FileSystem& files, StateReader& reader) {
+  const int64_t count = reader.header().num_parameters;
+  GW_CHECK(reader.dtype("weight") == DType::kF32);
+  GW_CHECK(reader.dtype("m").has_value() == reader.dtype("v").has_value());
+  const auto verifier = StateReader::Open(files, "/c");
+  GW_CHECK(verifier.ok());
+  for (const std::string vector : {"weight", "m", "v"}) {
+    const auto dtype = reader.dtype(vector);
+    if (!dtype.has_value()) continue;
+    // All elements are in the files.
+    const int64_t element = DTypeBytes(*dtype);
+    std::string whole(static_cast<size_t>(count * element), '\0');
+    const absl::Status read = reader.Read(vector, 0, count, whole.data());
+    GW_CHECK((*verifier)->Verify(vector, 0, count).ok() == read.ok());
+    GW_CHECK(!reader.Read(vector, 1, count, whole.data()).ok());
+    if (!read.ok()) {
+      CheckRefusal(read);
+      continue;
+    }
+    std::string parts(whole.size(), '\0');
+    const int64_t first = count / 3;
+    GW_CHECK(
+        reader
+            .Read(vector, first, count - first, parts.data() + first * element)
+            .ok());
+    GW_CHECK(reader.Read(vector, 0, first, parts.data()).ok());
+    GW_CHECK(parts == whole);
+  }
+}
+
+}  // namespace
+
+std::string FuzzSeed(Dice& dice) {
+  Parts parts;
+  const int64_t count = 2 + dice.Below(5);
+  const DType moments = dice.OneIn(2) ? DType::kF32 : DType::kBF16;
+  std::array<StateTable, kRanks> tables;
+  tables[0].pieces = {{"weight", DType::kF32, 1, count - 1}};
+  tables[1].pieces = {{"weight", DType::kF32, 0, 1}};
+  if (dice.OneIn(2)) {
+    tables[1].pieces.push_back({"m", moments, 0, count});
+    tables[0].pieces.push_back({"v", moments, 0, count});
+    // Halves of the same length, which the container wants.
+    tables[1].pieces[0].count = tables[0].pieces[0].count = count / 2 + 1;
+    tables[0].pieces[0].begin = count / 2 + 1;
+    tables[0].pieces[0].count = std::max<int64_t>(count - count / 2 - 1, 1);
+  }
+  int64_t total = 0;
+  for (const StateTable& table : tables) {
+    for (const StatePiece& piece : table.pieces) {
+      total += piece.count * DTypeBytes(piece.dtype);
+    }
+  }
+  StateManifest manifest;
+  manifest.header = {.num_parameters = count,
+                     .model_digest = "d",
+                     .optimizer_step = 3,
+                     .weight_version = 4,
+                     .attributes = {{"a", "b"}}};
+  manifest.ranks.resize(kRanks);
+  for (size_t rank = 0; rank < kRanks; ++rank) {
+    tables[rank].rank = static_cast<int>(rank);
+    tables[rank].chunk_bytes = 1 + dice.Below(20);
+    const int64_t half = rank == 0 ? (total + 1) / 2 : total / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      parts.data[rank].push_back(static_cast<char>('a' + dice.Below(26)));
+    }
+    parts.tables[rank] = TableText(tables[rank]);
+    SealTable(parts.tables[rank], parts.data[rank]);
+  }
+  parts.manifest = ManifestText(manifest);
+  SealManifest(parts);
+  return Join(parts);
+}
+
+void FuzzMutate(std::string& input, Dice& dice) {
+  if (dice.OneIn(20)) {
+    MutatePart(input, dice);
+    return;
+  }
+  Parts parts = Split(input);
+  const auto rank = static_cast<size_t>(dice.Below(kRanks));
+  if (dice.OneIn(3)) {
+    MutateSealed(parts.manifest, dice);
+  } else if (dice.OneIn(4)) {
+    std::string data = parts.data[0] + parts.data[1];
+    MutatePart(data, dice);
+    const size_t half = (data.size() + 1) / 2;
+    parts.data = {data.substr(0, half), data.substr(half)};
+  } else {
+    MutateSealed(parts.tables[rank], dice);
+  }
+  if (dice.OneIn(2)) {
+    for (size_t i = 0; i < kRanks; ++i) {
+      SealTable(parts.tables[i], parts.data[i]);
+    }
+  }
+  if (!dice.OneIn(8)) SealManifest(parts);
+  input = Join(parts);
+}
+
+void FuzzOne(const std::string& input) {
+  const Parts parts = Split(input);
+  DiskImage image = {.files = {{"/c/manifest.json", parts.manifest}},
+                     .directories = {"/c"}};
+  for (size_t rank = 0; rank < kRanks; ++rank) {
+    const int number = static_cast<int>(rank);
+    image.files["/c/" + TableName(number)] = parts.tables[rank];
+    image.files["/c/" + DataName(number)] = parts.data[rank];
+  }
+  CrashFileSystem files(image);
+  absl::StatusOr<std::unique_ptr<StateReader>> reader;
+  {
+    const BoundedMemory bound(20'000, 200, input.size());
+    reader = StateReader::Open(files, "/c");
+  }
+  const auto manifest = ParseManifest(parts.manifest);
+  if (!reader.ok()) {
+    CheckRefusal(reader.status());
+    if (!manifest.ok()) {
+      CheckRefusal(manifest.status());
+    } else {
+      CheckManifest(*manifest);
+    }
+    return;
+  }
+  GW_CHECK(manifest.ok());
+  CheckManifest(*manifest);
+  const auto header = ReadStateHeader(files, "/c");
+  GW_CHECK(header.ok() && SameHeader(*header, manifest->header));
+  GW_CHECK(SameHeader((*reader)->header(), manifest->header));
+  // More than are here cannot be.
+  const int world = (*reader)->world();
+  GW_CHECK(world == std::ssize(manifest->ranks) && world <= int{kRanks});
+  for (int rank = 0; rank < world; ++rank) {
+    const auto at = static_cast<size_t>(rank);
+    CheckTable(parts.tables[at], rank, std::ssize(parts.data[at]));
+  }
+  CheckVectors(files, **reader);
+}
+
+}  // namespace gradwire
