@@ -10,6 +10,12 @@ using Json = nlohmann::json;
 
 std::string ParseStrictJson(const std::string& text, int max_depth,
                             Json* json) {
+  // The parser takes a zero byte for the end, whatever follows, and passes over
+  // a byte order mark; others do neither.
+  if (text.find('\0') != std::string::npos ||
+      text.starts_with("\xEF\xBB\xBF")) {
+    return "is not a JSON object";
+  }
   bool deep = false;
   std::string twice;
   // Two readers could take different ones of two members with one name.

@@ -29,6 +29,15 @@ TEST(StrictJsonTest, TakesObjectsOfABoundedDepth) {
   }
 }
 
+TEST(StrictJsonTest, TakesNothingThatOthersReadDifferently) {
+  using namespace std::string_literals;
+  for (const std::string& text :
+       {"{}\0"s, "{}\0{\"a\": 1}"s, "{\"a\":\0 1}"s, "\xEF\xBB\xBF{}"s}) {
+    EXPECT_EQ(Wrong(text), "is not a JSON object");
+  }
+  EXPECT_EQ(Wrong(" {\"\\u0000\": \"\xEF\xBB\xBF\"}\n"), "");
+}
+
 TEST(StrictJsonTest, TakesANameOnce) {
   EXPECT_EQ(Wrong(R"({"a": 1, "b": 2, "a": 1})"), "names \"a\" twice");
   EXPECT_EQ(Wrong(R"({"b": {"a": 1, "a": 1}})"), "names \"a\" twice");
