@@ -140,6 +140,8 @@ TEST(SafetensorsTest, RefusesHostileHeaders) {
                      4)},
       {"fraction",
        File(R"({"a":{"dtype":"F32","shape":[1.5],"data_offsets":[0,6]}})", 6)},
+      {"metadata of another kind", File(R"({"__metadata__":3})", 0)},
+      {"metadata that is no text", File(R"({"__metadata__":{"a":1}})", 0)},
       {"no offsets", File(R"({"a":{"dtype":"F32","shape":[1]}})", 4)},
   };
   for (const auto& [what, bytes] : cases) {

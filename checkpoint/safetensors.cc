@@ -154,9 +154,14 @@ absl::StatusOr<SafetensorsHeader> ReadHeader(const std::string& text,
   std::vector<std::pair<int64_t, int64_t>> ranges;
   for (const auto& [name, value] : json.items()) {
     if (name == "__metadata__") {
-      if (!value.is_object()) continue;
+      if (!value.is_object()) {
+        return Invalid(name, "", "is not an object of texts");
+      }
       for (const auto& [key, entry] : value.items()) {
-        if (entry.is_string()) header.metadata[key] = entry.get<std::string>();
+        if (!entry.is_string()) {
+          return Invalid(name, "", "is not an object of texts");
+        }
+        header.metadata[key] = entry.get<std::string>();
       }
       continue;
     }

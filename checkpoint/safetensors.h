@@ -26,7 +26,7 @@ struct SafetensorsEntry {
 // What stands before the data of a file.
 struct SafetensorsHeader {
   std::map<std::string, SafetensorsEntry> entries;
-  // Members of __metadata__ that are texts.
+  // The members of __metadata__.
   std::map<std::string, std::string> metadata;
 };
 
@@ -40,9 +40,9 @@ class SafetensorsFile {
  public:
   // Errors: NOT_FOUND MODEL_FILE_NOT_FOUND; INVALID_ARGUMENT
   // SAFETENSORS_INVALID naming the field: header longer than 100 MB or than the
-  // file, not JSON, nested too deep, duplicate name, unknown dtype, negative or
-  // overflowing shape, range that is negative, overlapping, with gaps, outside
-  // the file or not the product of the shape.
+  // file, not JSON, nested too deep, duplicate name, metadata other than texts,
+  // unknown dtype, negative or overflowing shape, range that is negative,
+  // overlapping, with gaps, outside the file or not the product of the shape.
   static absl::StatusOr<std::unique_ptr<SafetensorsFile>> Open(
       const std::string& path);
   ~SafetensorsFile();
