@@ -142,6 +142,8 @@ TEST(SafetensorsTest, RefusesHostileHeaders) {
        File(R"({"a":{"dtype":"F32","shape":[1.5],"data_offsets":[0,6]}})", 6)},
       {"metadata of another kind", File(R"({"__metadata__":3})", 0)},
       {"metadata that is no text", File(R"({"__metadata__":{"a":1}})", 0)},
+      {"minus zero",
+       File(R"({"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}})", 0)},
       {"no offsets", File(R"({"a":{"dtype":"F32","shape":[1]}})", 4)},
   };
   for (const auto& [what, bytes] : cases) {

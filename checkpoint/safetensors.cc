@@ -77,11 +77,10 @@ bool ReadAt(int fd, int64_t offset, int64_t bytes, void* out) {
   return true;
 }
 
+// Not -0, which others take for a float.
 bool IsCount(const Json& value) {
-  if (value.is_number_unsigned()) {
-    return value.get<uint64_t>() <= static_cast<uint64_t>(kMaxElements) * 8;
-  }
-  return value.is_number_integer() && value.get<int64_t>() >= 0;
+  return value.is_number_unsigned() &&
+         value.get<uint64_t>() <= static_cast<uint64_t>(kMaxElements) * 8;
 }
 
 absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name,
