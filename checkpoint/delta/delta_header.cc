@@ -272,6 +272,7 @@ absl::StatusOr<DeltaHeader> DeltaHeaderFromJson(const std::string& text) {
   header.info.prev_id = members.Id("prev_id");
   header.info.base_id = members.Id("base_id");
   header.info.chain_length = members.Count("chain_length");
+  if (header.info.chain_length == 0) members.Fail("chain_length", "is 0");
   const Json* tensors = members.List("tensors");
   GW_RETURN_IF_ERROR(members.Finish());
   if (format != kDeltaFormat) {

@@ -181,6 +181,7 @@ TEST(DeltaHostileTest, LiesWithRightDigestsAreRefused) {
           {"negative step", [](Parts& p) { p.delta["step"] = -1; }},
           {"broken step", [](Parts& p) { p.delta["step"] = 1.5; }},
           {"huge step", [](Parts& p) { p.delta["step"] = 1e300; }},
+          {"not in a chain", [](Parts& p) { p.delta["chain_length"] = 0; }},
           {"unknown member", [](Parts& p) { p.delta["x"] = 1; }},
           {"short id", [](Parts& p) { p.delta["id"] = "12"; }},
           {"another id",
