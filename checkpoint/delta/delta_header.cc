@@ -6,11 +6,14 @@
 #include <utility>
 
 #include "base/status.h"
+#include "checkpoint/strict_json.h"
 
 namespace gradwire {
 namespace {
 
-using Json = nlohmann::ordered_json;
+// What is written keeps its order.
+using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
 
 constexpr int64_t kMaxElements = int64_t{1} << 36;
 constexpr size_t kMaxDims = 8;
@@ -140,15 +143,15 @@ class Members {
   absl::Status status_;
 };
 
-Json TensorToJson(const DeltaTensor& tensor, uint64_t table_digest) {
-  Json json = {{"name", tensor.info.name},
-               {"dtype", tensor.info.dtype},
-               {"shape", tensor.info.shape},
-               {"hash", tensor.hash.Hex()}};
+OrderedJson TensorToJson(const DeltaTensor& tensor, uint64_t table_digest) {
+  OrderedJson json = {{"name", tensor.info.name},
+                      {"dtype", tensor.info.dtype},
+                      {"shape", tensor.info.shape},
+                      {"hash", tensor.hash.Hex()}};
   if (tensor.fresh) json["fresh"] = 1;
   if (!tensor.changed()) return json;
   json["table_digest"] = DigestHex(table_digest);
-  Json groups = Json::array();
+  OrderedJson groups = OrderedJson::array();
   for (const DeltaGroup& group : tensor.groups) {
     groups.push_back({{"chunks", group.chunks},
                       {"sizes", group.sizes},
@@ -236,33 +239,25 @@ std::string PayloadEntry(const std::string& tensor) {
 
 std::string DeltaHeaderToJson(const DeltaHeader& header) {
   const DeltaInfo& info = header.info;
-  Json json = {{"format", kDeltaFormat},
-               {"model", info.model},
-               {"step", info.step},
-               {"id", info.id},
-               {"prev_id", info.prev_id},
-               {"base_id", info.base_id},
-               {"chain_length", info.chain_length}};
-  Json tensors = Json::array();
+  OrderedJson json = {{"format", kDeltaFormat},
+                      {"model", info.model},
+                      {"step", info.step},
+                      {"id", info.id},
+                      {"prev_id", info.prev_id},
+                      {"base_id", info.base_id},
+                      {"chain_length", info.chain_length}};
+  OrderedJson tensors = OrderedJson::array();
   for (size_t i = 0; i < header.tensors.size(); ++i) {
     tensors.push_back(TensorToJson(header.tensors[i], header.table_digests[i]));
   }
   json["tensors"] = std::move(tensors);
-  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+  return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
 }
 
 absl::StatusOr<DeltaHeader> DeltaHeaderFromJson(const std::string& text) {
-  bool deep = false;
-  const Json json = Json::parse(
-      text,
-      [&](int depth, Json::parse_event_t, Json&) {
-        deep |= depth > kMaxDepth;
-        return !deep;
-      },
-      /*allow_exceptions=*/false);
-  if (deep || json.is_discarded()) {
-    return DeltaInvalid("delta", "", "", "is not JSON, or nested too deep");
-  }
+  Json json;
+  const std::string wrong = ParseStrictJson(text, kMaxDepth, &json);
+  if (!wrong.empty()) return DeltaInvalid("delta", "", "", wrong);
   Members members(json, "delta");
   DeltaHeader header;
   const std::string format = members.Text("format");

@@ -140,7 +140,7 @@ struct Parts {
         }
       }
     }
-    const std::string json = delta.dump();
+    const std::string json = text.empty() ? delta.dump() : text;
     Json header;
     header["__metadata__"] = {
         {"format", "dlt1"},
@@ -155,14 +155,15 @@ struct Parts {
           {"data_offsets", {data.size(), data.size() + stream.size()}}};
       data += stream;
     }
-    const std::string text = header.dump();
+    const std::string header_text = header.dump();
     std::string out;
     for (int i = 0; i < 8; ++i) {
-      out.push_back(static_cast<char>(text.size() >> (8 * i)));
+      out.push_back(static_cast<char>(header_text.size() >> (8 * i)));
     }
-    return out + text + data;
+    return out + header_text + data;
   }
   Json delta;
+  std::string text;  // in place of `delta`, if not empty
   std::map<std::string, std::string> streams;
 };
 
@@ -267,6 +268,23 @@ TEST(DeltaHostileTest, LiesWithRightDigestsAreRefused) {
     lie(parts);
     EXPECT_TRUE(FailsOrIsRight(sample, parts.File())) << what;
   }
+}
+
+// Texts that readers of JSON take for different things, with a digest that is
+// right.
+TEST(DeltaHostileTest, TextsWithTwoMeaningsAreRefused) {
+  const Sample sample;
+  Parts parts(sample.file);
+  const std::string good = parts.delta.dump();
+  for (const std::string& text :
+       {good.substr(0, good.size() - 1) + ",\"step\":8}",
+        good + std::string("\0x", 2), "\xEF\xBB\xBF" + good}) {
+    Parts other = parts;
+    other.text = text;
+    EXPECT_TRUE(FailsOrIsRight(sample, other.File()));
+  }
+  parts.text = good;
+  EXPECT_FALSE(FailsOrIsRight(sample, parts.File()));
 }
 
 // Any byte of any stream, with the digests made to match.
