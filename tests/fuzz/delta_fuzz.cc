@@ -380,17 +380,21 @@ void FuzzMutate(std::string& input, Dice& dice) {
     MutatePart(input, dice);
     return;
   }
-  if (parts.streams.empty() || dice.OneIn(3)) {
-    MutateJson(parts.delta, dice);
-  } else if (dice.OneIn(2)) {
-    auto stream = parts.streams.begin();
-    std::advance(stream, dice.Below(std::ssize(parts.streams)));
-    MutatePart(stream->second, dice);
-  } else {
-    MutatePayload(parts, dice);
+  const bool streams = !parts.streams.empty() && !dice.OneIn(3);
+  for (int64_t i = dice.Below(3); i >= 0; --i) {
+    if (!streams) {
+      MutateJson(parts.delta, dice);
+    } else if (dice.OneIn(2)) {
+      auto stream = parts.streams.begin();
+      std::advance(stream, dice.Below(std::ssize(parts.streams)));
+      MutatePart(stream->second, dice);
+    } else {
+      MutatePayload(parts, dice);
+    }
   }
-  if (!dice.OneIn(10)) Seal(parts);
-  if (dice.OneIn(2)) {
+  // Sealed JSON is in the form in which it is written.
+  if (streams || dice.OneIn(2)) Seal(parts);
+  if (streams && dice.OneIn(2)) {
     SealChunks(parts);
     Seal(parts);
   }

@@ -94,9 +94,7 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size,
   } else if (dice.OneIn(10)) {
     gradwire::MutateRange(input, 0, size);
   } else {
-    for (int64_t i = dice.Below(3); i >= 0; --i) {
-      gradwire::FuzzMutate(input, dice);
-    }
+    gradwire::FuzzMutate(input, dice);
   }
   size = std::min(input.size(), max_size);
   memcpy(data, input.data(), size);

@@ -34,8 +34,8 @@ class Dice {
 
 // A valid input.
 std::string FuzzSeed(Dice& dice);
-// Changes a part of an input, and mostly makes lengths, checksums and digests
-// right again: a change that these betray never gets behind them.
+// Changes a few parts of an input, and mostly makes lengths, checksums and
+// digests right again: a change that these betray never gets behind them.
 void FuzzMutate(std::string& input, Dice& dice);
 // Reads the input, and aborts (GW_CHECK) if a promise is broken.
 void FuzzOne(const std::string& input);

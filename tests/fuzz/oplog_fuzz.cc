@@ -406,10 +406,12 @@ void FuzzMutate(std::string& input, Dice& dice) {
     Parts parts = Split(bytes);
     if (dice.OneIn(8)) parts.segment.begin = SettingOf(input).begin();
     if (dice.OneIn(30)) parts.segment.epoch = AnyNumber(kEpoch, dice);
-    if (parts.pieces.empty() || dice.OneIn(8)) {
-      MutatePart(parts.tail, dice);
-    } else {
-      MutatePieces(parts, dice);
+    for (int64_t i = dice.Below(3); i >= 0; --i) {
+      if (parts.pieces.empty() || dice.OneIn(8)) {
+        MutatePart(parts.tail, dice);
+      } else {
+        MutatePieces(parts, dice);
+      }
     }
     bytes = Join(parts);
   }

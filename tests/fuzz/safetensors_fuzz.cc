@@ -170,10 +170,12 @@ void FuzzMutate(std::string& input, Dice& dice) {
   }
   std::string header = input.substr(8, bytes);
   std::string data = input.substr(8 + bytes);
-  if (dice.OneIn(10)) {
-    MutatePart(data, dice);
-  } else {
-    MutateJson(header, dice);
+  for (int64_t i = dice.Below(3); i >= 0; --i) {
+    if (dice.OneIn(10)) {
+      MutatePart(data, dice);
+    } else {
+      MutateJson(header, dice);
+    }
   }
   if (dice.OneIn(3)) {
     Json json = Json::parse(header, nullptr, /*allow_exceptions=*/false);

@@ -40,7 +40,7 @@ void FuzzMutate(std::string& input, Dice& dice) {
   if (dice.OneIn(20)) {
     MutatePart(input, dice);
   } else {
-    MutateSealed(input, dice);
+    for (int64_t i = dice.Below(3); i >= 0; --i) MutateSealed(input, dice);
   }
 }
 

@@ -71,7 +71,9 @@ std::string FuzzSeed(Dice& dice) {
   return json.dump(dice.OneIn(2) ? 1 : -1);
 }
 
-void FuzzMutate(std::string& input, Dice& dice) { MutateJson(input, dice); }
+void FuzzMutate(std::string& input, Dice& dice) {
+  for (int64_t i = dice.Below(3); i >= 0; --i) MutateJson(input, dice);
+}
 
 void FuzzOne(const std::string& input) {
   Json json;

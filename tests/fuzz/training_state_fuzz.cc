@@ -206,16 +206,17 @@ void FuzzMutate(std::string& input, Dice& dice) {
     return;
   }
   Parts parts = Split(input);
-  const auto rank = static_cast<size_t>(dice.Below(kRanks));
-  if (dice.OneIn(3)) {
-    MutateSealed(parts.manifest, dice);
-  } else if (dice.OneIn(4)) {
-    std::string data = parts.data[0] + parts.data[1];
-    MutatePart(data, dice);
-    const size_t half = (data.size() + 1) / 2;
-    parts.data = {data.substr(0, half), data.substr(half)};
-  } else {
-    MutateSealed(parts.tables[rank], dice);
+  for (int64_t i = dice.Below(3); i >= 0; --i) {
+    if (dice.OneIn(3)) {
+      MutateSealed(parts.manifest, dice);
+    } else if (dice.OneIn(4)) {
+      std::string data = parts.data[0] + parts.data[1];
+      MutatePart(data, dice);
+      const size_t half = (data.size() + 1) / 2;
+      parts.data = {data.substr(0, half), data.substr(half)};
+    } else {
+      MutateSealed(parts.tables[static_cast<size_t>(dice.Below(kRanks))], dice);
+    }
   }
   if (dice.OneIn(2)) {
     for (size_t i = 0; i < kRanks; ++i) {
