@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checkpoint/sealed_text.h"
+#include "checkpoint/snapshot/manifest.h"
 #include "checkpoint/snapshot/snapshot_fixture.h"
 
 namespace gradwire {
@@ -112,6 +113,22 @@ TEST_F(SnapshotTest, HostileManifestsAreRefused) {
             "CHECKPOINT_CORRUPT");
   Overwrite(path, std::string(3 << 20, ' '));
   EXPECT_EQ(ReadReason("b"), "CHECKPOINT_CORRUPT");
+}
+
+TEST(SnapshotManifestTest, SizesThatHaveNoSumAreRefused) {
+  SnapshotManifest manifest;
+  manifest.name = "a";
+  manifest.weight_id = std::string(32, 'a');
+  manifest.created_micros = 1;
+  const std::string digest(32, 'd');
+  manifest.files = {{kBaseWeights, INT64_MAX - 5, digest},
+                    {"config.json", 5, digest}};
+  const auto most = ParseSnapshot(SnapshotText(manifest));
+  ASSERT_TRUE(most.ok()) << most.status();
+  EXPECT_EQ(most->bytes(), INT64_MAX);
+  manifest.files[1].bytes = 6;
+  EXPECT_EQ(ParseSnapshot(SnapshotText(manifest)).status().code(),
+            absl::StatusCode::kDataLoss);
 }
 
 // The files are as their digests say, and are other weights than the id names.

@@ -50,11 +50,14 @@ int64_t TakeTime(JsonFields& fields, const char* name, bool optional) {
 
 absl::StatusOr<std::vector<SnapshotFile>> ParseFiles(const Json& files) {
   std::vector<SnapshotFile> parsed;
+  int64_t bytes_left = INT64_MAX;
   for (const Json& each : files) {
     JsonFields fields(each, "files[" + std::to_string(parsed.size()) + "].");
     SnapshotFile file;
     file.name = fields.String("name", 128);
-    file.bytes = fields.Integer("bytes", 0, INT64_MAX);
+    // All of them have a sum.
+    file.bytes = fields.Integer("bytes", 0, bytes_left);
+    bytes_left -= file.bytes;
     file.digest = fields.String("digest", kDigestDigits);
     const bool twice =
         std::any_of(parsed.begin(), parsed.end(),
