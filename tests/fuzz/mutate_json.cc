@@ -144,9 +144,11 @@ bool ChangeNumber(std::string& text, const Span& span, Dice& dice) {
   if (error != std::errc() || end != text.data() + span.end) return false;
   // Unsigned, where an overflow is none.
   const auto bits = static_cast<uint64_t>(value);
-  const std::array<uint64_t, 8> changed = {bits + 1,  bits - 1, bits * 2,
-                                           bits / 2,  bits + 4, bits - 4,
-                                           bits + 64, 0 - bits};
+  const std::array<uint64_t, 12> changed = {
+      bits + 1,          bits - 1,          bits * 2,
+      bits / 2,          bits + 4,          bits - 4,
+      bits + 64,         0 - bits,          INT64_MAX,
+      uint64_t{1} << 63, uint64_t{1} << 62, uint64_t{1} << dice.Below(64)};
   const auto next = static_cast<int64_t>(
       changed[static_cast<size_t>(dice.Below(std::ssize(changed)))]);
   text.replace(span.begin, span.size(), std::to_string(next));
