@@ -162,7 +162,10 @@ int64_t StoredBytes(const Json& group) {
   }
   int64_t sum = 0;
   for (const Json& size : group["sizes"]) {
-    if (!size.is_number_unsigned() || size > 1'000'000) return -1;
+    // Not by comparing the value, which is signed for that.
+    if (!size.is_number_unsigned() || size.get<uint64_t>() > 1'000'000) {
+      return -1;
+    }
     sum += size.get<int64_t>();
   }
   return sum;
