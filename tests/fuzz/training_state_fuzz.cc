@@ -144,14 +144,14 @@ void CheckVectors(FileSystem& files, StateReader& reader) {
       CheckRefusal(read);
       continue;
     }
-    std::string parts(whole.size(), '\0');
-    const int64_t first = count / 3;
-    GW_CHECK(
-        reader
-            .Read(vector, first, count - first, parts.data() + first * element)
-            .ok());
-    GW_CHECK(reader.Read(vector, 0, first, parts.data()).ok());
-    GW_CHECK(parts == whole);
+    // Cut anywhere, and so where pieces end.
+    for (int64_t cut = 0; cut < std::min<int64_t>(count, 8); ++cut) {
+      std::string parts(whole.size(), '\0');
+      char* rest = parts.data() + cut * element;
+      GW_CHECK(reader.Read(vector, cut, count - cut, rest).ok());
+      GW_CHECK(reader.Read(vector, 0, cut, parts.data()).ok());
+      GW_CHECK(parts == whole);
+    }
   }
 }
 
