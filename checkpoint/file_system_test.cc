@@ -4,6 +4,8 @@
 #include "checkpoint/file_system.h"
 
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <filesystem>
@@ -14,6 +16,23 @@
 
 #include "base/error.h"
 #include "checkpoint/crash_file_system.h"
+
+namespace {
+
+// What this program has called, in the C library's place.
+int fsyncs = 0, fdatasyncs = 0;
+
+}  // namespace
+
+int fsync(int fd) {
+  ++fsyncs;
+  return static_cast<int>(syscall(SYS_fsync, fd));
+}
+
+int fdatasync(int fd) {
+  ++fdatasyncs;
+  return static_cast<int>(syscall(SYS_fdatasync, fd));
+}
 
 namespace gradwire {
 namespace {
@@ -199,6 +218,23 @@ TEST(PosixFileSystemTest, FilesAreTheOwnersAlone) {
     EXPECT_EQ(permissions & others, std::filesystem::perms::none) << path;
   }
   EXPECT_GT(PosixFileSystem().FreeBytes(root).value(), 0);
+  std::filesystem::remove_all(root);
+}
+
+TEST(PosixFileSystemTest, EverySyncIsTheSystems) {
+  const std::string root = testing::TempDir() + "/every_sync";
+  std::filesystem::remove_all(root);
+  FileSystem& files = PosixFileSystem();
+  ASSERT_TRUE(files.MakeDirectory(root).ok());
+  const auto file = files.Create(root + "/a").value();
+  ASSERT_TRUE(file->Append("a").ok());
+  fsyncs = fdatasyncs = 0;
+  ASSERT_TRUE(file->Sync().ok());
+  EXPECT_EQ(std::pair(fdatasyncs, fsyncs), std::pair(1, 0));
+  ASSERT_TRUE(file->SyncAll().ok());
+  EXPECT_EQ(std::pair(fdatasyncs, fsyncs), std::pair(1, 1));
+  ASSERT_TRUE(files.SyncDirectory(root).ok());
+  EXPECT_EQ(std::pair(fdatasyncs, fsyncs), std::pair(1, 2));
   std::filesystem::remove_all(root);
 }
 

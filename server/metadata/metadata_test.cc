@@ -3,12 +3,32 @@
 
 #include <sqlite3.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <string>
 
 #include "base/error.h"
 #include "gtest/gtest.h"
+
+namespace {
+
+// Of this program, SQLite included.
+int syncs = 0;
+
+}  // namespace
+
+// In the C library's place.
+int fsync(int fd) {
+  ++syncs;
+  return static_cast<int>(syscall(SYS_fsync, fd));
+}
+
+int fdatasync(int fd) {
+  ++syncs;
+  return static_cast<int>(syscall(SYS_fdatasync, fd));
+}
 
 namespace gradwire {
 namespace {
@@ -75,6 +95,18 @@ TEST_F(MetadataTest, ALostLeaseWritesNothing) {
   const auto jobs = current->Jobs();
   ASSERT_EQ(jobs->size(), 1u);
   EXPECT_EQ(jobs->at(0).log_watermark, 0);
+}
+
+// The database says up to where a log is to be believed: so it must not fall
+// behind by a power loss.
+TEST_F(MetadataTest, EveryTransactionIsSynced) {
+  const auto metadata = Open();
+  ASSERT_TRUE(metadata->AddJob(Row("a")).ok());
+  for (int64_t watermark = 1; watermark < 5; ++watermark) {
+    const int before = syncs;
+    ASSERT_TRUE(metadata->SetWatermark("a", watermark).ok());
+    EXPECT_GT(syncs, before) << watermark;
+  }
 }
 
 TEST_F(MetadataTest, JobsComeBackAsTheyWere) {
