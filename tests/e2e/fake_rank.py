@@ -164,6 +164,7 @@ def default_result(command):
             "release": operations_pb2.ReleaseActivationsResult()
         },
         "reset": {"dropped_ops": 0},
+        "taint": {"dropped_ops": 0},
     }[command.WhichOneof("command")]
 
 

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import signal
 import sqlite3
+import subprocess
 import time
 
 import calls
@@ -20,6 +21,7 @@ from gradwire._proto.gradwire.v1 import (
     sessions_pb2,
     training_pb2,
 )
+from gradwire.local_server import find_server
 from processes import Server, ranks_of
 
 VOCAB = MODELS["llama"][1]["vocab_size"]
@@ -194,6 +196,22 @@ def test_recovery_begins_at_the_last_checkpoint_and_the_log_is_cut(
         for rank in ranks_of(server.process.pid):
             os.kill(rank, signal.SIGKILL)
         stubs.watch("job", lambda job: job.recoveries == 1 and job.ready)
+
+
+def test_a_checkpoint_that_nobody_knows_is_in_nobodys_way(models, tmp_path):
+    with serving(tmp_path) as (server, stubs):
+        model = new_model(stubs, models)
+        kill(server)
+    # Of a server that died before the database knew it.
+    stray = tmp_path / "jobs" / "job" / "recovery" / "1"
+    stray.mkdir(parents=True)
+    (stray / "manifest.json").write_text("half")
+    with serving(tmp_path, "--auto_checkpoint_steps=1") as (server, stubs):
+        assert not stray.exists()
+        model.stubs = stubs
+        train(model, 1)
+        await_points(tmp_path, stubs, 1)
+        assert points_of(tmp_path) == [(1, 1)]
 
 
 @pytest.mark.parametrize("damaged", [1, 2])
@@ -372,6 +390,7 @@ def test_a_failure_is_not_decided_again(models, tmp_path):
         refused = model.optim_step(learning_rate=0.01, expected_ops=7)
         error = calls.refusal(stubs, lambda: refused)
         assert error.reason == "ACCUMULATION_MISMATCH"
+        assert stubs.wait(refused.op_id).durable
         # It has dropped the gradient, and so must a replay.
         kill(server)
     with serving(tmp_path) as (server, stubs):
@@ -380,6 +399,29 @@ def test_a_failure_is_not_decided_again(models, tmp_path):
         assert again.reason == "ACCUMULATION_MISMATCH"
         assert again.metadata == error.metadata
         assert model.nothing_accumulated()
+
+
+def test_a_save_is_what_it_had_published_and_nothing_else(models, tmp_path):
+    folder = tmp_path / "jobs" / "job" / "checkpoints"
+    with serving(tmp_path) as (server, stubs):
+        model = new_model(stubs, models)
+        train(model, 1)
+        there = model.result(model.save_state("there")).save_state
+        # Both wait for a number that has not come.
+        published = model.save_state("published", seq=5)
+        taken = model.save_state("there", seq=6)
+        kill(server)
+    # As if the server had died when it was published, and before it was told.
+    shutil.copytree(folder / "there", folder / "published")
+    with serving(tmp_path) as (server, stubs):
+        model.stubs = stubs
+        model.result(model.zero_grad(seq=4))
+        found = model.result(published).save_state
+        assert found.path == "gradwire://jobs/job/checkpoints/published"
+        assert (found.digest, found.bytes) == (there.digest, there.bytes)
+        assert found.optimizer_step == 1
+        error = calls.refusal(stubs, lambda: taken)
+        assert error.reason == "CHECKPOINT_EXISTS"
 
 
 def test_kept_activations_come_back(models, tmp_path):
@@ -472,6 +514,25 @@ def test_a_job_that_cannot_recover_fails_with_the_reason(models, tmp_path):
         again = calls.Model(stubs, stubs.attach("job"))
         assert again.info().optimizer_step == 1
         train(again, 1)
+
+
+def test_a_second_server_is_kept_out_by_the_lock(tmp_path):
+    with serving(tmp_path) as (server, stubs):
+        command = [
+            find_server(),
+            f"--state_dir={tmp_path}",
+            "--listen=127.0.0.1:0",
+            "--metrics_listen=127.0.0.1:0",
+        ]
+        second = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert second.returncode != 0
+        assert str(server.process.pid) in second.stdout + second.stderr
+        # Nor has it taken the lease.
+        new = stubs.new_session()
+        assert new
+    kill(server)
 
 
 def test_a_second_server_is_kept_out_by_its_epoch(models, tmp_path):

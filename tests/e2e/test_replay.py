@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank is told to run again, and in which order; what the op-log keeps
+for that, and what becomes of it on a full disk. The test plays the rank
+(fake_rank.py)."""
+
+import contextlib
+import pathlib
+import sqlite3
+import subprocess
+import time
+
+import calls
+import pytest
+from conftest import MODELS, sequences
+from fake_rank import FakeRank, error
+from gradwire._proto.gradwire.v1 import operations_pb2
+from processes import Server
+
+VOCAB = MODELS["llama"][1]["vocab_size"]
+DATA = sequences(VOCAB, (5, 3))
+LONG = 60
+TOKEN = "0123456789abcdef" * 2
+# Between the commands that are told apart.
+PAYLOAD = ("datums", "gradients")
+
+
+class Life:
+    """A job of one rank, whose rank and server end as the test wants."""
+
+    def __init__(self, folder, *flags):
+        self._state = folder / "state"
+        self._state.mkdir()
+        self._token = folder / "join.token"
+        self._token.write_text(TOKEN)
+        self._token.chmod(0o600)
+        self._flags = flags
+        self._stack = contextlib.ExitStack()
+        self.rank = None
+        self._start()
+        self.stubs.start_job("job", base_model="anything")
+        self._join()
+        self.stubs.watch("job", lambda job: job.ready)
+        self._model_id = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.process.kill()
+        self._stack.close()
+
+    def _start(self):
+        self._server = self._stack.enter_context(
+            Server(
+                self._state,
+                "--launch=external",
+                "--rank_listen=127.0.0.1:0",
+                f"--join_token_file={self._token}",
+                "--max_recoveries=5",
+                *self._flags,
+            )
+        )
+        self.stubs = self._stack.enter_context(
+            calls.Stubs(self._server.address)
+        )
+
+    def _join(self):
+        end = time.monotonic() + LONG
+        while True:
+            rank = FakeRank(self._server.rank_address, "job", TOKEN)
+            if (command := rank.next()) is not None:
+                break
+            # The job has not let go of the one before yet.
+            rank.close()
+            assert time.monotonic() < end, rank.error
+        self._stack.callback(rank.close)
+        assert command.HasField("joined")
+        rank.next("load")
+        rank.be_ready()
+        self.rank = rank
+
+    def lose_rank(self):
+        self.rank.close()
+        self._join()
+
+    def kill_server(self):
+        self._server.process.kill()
+        self._server.process.wait()
+        self._start()
+        self._join()
+
+    def create_model(self):
+        """The future of a new handle."""
+        request = calls.training_pb2.CreateModelRequest(
+            session_id=self.stubs.new_session(),
+            model_seq_id=1,
+            job_id="job",
+            take_over=True,
+        )
+        return self.stubs.training.CreateModel.future(request)
+
+    def attach(self):
+        """A handle; the rank is told to reset for it."""
+        created = self.create_model()
+        self.answer("reset")
+        self._model_id = created.result(LONG).model_id
+
+    @property
+    def model(self):
+        return calls.Model(self.stubs, self._model_id)
+
+    def next(self):
+        """The next command, without what belongs to it."""
+        while True:
+            command = self.rank.next(seconds=LONG)
+            if command.WhichOneof("command") not in PAYLOAD:
+                return command
+
+    def answer(self, kind, **done):
+        """Answers the next command, which is of this kind."""
+        command = self.next()
+        assert command.WhichOneof("command") == kind
+        if kind == "forward":
+            self.rank.send_logprobs(command.command_id, LOGPROBS)
+            done["forward"] = operations_pb2.ForwardResult(datum_count=2)
+        self.rank.send_done(command, **done)
+
+    def fail(self, kind, reason, tainted):
+        command = self.next()
+        assert command.WhichOneof("command") == kind
+        self.rank.send_done(command, error=error(reason), tainted=tainted)
+
+    def save(self, step, place):
+        """Answers a save: first that it is written, then that it is whole."""
+        saved = operations_pb2.SaveStateResult(
+            optimizer_step=step, weight_version=step
+        )
+        command = self.next()
+        assert command.save_state.directory.endswith(place)
+        for done in (command, None):
+            done = done or self.rank.next("end_save")
+            self.rank.send_done(done, step=step, version=step, save_state=saved)
+
+    def await_point(self, number):
+        """Until the database knows this checkpoint for recovery."""
+        path = self._state / "gradwire.db"
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                query = "SELECT max(number) FROM recovery_points"
+                if database.execute(query).fetchone()[0] == number:
+                    return
+        raise AssertionError(f"there is no checkpoint {number}")
+
+    def log(self):
+        """The names of its segments."""
+        folder = pathlib.Path(self._state) / "jobs" / "job" / "log"
+        return sorted(path.name for path in folder.iterdir())
+
+    def step_and_point(self, step):
+        """An optimizer step, and the checkpoint that follows it."""
+        ref = self.model.optim_step()
+        self.answer("optim_step", step=step, version=step)
+        self.save(step, f"recovery/{step}")
+        self.model.result(ref)
+        self.await_point(step)
+
+    def operation(self, seq):
+        return self.stubs.operations.GetOperation(
+            operations_pb2.GetOperationRequest(
+                model_id=self._model_id, seq_id=seq
+            )
+        )
+
+
+def items_of(messages):
+    return [item.datum_index for m in messages for item in m.chunk.items]
+
+
+LOADED = operations_pb2.LoadStateResult()
+LOGPROBS = [(0, [-1.0] * 4), (1, [-2.0] * 2)]
+
+
+def test_a_failure_is_not_run_again_but_what_it_has_left(tmp_path):
+    with Life(tmp_path) as life:
+        life.attach()
+        half = life.model.forward_backward(calls.batch(DATA))
+        life.fail("forward", "NONFINITE_OUTPUT", tainted=True)
+        assert calls.refusal(life.stubs, lambda: half).reason == (
+            "NONFINITE_OUTPUT"
+        )
+        ends = ["lose_rank", "kill_server"]
+        for end in ends:
+            getattr(life, end)()
+            for kind in ("reset", "taint"):
+                life.answer(kind)
+        step = life.model.optim_step()
+        life.fail("optim_step", "GRADIENTS_TAINTED", tainted=False)
+        calls.refusal(life.stubs, lambda: step)
+        good = life.model.forward_backward(calls.batch(DATA))
+        life.answer("forward")
+        life.model.result(good)
+        for end in ends:
+            getattr(life, end)()
+            for kind in ("reset", "taint", "zero_grad", "forward"):
+                life.answer(kind)
+        life.stubs.watch("job", lambda job: job.ready)
+        assert life.operation(1).error.reason == "NONFINITE_OUTPUT"
+
+
+def test_results_that_had_begun_are_told_once(tmp_path):
+    with Life(tmp_path) as life:
+        life.attach()
+        ref = life.model.forward_backward(calls.batch(DATA))
+        life.rank.send_logprobs(life.next().command_id, LOGPROBS[:1])
+        messages = life.stubs.operations.FetchResult(
+            operations_pb2.FetchResultRequest(op_id=ref.op_id)
+        )
+        first = next(messages)
+        assert items_of([first]) == [0]
+        life.lose_rank()
+        life.answer("reset")
+        life.answer("forward")
+        assert items_of([first, *messages]) == [0, 1]
+        life.model.logprobs(ref, len(DATA))
+
+
+@pytest.mark.parametrize("end", ["lose_rank", "kill_server"])
+def test_a_save_that_was_interrupted_is_of_its_place(tmp_path, end):
+    with Life(tmp_path) as life:
+        life.attach()
+        first = life.model.optim_step()
+        life.answer("optim_step", step=1, version=1)
+        life.model.result(first)
+        save = life.model.save_state("one")
+        assert life.next().HasField("save_state")
+        second = life.model.optim_step()
+        life.answer("optim_step", step=2, version=2)
+        life.model.result(second)
+        getattr(life, end)()
+        life.answer("reset")
+        life.answer("optim_step", step=1, version=1)
+        command = life.next()
+        assert command.save_state.directory.endswith("checkpoints/one")
+        life.answer("optim_step", step=2, version=2)
+        saved = operations_pb2.SaveStateResult(optimizer_step=1)
+        life.rank.send_done(command, save_state=saved)
+        life.answer("end_save", save_state=saved, step=2, version=2)
+        assert life.model.result(save).save_state.optimizer_step == 1
+
+
+def test_what_was_running_comes_before_whoever_takes_over(tmp_path):
+    with Life(tmp_path) as life:
+        life.attach()
+        step = life.model.optim_step()
+        assert life.next().HasField("optim_step")
+        created = life.create_model()
+        assert life.next().HasField("reset")
+        for _ in range(2):
+            life.lose_rank()
+            life.answer("reset")
+            running = life.next()
+            assert running.HasField("optim_step")
+            attaching = life.next()
+            assert attaching.HasField("reset")
+        for command in (running, attaching):
+            life.rank.send_done(command, step=1, version=1)
+        life.model.result(step)
+        assert created.result(LONG).optimizer_step == 1
+
+
+@pytest.mark.parametrize("end", ["lose_rank", "kill_server"])
+def test_what_ends_beside_a_checkpoint_is_run_again(tmp_path, end):
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        step = life.model.optim_step()
+        life.answer("optim_step", step=1, version=1)
+        life.model.result(step)
+        writing = life.next()
+        ref = life.model.forward_backward(calls.batch(DATA))
+        life.answer("forward", step=1, version=1)
+        life.model.result(ref)
+        saved = operations_pb2.SaveStateResult(
+            optimizer_step=1, weight_version=1
+        )
+        life.rank.send_done(writing, step=1, version=1, save_state=saved)
+        life.answer("end_save", step=1, version=1, save_state=saved)
+        life.await_point(1)
+        getattr(life, end)()
+        life.answer("load_state", step=1, version=1, load_state=LOADED)
+        life.answer("forward", step=1, version=1)
+        life.stubs.watch("job", lambda job: job.ready)
+
+
+def test_a_checkpoint_after_a_failure_is_not_relied_on(tmp_path):
+    """It lacks the gradients that a step which failed has left."""
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        step = life.model.optim_step()
+        life.fail("optim_step", "OUT_OF_MEMORY", tainted=True)
+        calls.refusal(life.stubs, lambda: step)
+        life.save(0, "recovery/1")
+        # Answered, so that what follows the save has been seen.
+        zero = life.model.zero_grad()
+        life.answer("zero_grad")
+        life.model.result(zero)
+        life.kill_server()
+        for kind in ("reset", "taint", "zero_grad"):
+            life.answer(kind)
+        life.stubs.watch("job", lambda job: job.ready)
+
+
+def test_no_checkpoint_is_relied_on_while_activations_are_kept(tmp_path):
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        ref = life.model.forward(calls.batch(DATA), retain=True)
+        life.answer("forward")
+        kept = life.model.result(ref).forward.activation_id
+        # Skipped, so that they are of these weights still.
+        life.model.optim_step(seq=2)
+        life.model.zero_grad(seq=3)
+        for kind in ("optim_step", "zero_grad"):
+            life.answer(kind)
+        life.kill_server()
+        for kind in ("reset", "forward", "optim_step", "zero_grad"):
+            life.answer(kind)
+        parts = calls.gradient_parts([[0.0] * 4, [0.0] * 2])
+        back = life.model.backward(kept, parts, seq=4)
+        life.answer("backward")
+        life.model.result(back)
+        # Now there may be one.
+        life.model.optim_step(seq=5)
+        life.answer("optim_step", step=1, version=1)
+        life.save(1, "recovery/1")
+        life.await_point(1)
+
+
+def test_what_the_log_has_let_go_is_told_all_the_same(tmp_path):
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        for _ in range(3):
+            ref = life.model.zero_grad()
+            life.answer("zero_grad")
+            told = life.model.result(ref)
+        log = life.log()
+        # Segments go as a whole, and every server begins one.
+        life.kill_server()
+        for kind in ("reset", *["zero_grad"] * 3):
+            life.answer(kind)
+        life.step_and_point(1)
+        life.step_and_point(2)
+        assert not set(log) & set(life.log())
+        life.kill_server()
+        life.answer("load_state", step=2, version=2, load_state=LOADED)
+        life.stubs.watch("job", lambda job: job.ready)
+        again = life.operation(3)
+        for operation in (again, told):
+            operation.ClearField("durable")
+            operation.ClearField("durable_through_seq")
+        assert again == told
+        assert life.model.zero_grad(seq=3).op_id == ref.op_id, "a repetition"
+        reused = calls.refusal(life.stubs, lambda: life.model.optim_step(seq=3))
+        assert reused.reason == "SEQ_REUSED"
+        assert life.model.due() == 6
+
+
+def test_the_log_keeps_what_has_not_run(tmp_path):
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        early = life.model.zero_grad(seq=4)
+        log = life.log()
+        life.kill_server()
+        life.answer("reset")
+        life.step_and_point(1)
+        life.step_and_point(2)
+        assert set(log) < set(life.log())
+        life.kill_server()
+        life.answer("load_state", step=2, version=2, load_state=LOADED)
+        life.stubs.watch("job", lambda job: job.ready)
+        life.model.zero_grad(seq=3)
+        for _ in range(2):
+            life.answer("zero_grad", step=2, version=2)
+        life.model.result(early)
+
+
+def test_the_log_keeps_arrays_that_can_be_fetched(tmp_path):
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        ref = life.model.forward(calls.batch(DATA))
+        life.answer("forward")
+        want = life.model.logprobs(ref, len(DATA))
+        life.kill_server()
+        # A forward leaves nothing that a replay would need.
+        life.answer("reset")
+        life.step_and_point(1)
+        life.step_and_point(2)
+        life.kill_server()
+        got = life.model.logprobs(ref, len(DATA))
+        assert [x.tolist() for x in got] == [x.tolist() for x in want]
+
+
+@contextlib.contextmanager
+def full(folder):
+    """Not a byte is left on its disk."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        with pytest.raises(OSError):
+            while file.write(bytes(4096)):
+                pass
+    yield
+    filler.unlink()
+
+
+def test_a_full_disk_only_makes_it_longer(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", tmp_path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted: not root")
+    try:
+        with Life(tmp_path) as life:
+            life.attach()
+            step = life.model.optim_step()
+            command = life.next()
+            # More than may be left of a page.
+            large = calls.batch(sequences(VOCAB, [60] * 100))
+            with full(tmp_path):
+                life.rank.send_done(command, step=1, version=1)
+                refused = calls.refusal(
+                    life.stubs,
+                    lambda: life.model.forward_backward(large, seq=2),
+                )
+                assert refused.reason == "STORAGE_FULL"
+                request = operations_pb2.WaitOperationRequest(
+                    op_id=step.op_id, timeout_seconds=0.5
+                )
+                waiting = life.stubs.operations.WaitOperation(request)
+                assert waiting.state == operations_pb2.OPERATION_STATE_RUNNING
+            assert life.model.result(step).durable
+            # Its number is open.
+            again = life.model.zero_grad(seq=2)
+            life.answer("zero_grad", step=1, version=1)
+            life.model.result(again)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
