@@ -406,7 +406,7 @@ void FuzzMutate(std::string& input, Dice& dice) {
     Parts parts = Split(bytes);
     if (dice.OneIn(8)) parts.segment.begin = SettingOf(input).begin();
     if (dice.OneIn(30)) parts.segment.epoch = AnyNumber(kEpoch, dice);
-    for (int64_t i = dice.Below(3); i >= 0; --i) {
+    for (int64_t i = dice.Changes(); i > 0; --i) {
       if (parts.pieces.empty() || dice.OneIn(8)) {
         MutatePart(parts.tail, dice);
       } else {
@@ -448,6 +448,7 @@ void FuzzOne(const std::string& input) {
     GW_CHECK(files.num_events() == 0);
     return;
   }
+  CountAccepted();
   GW_CHECK(findings->end == verdict.end);
   GW_CHECK(findings->known_durable <= findings->end);
 

@@ -170,7 +170,7 @@ void FuzzMutate(std::string& input, Dice& dice) {
   }
   std::string header = input.substr(8, bytes);
   std::string data = input.substr(8 + bytes);
-  for (int64_t i = dice.Below(3); i >= 0; --i) {
+  for (int64_t i = dice.Changes(); i > 0; --i) {
     if (dice.OneIn(10)) {
       MutatePart(data, dice);
     } else {
@@ -203,6 +203,7 @@ void FuzzOne(const std::string& input) {
     CheckRefusal(header.status());
     return;
   }
+  CountAccepted();
   uint64_t header_bytes;
   memcpy(&header_bytes, input.data(), 8);
   const auto data_begin = static_cast<int64_t>(8 + header_bytes);

@@ -40,7 +40,7 @@ void FuzzMutate(std::string& input, Dice& dice) {
   if (dice.OneIn(20)) {
     MutatePart(input, dice);
   } else {
-    for (int64_t i = dice.Below(3); i >= 0; --i) MutateSealed(input, dice);
+    for (int64_t i = dice.Changes(); i > 0; --i) MutateSealed(input, dice);
   }
 }
 
@@ -54,6 +54,7 @@ void FuzzOne(const std::string& input) {
     CheckRefusal(manifest.status());
     return;
   }
+  CountAccepted();
   // Every name is one segment: nothing outside of the directory is opened.
   for (const SnapshotFile& file : manifest->files) {
     GW_CHECK(file.name.find('/') == std::string::npos && file.name[0] != '.');

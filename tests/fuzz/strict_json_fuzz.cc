@@ -72,7 +72,7 @@ std::string FuzzSeed(Dice& dice) {
 }
 
 void FuzzMutate(std::string& input, Dice& dice) {
-  for (int64_t i = dice.Below(3); i >= 0; --i) MutateJson(input, dice);
+  for (int64_t i = dice.Changes(); i > 0; --i) MutateJson(input, dice);
 }
 
 void FuzzOne(const std::string& input) {
@@ -86,6 +86,7 @@ void FuzzOne(const std::string& input) {
     GW_CHECK(wrong.size() <= 100);
     return;
   }
+  CountAccepted();
   GW_CHECK(json.is_object() && Depth(json) <= kMaxDepth + 1);
   // What this parser passes over, another takes for the end or for an error.
   GW_CHECK(input.find('\0') == std::string::npos);

@@ -159,24 +159,19 @@ void CheckVectors(FileSystem& files, StateReader& reader) {
 
 std::string FuzzSeed(Dice& dice) {
   Parts parts;
-  const int64_t count = 2 + dice.Below(5);
+  // The ranks' data is of the same length.
+  const int64_t half = 1 + dice.Below(4), count = 2 * half;
   const DType moments = dice.OneIn(2) ? DType::kF32 : DType::kBF16;
   std::array<StateTable, kRanks> tables;
-  tables[0].pieces = {{"weight", DType::kF32, 1, count - 1}};
-  tables[1].pieces = {{"weight", DType::kF32, 0, 1}};
-  if (dice.OneIn(2)) {
-    tables[1].pieces.push_back({"m", moments, 0, count});
-    tables[0].pieces.push_back({"v", moments, 0, count});
-    // Halves of the same length, which the container wants.
-    tables[1].pieces[0].count = tables[0].pieces[0].count = count / 2 + 1;
-    tables[0].pieces[0].begin = count / 2 + 1;
-    tables[0].pieces[0].count = std::max<int64_t>(count - count / 2 - 1, 1);
+  tables[0].pieces = {{"weight", DType::kF32, half, half}};
+  tables[1].pieces = {{"weight", DType::kF32, 0, half}};
+  if (half > 1 && dice.OneIn(2)) {
+    tables[0].pieces = {{"weight", DType::kF32, half + 1, half - 1},
+                        {"weight", DType::kF32, half, 1}};
   }
-  int64_t total = 0;
-  for (const StateTable& table : tables) {
-    for (const StatePiece& piece : table.pieces) {
-      total += piece.count * DTypeBytes(piece.dtype);
-    }
+  if (dice.OneIn(2)) {
+    tables[0].pieces.push_back({"v", moments, 0, count});
+    tables[1].pieces.push_back({"m", moments, 0, count});
   }
   StateManifest manifest;
   manifest.header = {.num_parameters = count,
@@ -188,8 +183,11 @@ std::string FuzzSeed(Dice& dice) {
   for (size_t rank = 0; rank < kRanks; ++rank) {
     tables[rank].rank = static_cast<int>(rank);
     tables[rank].chunk_bytes = 1 + dice.Below(20);
-    const int64_t half = rank == 0 ? (total + 1) / 2 : total / 2;
-    for (int64_t i = 0; i < half; ++i) {
+    int64_t bytes = 0;
+    for (const StatePiece& piece : tables[rank].pieces) {
+      bytes += piece.count * DTypeBytes(piece.dtype);
+    }
+    for (int64_t i = 0; i < bytes; ++i) {
       parts.data[rank].push_back(static_cast<char>('a' + dice.Below(26)));
     }
     parts.tables[rank] = TableText(tables[rank]);
@@ -206,7 +204,7 @@ void FuzzMutate(std::string& input, Dice& dice) {
     return;
   }
   Parts parts = Split(input);
-  for (int64_t i = dice.Below(3); i >= 0; --i) {
+  for (int64_t i = dice.Changes(); i > 0; --i) {
     if (dice.OneIn(3)) {
       MutateSealed(parts.manifest, dice);
     } else if (dice.OneIn(4)) {
@@ -265,6 +263,7 @@ void FuzzOne(const std::string& input) {
     CheckTable(parts.tables[at], rank, std::ssize(parts.data[at]));
   }
   CheckVectors(files, **reader);
+  CountAccepted();
 }
 
 }  // namespace gradwire
