@@ -88,10 +88,12 @@ absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Delete(
   if (remote == nullptr) return catalogue().Delete(ref);
   auto row = catalogue().Delete(ref);
   if (absl::IsNotFound(row.status())) {
-    const auto there = remote->Get(ref);
+    auto there = remote->Get(ref);
     if (absl::IsNotFound(there.status())) return row;
     GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));
-    row = there;
+    // One that is damaged goes as well.
+    if (absl::IsDataLoss(there.status())) there = remote->Name(ref);
+    row = std::move(there);
   }
   GW_RETURN_IF_ERROR(row.status());
   GW_RETURN_IF_ERROR(remote->Remove(ref));

@@ -194,6 +194,10 @@ absl::StatusOr<v1::Checkpoint> RemoteStore::Get(const CheckpointRef& ref) {
   return RowOf(ref, *commit, url());
 }
 
+v1::Checkpoint RemoteStore::Name(const CheckpointRef& ref) const {
+  return RowOf(ref, {}, url());
+}
+
 absl::StatusOr<std::vector<v1::Checkpoint>> RemoteStore::List(
     const std::string& job_id) {
   std::vector<std::string> jobs = {job_id};
@@ -213,7 +217,7 @@ absl::StatusOr<std::vector<v1::Checkpoint>> RemoteStore::List(
         if (absl::IsUnavailable(row.status())) return row.status();
         if (!row.ok()) {
           const absl::Status why = row.status();
-          row = RowOf(ref, {}, url());
+          row = Name(ref);
           *row->mutable_error() = ToOperationError(why);
         }
         rows.push_back(*std::move(row));

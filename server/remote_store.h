@@ -47,6 +47,8 @@ class RemoteStore {
   absl::StatusOr<std::vector<v1::Checkpoint>> List(const std::string& job_id);
   // Errors: also NOT_FOUND REMOTE_CHECKPOINT_NOT_FOUND.
   absl::StatusOr<v1::Checkpoint> Get(const CheckpointRef& ref);
+  // Its names and place alone.
+  v1::Checkpoint Name(const CheckpointRef& ref) const;
   // It is on the disk when this returns, with all that it needs.
   // Errors: those of RemoteCheckpoints::Fetch.
   absl::Status Fetch(const CheckpointRef& ref);

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 
+import botocore.exceptions
 import gradwire
 import pytest
 from conftest import MODELS, save_model, sequences
@@ -130,14 +131,12 @@ def test_a_training_goes_on_after_its_disk_is_lost(bucket, models, tmp_path):
 def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
     with serving(tmp_path / "one") as (server, service):
         client = service.create_training_client(models["llama"], job_id="job")
-        client.save_weights_for_sampler("base", type="base").result()
-        for number in range(3):
+        # In the order of names, deltas come first.
+        client.save_weights_for_sampler("z", type="base").result()
+        for name in "yxw":
             train(client, 1)
-            path = (
-                client.save_weights_for_sampler(f"d{number}", type="delta")
-                .result()
-                .path
-            )
+            saved = client.save_weights_for_sampler(name, type="delta")
+            path = saved.result().path
         stored(service, path)
         weight_id = service.verify_checkpoint(path).weight_id
         # A copy is made of parents first.
@@ -146,12 +145,12 @@ def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
                 Bucket=BUCKET,
                 Key=f"team/a/jobs/job/snapshots/{name}/commit.json",
             )["LastModified"]
-            for name in ("base", "d0", "d1", "d2")
+            for name in "zyxw"
         ]
         assert order == sorted(order)
     shutil.rmtree(tmp_path / "one")
     with serving(tmp_path / "two") as (server, service):
-        base = path.replace("d2", "base")
+        base = "gradwire://jobs/job/snapshots/z"
         # Nothing that is needed goes, though no delta is on this disk.
         error = refusal(lambda: service.delete_checkpoint(base))
         assert error.reason == "SNAPSHOT_HAS_CHILDREN"
@@ -159,7 +158,7 @@ def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
         assert row.weight_id == weight_id
         assert service.verify_checkpoint(path).weight_id == weight_id
         names = [row.name for row in service.list_checkpoints("job")]
-        assert sorted(names) == ["base", "d0", "d1", "d2"]
+        assert sorted(names) == ["w", "x", "y", "z"]
         # Again, it is there.
         assert service.fetch_checkpoint(path).weight_id == weight_id
 
@@ -231,6 +230,12 @@ def test_a_damaged_copy_is_refused(bucket, models, tmp_path, how):
         folder = tmp_path / "two" / "jobs" / "job" / "checkpoints"
         assert not list(folder.iterdir() if folder.exists() else ())
         train(client, 1)
+        # It is listed, and can be deleted.
+        (row,) = service.list_checkpoints(remote=True)
+        assert row.path == path
+        assert row.HasField("error") == (how == "commit")
+        service.delete_checkpoint(path)
+        assert not bucket.keys("team/a/jobs/job/")
 
 
 def test_a_store_that_is_away_holds_nothing_up(bucket, models, tmp_path):
@@ -294,6 +299,47 @@ def test_two_servers_of_one_prefix_do_not_mix(bucket, models, tmp_path):
         row = until(failed)
         assert row.upload_error.reason == "REMOTE_CHECKPOINT_EXISTS"
         assert not row.object_url
+
+
+def test_two_that_commit_at_once_are_told_apart(bucket, tmp_path):
+    theirs = {
+        "format": 1,
+        "epoch": 1,
+        "folder": "theirs",
+        "digest": "another",
+        "parent": "",
+        "created_micros": 0,
+        "files": [],
+    }
+    model = save_model("llama", tmp_path / "model", vocab_size=30011)
+    with serving(tmp_path / "one", "--object_store_part_mib=5") as (_, service):
+        client = service.create_training_client(model, job_id="job")
+        for number in range(20):
+            path = client.save_state(f"s{number}").result().path
+            prefix = f"team/a/jobs/job/checkpoints/s{number}/"
+            # Between its first file and its commit there are large ones.
+            until(lambda prefix=prefix: bucket.keys(prefix))
+            try:
+                bucket.s3.put_object(
+                    Bucket=BUCKET,
+                    Key=f"{prefix}commit.json",
+                    Body=json.dumps(theirs),
+                    IfNoneMatch="*",
+                )
+                break
+            except botocore.exceptions.ClientError:
+                continue  # It was faster.
+        else:
+            pytest.fail("never between the two")
+
+        def told():
+            row = service.get_checkpoint(path)
+            return row if row.object_url or row.HasField("upload_error") else 0
+
+        row = until(told)
+        assert row.upload_error.reason == "REMOTE_CHECKPOINT_EXISTS"
+        assert json.loads(bucket.get(f"{prefix}commit.json")) == theirs
+        assert bucket.keys(prefix) == [f"{prefix}commit.json"]
 
 
 def run_server(tmp_path, *flags, **environment):

@@ -25,6 +25,7 @@ EXTERNAL = "tests/e2e/test_external_ranks.py"
 QUEUE = "tests/e2e/test_queue.py"
 BAD_INPUT = "tests/e2e/test_bad_input.py"
 AWAY = "client/python/tests/test_server_away.py"
+REMOTE = "//checkpoint/remote:remote_checkpoints_test"
 
 _OPLOG = (
     Seed(
@@ -988,6 +989,118 @@ _CLIENT = (
     ),
 )
 
+_REMOTE = (
+    Seed(
+        "copy_committed_first",
+        "a copy is seen before its files are there",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "  const auto store = [&]() -> absl::Status {\n",
+        "  const auto store = [&]() -> absl::Status {\n"
+        "    GW_RETURN_IF_ERROR(\n"
+        '        store_.PutNew(key + kCommit, R"({})"));\n',
+        (REMOTE,),
+    ),
+    Seed(
+        "copy_digest_ignored",
+        "what comes back is not what was stored",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "if (*sha256 != file.sha256) {",
+        "if (false) {",
+        (REMOTE,),
+    ),
+    Seed(
+        "fetched_file_not_synced",
+        "what was fetched may go with the power",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "    GW_RETURN_IF_ERROR(out->Sync());\n",
+        "",
+        (REMOTE,),
+    ),
+    Seed(
+        "fetched_directory_not_synced",
+        "files of what was fetched may go with the power",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "return files_.SyncDirectory(into);",
+        "return absl::OkStatus();",
+        (REMOTE,),
+    ),
+    Seed(
+        "fetched_name_not_synced",
+        "what was fetched may go with the power, name and all",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "  GW_RETURN_IF_ERROR(files_.SyncDirectory(parent));\n",
+        "",
+        (REMOTE,),
+    ),
+    Seed(
+        "copy_names_a_way_out",
+        "a copy writes outside of its directory",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "if (!one.Done() || !IsFileName(file.name) ||",
+        "if (!one.Done() ||",
+        (REMOTE,),
+    ),
+    Seed(
+        "sweep_takes_what_others_begin",
+        "a server removes what another is storing",
+        "checkpoint/remote/remote_checkpoints.cc",
+        'if (!folder.starts_with(server_ + "-")) return false;',
+        "if (folder.size() <= server_.size()) return false;",
+        (REMOTE,),
+    ),
+    Seed(
+        "sweep_takes_what_is_committed",
+        "the next life of a server removes its copies",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "if (commit.has_value() && commit->folder == folder) continue;",
+        "",
+        (REMOTE,),
+    ),
+    Seed(
+        "another_copy_taken_for_this",
+        "a checkpoint is called stored that is another server's",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "if (there.digest == digest) return there;",
+        "return there;",
+        (REMOTE,),
+    ),
+    Seed(
+        "copy_replaces_another",
+        "a copy is written over one that was committed",
+        "checkpoint/remote/s3_object_store.cc",
+        '.headers = {{"If-None-Match", "*"}},',
+        ".headers = {},",
+        (
+            "tests/e2e/test_object_storage.py::"
+            "test_two_that_commit_at_once_are_told_apart",
+        ),
+    ),
+    Seed(
+        "body_not_in_the_signature",
+        "a request that was changed on its way is taken",
+        "checkpoint/remote/s3_request.cc",
+        "(request.body.empty() ? kEmptySha256 : Sha256::Of(request.body)));",
+        "kEmptySha256);",
+        ("tests/e2e/test_object_storage.py",),
+    ),
+    Seed(
+        "delta_stored_before_its_parent",
+        "a delta is seen whose chain is not there",
+        "server/remote_store.cc",
+        "if (!is_stored) GW_RETURN_IF_ERROR(Store(parent));",
+        "",
+        ("tests/e2e/test_object_storage.py",),
+    ),
+    Seed(
+        "parent_goes_before_its_delta",
+        "a copy is removed that another one needs",
+        "server/checkpoint_service.cc",
+        "    GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));\n",
+        "",
+        ("tests/e2e/test_object_storage.py",),
+    ),
+)
+
 SEEDS = (
     *_OPLOG,
     *_CHECKPOINT,
@@ -996,4 +1109,5 @@ SEEDS = (
     *_QUEUE,
     *_JOB,
     *_CLIENT,
+    *_REMOTE,
 )
