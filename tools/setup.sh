@@ -3,11 +3,12 @@
 #
 # Installs what gradwire needs on Debian 12, and nothing that is there already.
 #
-#   tools/setup.sh [--quickstart | --dev]
+#   tools/setup.sh [--quickstart | --dev | --fuzz]
 #
 # --quickstart (default): compiler, libraries, Python environment, the model.
 # --dev: also the formatters and test tools that ./test.sh uses, and NCCL where
 # there is a CUDA toolkit ($CUDA_HOME, /usr/local/cuda).
+# --fuzz: also clang, which tests/fuzz/run.sh builds with.
 #
 # Everything but the Debian packages stays inside the repository: .venv/ and
 # .cache/. Variables: GRADWIRE_PYTHON, the interpreter that .venv is made with
@@ -17,16 +18,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 mode=quickstart
+fuzz=
 for arg in "$@"; do
   case "$arg" in
     --quickstart) mode=quickstart ;;
     --dev) mode=dev ;;
+    --fuzz) mode=dev fuzz=1 ;;
     -h | --help)
-      sed -n '4,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '4,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     *)
-      echo "tools/setup.sh: unknown argument '$arg'; use --quickstart or --dev" >&2
+      echo "tools/setup.sh: unknown argument '$arg'; use --quickstart, --dev or --fuzz" >&2
       exit 2
       ;;
   esac
@@ -171,6 +174,7 @@ if [[ $mode == dev ]]; then
   debian+=(tools/packages/debian-dev.txt)
   requirements+=(tools/packages/python-dev.txt)
 fi
+if [[ $fuzz ]]; then debian+=(tools/packages/debian-fuzz.txt); fi
 
 command -v dpkg-query >/dev/null ||
   fail "this is not a Debian system" \

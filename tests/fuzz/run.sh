@@ -32,6 +32,8 @@ if [[ ${#targets[@]} -eq 0 ]]; then
   done
 fi
 
+if ! command -v clang >/dev/null; then tools/setup.sh --fuzz >&2; fi
+
 # All that is built here, so that a name that is none ends here, too.
 bazel build --config=fuzz --noshow_progress --ui_event_filters=-info \
   "${targets[@]/#//\/tests/fuzz:}"
