@@ -6,12 +6,12 @@
 #include <charconv>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <set>
 #include <utility>
 
 #include "base/error.h"
 #include "base/status.h"
+#include "checkpoint/remote/sha256.h"
 #include "checkpoint/strict_json.h"
 
 namespace gradwire {
@@ -122,12 +122,9 @@ int64_t RemoteCommit::bytes() const {
   return sum;
 }
 
-std::string RemoteCheckpoints::NewFolder() const {
-  std::random_device random;
-  static constexpr char kDigits[] = "0123456789abcdef";
-  std::string folder = server_ + "-" + std::to_string(epoch_) + "-";
-  for (int i = 0; i < 16; ++i) folder += kDigits[random() & 15];
-  return folder;
+std::string RemoteCheckpoints::FolderOf(const std::string& digest) const {
+  return server_ + "-" + std::to_string(epoch_) + "-" +
+         Sha256::Of(digest).substr(0, 16);
 }
 
 bool RemoteCheckpoints::IsLeft(const std::string& folder) const {
@@ -207,7 +204,7 @@ absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(
 
   RemoteCommit commit;
   commit.epoch = epoch_;
-  commit.folder = NewFolder();
+  commit.folder = FolderOf(digest);
   commit.digest = digest;
   commit.parent = parent;
   commit.created_micros = created_micros;
@@ -251,6 +248,10 @@ absl::Status RemoteCheckpoints::FetchFiles(const std::string& key,
         key + "/" + commit.folder + "/" + file.name, file.bytes, *out);
     if (absl::IsNotFound(sha256.status())) {
       return Corrupt(key, file.name, "is missing");
+    }
+    if (absl::IsDataLoss(sha256.status())) {
+      return Corrupt(key, file.name,
+                     "has another size than when it was stored");
     }
     GW_RETURN_IF_ERROR(sha256.status());
     if (*sha256 != file.sha256) {

@@ -2,7 +2,7 @@
 // Published directories (checkpoints of trainings, snapshots) in an object
 // store: each is there whole or not at all. docs/object_storage.md.
 //
-// Of a directory "a/b", files go to a/b/<server>-<epoch>-<random>/<file>; then
+// Of a directory "a/b", files go to a/b/<server>-<epoch>-<hash>/<file>; then
 // one conditional request makes a/b/commit.json, and with it all of them
 // visible.
 //
@@ -88,7 +88,8 @@ class RemoteCheckpoints {
   absl::Status Sweep(const std::string& key);
 
  private:
-  std::string NewFolder() const;
+  // The same for every try of one life, which writes the same bytes.
+  std::string FolderOf(const std::string& digest) const;
   // Of an earlier life.
   bool IsLeft(const std::string& folder) const;
   absl::Status FetchFiles(const std::string& key, const RemoteCommit& commit,

@@ -112,6 +112,12 @@ TEST_F(RemoteTest, AStoreThatFailsAnywhereLeavesAllOrNothing) {
       done = store_.calls() < call;
       failures += stored.ok() ? 0 : 1;
       ASSERT_EQ(Wrong(!stored.ok()), "") << call;
+      // Another try in this life adds nothing to what a failed one has left.
+      if (fault != Store::kDead) {
+        ASSERT_TRUE(StoreIt(files, 1).ok()) << call;
+        ASSERT_EQ(CountFolders(), 1) << call;
+        ASSERT_TRUE(store_.uploads.empty()) << call;
+      }
       // The next life puts it there, and nothing else is left.
       RemoteCheckpoints next(store_, files, kServer, 2);
       ASSERT_TRUE(next.Sweep(kKey).ok());

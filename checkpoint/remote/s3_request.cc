@@ -8,7 +8,7 @@
 #include <cstring>
 #include <random>
 
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "checkpoint/remote/s3_xml.h"
@@ -18,6 +18,8 @@ namespace gradwire {
 namespace {
 
 constexpr long kConnectSeconds = 10;
+// Of what a refusal says.
+constexpr size_t kMostErrorBytes = size_t{64} << 10;
 constexpr const char* kEmptySha256 =
     "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -60,12 +62,17 @@ size_t TakeBody(char* data, size_t size, size_t count, void* to) {
   const size_t bytes = size * count;
   long status = 0;
   curl_easy_getinfo(sink.curl, CURLINFO_RESPONSE_CODE, &status);
+  if (status / 100 != 2) {
+    const size_t left = kMostErrorBytes - sink.answer->body.size();
+    sink.answer->body.append(data, std::min(bytes, left));
+    return bytes;
+  }
   const auto end = sink.answer->bytes + static_cast<int64_t>(bytes);
   if (end > sink.request->most) {
     sink.too_large = true;
     return 0;
   }
-  if (sink.request->out != nullptr && status / 100 == 2) {
+  if (sink.request->out != nullptr) {
     std::memcpy(sink.request->out + sink.answer->bytes, data, bytes);
   } else {
     sink.answer->body.append(data, bytes);
@@ -105,7 +112,7 @@ absl::Status Corrupt() {
   return ErrorBuilder(absl::StatusCode::kDataLoss, "OBJECT_CORRUPT")
       .Server()
       .Message(
-          "An object is larger than it was when it was stored. Delete the "
+          "An object has another size than when it was stored. Delete the "
           "checkpoint from the object store, and store it again.");
 }
 
@@ -118,6 +125,8 @@ absl::Status Refusal(const S3Answer& answer) {
         .Server()
         .Message("There is already an object under the key.");
   }
+  // A range behind the end.
+  if (answer.status == 416) return Corrupt();
   if (answer.status == 404 && code != "NoSuchBucket") {
     return ErrorBuilder(absl::StatusCode::kNotFound, "OBJECT_NOT_FOUND")
         .Server()
@@ -162,6 +171,14 @@ S3Connection::S3Connection(S3Options options, std::string endpoint,
 }
 
 S3Connection::~S3Connection() = default;
+
+void S3Connection::Stop() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+  }
+  stop_.notify_all();
+}
 
 std::unique_ptr<S3Connection::Handle> S3Connection::Take() {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -255,7 +272,11 @@ absl::StatusOr<S3Answer> S3Connection::Send(const S3Request& request) {
         answer.ok() ? MayPass(*answer) : absl::IsUnavailable(answer.status());
     if (!again || left == 1 || stopped_) break;
     // Not all that wait come back in the same moment.
-    absl::SleepFor(pause * std::uniform_real_distribution<>(0.5, 1.5)(random));
+    const absl::Duration wait =
+        pause * std::uniform_real_distribution<>(0.5, 1.5)(random);
+    std::unique_lock<std::mutex> lock(mutex_);
+    stop_.wait_for(lock, absl::ToChronoNanoseconds(wait),
+                   [this] { return stopped_.load(); });
     pause *= 2;
   }
   {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -23,7 +24,8 @@ struct S3Request {
   std::map<std::string, std::string> query = {};
   std::vector<std::pair<std::string, std::string>> headers = {};
   std::string_view body = {};
-  // Where the answer goes, at most so many bytes; else S3Answer::body.
+  // Where the answer goes, at most so many bytes; else S3Answer::body. What a
+  // refusal says goes there in any case.
   char* out = nullptr;
   int64_t most = int64_t{64} << 20;
 };
@@ -49,7 +51,7 @@ class S3Connection {
   absl::StatusOr<S3Answer> Send(const S3Request& request);
 
   // All calls that wait fail, and all later ones.
-  void Stop() { stopped_ = true; }
+  void Stop();
   const S3Options& options() const { return options_; }
 
  private:
@@ -62,6 +64,7 @@ class S3Connection {
   const std::string endpoint_, bucket_, host_, sign_, credentials_;
   std::atomic<bool> stopped_{false};
   std::mutex mutex_;
+  std::condition_variable stop_;
   std::vector<std::unique_ptr<Handle>> idle_;
 };
 
