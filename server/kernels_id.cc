@@ -40,6 +40,9 @@ absl::string_view BuildIdIn(absl::string_view notes, size_t align) {
 }
 
 std::string IdOf(const dl_phdr_info& object) {
+  const bool program = object.dlpi_name == nullptr || *object.dlpi_name == 0;
+  // The kernel's own code, without a file, computes nothing.
+  if (!program && *object.dlpi_name != '/') return "";
   for (int i = 0; i < object.dlpi_phnum; ++i) {
     const ElfW(Phdr)& segment = object.dlpi_phdr[i];
     if (segment.p_type != PT_NOTE) continue;
@@ -50,10 +53,9 @@ std::string IdOf(const dl_phdr_info& object) {
     const auto id = BuildIdIn(notes, segment.p_align == 8 ? 8 : 4);
     if (!id.empty()) return std::string(id);
   }
-  const bool program = object.dlpi_name == nullptr || *object.dlpi_name == 0;
   struct stat file = {};
   if (stat(program ? "/proc/self/exe" : object.dlpi_name, &file) != 0) {
-    return "";  // the kernel's own, which computes nothing
+    return "";
   }
   return std::to_string(file.st_size) + "." + std::to_string(file.st_mtime);
 }
