@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a training step's delta takes: the codec of checkpoint/delta beside XOR
 // + zstd-1 of the same buffers, in turns, medians. One JSON line for each
-// learning rate and number of steps; GB/s count bytes of raw bf16.
+// learning rate and number of steps, or for the weights of two snapshots
+// (fine_tuning.py); GB/s count bytes of raw bf16.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
 #include "base/check.h"
+#include "benchmarks/delta/snapshot_weights.h"
 #include "benchmarks/delta/training_step.h"
 #include "benchmarks/delta/xor_zstd.h"
 #include "checkpoint/delta/apply.h"
@@ -27,6 +29,11 @@ ABSL_FLAG(int, rounds, 7, "timed rounds of each row");
 ABSL_FLAG(int, threads, 1, "threads of the codec; the baseline has one");
 ABSL_FLAG(bool, fast, false, "deltas whose streams are stored as they are");
 ABSL_FLAG(int, rows, 10, "of the table");
+ABSL_FLAG(std::string, before, "",
+          "a file model.safetensors; with --after, in place of the table");
+ABSL_FLAG(std::string, after, "", "the same later");
+ABSL_FLAG(double, learning_rate, 0, "of the steps between the two");
+ABSL_FLAG(int, steps, 1, "between the two");
 ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
 
 namespace gradwire {
@@ -58,7 +65,7 @@ class Contest {
  public:
   Contest(TrainedWeights weights, ThreadPool* pool)
       : weights_(std::move(weights)), pool_(pool), work_(weights_.before) {
-    options_.prev_id = ComputeWeightId({View(weights_.before)});
+    options_.prev_id = ComputeWeightId(Views(weights_.before));
     options_.base_id = options_.prev_id;
     options_.fast = absl::GetFlag(FLAGS_fast);
     options_.pool = pool;
@@ -69,7 +76,7 @@ class Contest {
   }
   void DeltaEncode() {
     delta_ =
-        *EncodeDelta({View(weights_.before)}, {View(weights_.after)}, options_);
+        *EncodeDelta(Views(weights_.before), Views(weights_.after), options_);
   }
   void XorApply() { xor_.Apply(work_); }
   // Takes a copy of the file, as it has come.
@@ -77,7 +84,13 @@ class Contest {
     const auto delta = DeltaFile::Parse(std::move(file));
     GW_CHECK(delta.ok());
     std::string id = options_.prev_id;
-    GW_CHECK(ApplyDelta(*delta, {{Info(), work_.data()}}, id, pool_).ok());
+    std::vector<MutableTensor> tensors;
+    uint16_t* values = work_.data();
+    for (const TensorInfo& tensor : weights_.tensors) {
+      tensors.push_back({tensor, values});
+      values += tensor.num_elements();
+    }
+    GW_CHECK(ApplyDelta(*delta, tensors, id, pool_).ok());
   }
   void Reset() { work_ = weights_.before; }
   void Check() const { GW_CHECK(work_ == weights_.after); }
@@ -86,16 +99,19 @@ class Contest {
   int64_t xor_bytes() const { return xor_bytes_; }
   int64_t sparse_bytes() const {
     return static_cast<int64_t>(
-        EncodeSparseDelta({View(weights_.before)}, {View(weights_.after)})
+        EncodeSparseDelta(Views(weights_.before), Views(weights_.after))
             ->size());
   }
 
  private:
-  TensorInfo Info() const {
-    return {"weight", "BF16", {static_cast<int64_t>(weights_.before.size())}};
-  }
-  TensorView View(const std::vector<uint16_t>& values) const {
-    return {Info(), values.data()};
+  std::vector<TensorView> Views(const std::vector<uint16_t>& values) const {
+    std::vector<TensorView> views;
+    const uint16_t* next = values.data();
+    for (const TensorInfo& tensor : weights_.tensors) {
+      views.push_back({tensor, next});
+      next += tensor.num_elements();
+    }
+    return views;
   }
 
   const TrainedWeights weights_;
@@ -107,9 +123,8 @@ class Contest {
   int64_t xor_bytes_ = 0;
 };
 
-void Run(const Row& row, ThreadPool* pool) {
-  const int64_t elements = absl::GetFlag(FLAGS_elements);
-  TrainedWeights weights = Train(elements, row.learning_rate, row.steps);
+void Run(const Row& row, TrainedWeights weights, ThreadPool* pool) {
+  const size_t elements = weights.before.size();
   int64_t changed = 0;
   for (size_t i = 0; i < weights.before.size(); ++i) {
     changed += weights.before[i] != weights.after[i];
@@ -173,9 +188,16 @@ void Main() {
   const int threads = absl::GetFlag(FLAGS_threads);
   std::unique_ptr<ThreadPool> pool;
   if (threads > 1) pool = std::make_unique<ThreadPool>(threads);
+  if (const std::string before = absl::GetFlag(FLAGS_before); !before.empty()) {
+    Run({absl::GetFlag(FLAGS_learning_rate), absl::GetFlag(FLAGS_steps)},
+        ReadSnapshots(before, absl::GetFlag(FLAGS_after)), pool.get());
+    return;
+  }
   int left = absl::GetFlag(FLAGS_rows);
   for (const Row& row : kRows) {
-    if (left-- > 0) Run(row, pool.get());
+    if (left-- <= 0) break;
+    Run(row, Train(absl::GetFlag(FLAGS_elements), row.learning_rate, row.steps),
+        pool.get());
   }
 }
 

@@ -28,6 +28,7 @@ TrainedWeights Train(int64_t elements, double learning_rate, int steps) {
   const float v_deviation = std::sqrt(2 * (1 - kBeta2) / (1 + kBeta2));
   const float rate = static_cast<float>(learning_rate);
   TrainedWeights weights;
+  weights.tensors = {{"weight", "BF16", {elements}}};
   for (int64_t i = 0; i < elements; ++i) {
     float w = 0.02f * normal(random);
     float m = m_deviation * normal(random);

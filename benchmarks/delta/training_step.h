@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "checkpoint/delta/tensor_hash.h"
+
 namespace gradwire {
 
 struct TrainedWeights {
-  std::vector<uint16_t> before, after;  // [elements]
+  std::vector<TensorInfo> tensors;      // bf16, one after the other
+  std::vector<uint16_t> before, after;  // [their elements]
 };
 
 // Weights are normal with deviation 0.02, gradients normal noise, so that the
