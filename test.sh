@@ -4,16 +4,24 @@
 # Builds and tests everything.
 #
 #   ./test.sh            all of it
-#   ./test.sh --quick    without the sanitizers
+#   ./test.sh --quick    without the sanitizers and the fuzzer
+#
+# GRADWIRE_FUZZ_RUNS says how many inputs each fuzz target gets (docs/fuzzing.md),
+# and GRADWIRE_FUZZ_UNTIL after how many seconds from now they end anyway.
 #
 # The last line is "N passed, N failed"; the status is non-zero if any failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 sanitizers=(asan tsan)
+fuzz_runs=${GRADWIRE_FUZZ_RUNS:-50000}
+fuzz_until=${GRADWIRE_FUZZ_UNTIL:-0}
 case "${1:-}" in
   '') ;;
-  --quick) sanitizers=() ;;
+  --quick)
+    sanitizers=()
+    fuzz_runs=0
+    ;;
   *)
     echo "test.sh: unknown argument '$1'; use --quick or nothing" >&2
     exit 2
@@ -131,5 +139,18 @@ for config in "${sanitizers[@]}"; do
     add 0 1
   fi
 done
+
+# Last, since it takes whatever time it is given.
+if [[ $fuzz_runs -gt 0 ]]; then
+  stage "fuzz"
+  budget=0
+  if [[ $fuzz_until -gt 0 ]]; then
+    budget=$((fuzz_until > SECONDS ? fuzz_until - SECONDS : 1))
+  fi
+  lines=$results/fuzz.txt
+  timeout --signal=INT "$limit" tests/fuzz/run.sh --runs "$fuzz_runs" \
+    --seconds "$budget" | tee "$lines"
+  count "${PIPESTATUS[0]}" --fuzz "$lines"
+fi
 
 finish

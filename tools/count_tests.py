@@ -2,8 +2,9 @@
 """Counts test cases for ./test.sh.
 
 Reads what the runners wrote: Bazel's build events (--bazel, one JSON object a
-line, which name the test.xml of every test target, cached ones included) or a
-JUnit file (--junit). Prints "PASSED FAILED" and names each failure on standard
+line, which name the test.xml of every test target, cached ones included), a
+JUnit file (--junit) or the lines of tests/fuzz/run.sh (--fuzz; a target is a
+case). Prints "PASSED FAILED" and names each failure on standard
 error. A target that was not built, crashed or timed out counts as one failure.
 """
 
@@ -65,15 +66,33 @@ def count_bazel(path):
     return passed, failed
 
 
+def count_fuzz(path):
+    """Returns (passed, names of the failed) of one run of the fuzz targets."""
+    passed, failed = 0, []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            words = line.split()
+            if words[:1] != ["fuzz:"]:
+                continue
+            if words[-2:] == ["0", "findings"]:
+                passed += 1
+            else:
+                failed.append(f"fuzz.{words[1]}")
+    return passed, failed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bazel", action="append", default=[])
     parser.add_argument("--junit", action="append", default=[])
+    parser.add_argument("--fuzz", action="append", default=[])
     args = parser.parse_args()
     passed, failed = 0, []
-    for path, count in [(p, count_bazel) for p in args.bazel] + [
-        (p, count_junit) for p in args.junit
-    ]:
+    for path, count in (
+        [(p, count_bazel) for p in args.bazel]
+        + [(p, count_junit) for p in args.junit]
+        + [(p, count_fuzz) for p in args.fuzz]
+    ):
         if not os.path.exists(path):
             failed.append(f"{path}: the runner left no result")
             continue

@@ -3,7 +3,7 @@
 
 import json
 
-from count_tests import count_bazel, count_junit
+from count_tests import count_bazel, count_fuzz, count_junit
 
 JUNIT = """<testsuites><testsuite>
   <testcase name="a" classname="A" status="run"/>
@@ -90,3 +90,13 @@ def test_target_that_was_given_up_is_one_failure(tmp_path):
     for reason in ("INCOMPLETE", "LOADING_FAILURE", "ANALYSIS_FAILURE"):
         events = write_events(tmp_path, aborted(reason))
         assert count_bazel(events) == (0, ["//a:a_test: not built"])
+
+
+def test_fuzz_target_is_a_case(tmp_path):
+    lines = tmp_path / "fuzz.txt"
+    lines.write_text(
+        "INFO: something else\n"
+        "fuzz: oplog  2000 inputs  100/s  9 edges 0 findings\n"
+        "fuzz: delta  10 inputs  100/s  9 edges 1 findings\n"
+    )
+    assert count_fuzz(lines) == (1, ["fuzz.delta"])

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Builds the libFuzzer targets of this directory and runs them, two at a time.
+# Builds the libFuzzer targets of this directory and runs them, all at once.
 #
 #   tests/fuzz/run.sh [--runs N] [TARGET...]     default: 2000000, all of them
+#   tests/fuzz/run.sh --seconds N ...            ends then, whatever is done, but
+#                                                not within its first minute
 #   tests/fuzz/run.sh --repeat FILE TARGET       one input, as a finding left it
 #
 # Prints a line for each target as it ends, and fails if one of them has found
@@ -12,14 +14,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 runs=2000000
+seconds=0
 repeat=
 targets=()
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --runs) runs=$2 && shift ;;
+    --seconds) seconds=$2 && shift ;;
     --repeat) repeat=$2 && shift ;;
     -*)
-      echo "run.sh: unknown argument '$1'; use --runs, --repeat or targets" >&2
+      echo "run.sh: unknown argument '$1'; use --runs, --seconds, --repeat or targets" >&2
       exit 2
       ;;
     *) targets+=("$1") ;;
@@ -39,13 +43,19 @@ bazel build --config=fuzz --noshow_progress --ui_event_filters=-info \
   "${targets[@]/#//\/tests/fuzz:}"
 bin=$(bazel info --config=fuzz bazel-bin 2>/dev/null)/tests/fuzz
 
-# Where memory was allocated is of less use than speed: --repeat shows it.
-readonly fast=malloc_context_size=1:quarantine_size_mb=16
+# Where memory was allocated is of less use than speed: --repeat shows it. What
+# an input frees is soon beyond these megabytes, but not before it ends.
+readonly fast=malloc_context_size=0:quarantine_size_mb=4:max_malloc_fill_size=0
 # An input takes milliseconds, and kilobytes.
 readonly limits=(-max_len=4096 -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=16)
 
 if [[ $repeat ]]; then
   exec "$bin/${targets[0]}" "${limits[@]}" "$repeat"
+fi
+
+# What building has left of the time; 0: any.
+if [[ $seconds -gt 0 ]]; then
+  seconds=$((seconds > SECONDS + 60 ? seconds - SECONDS : 60))
 fi
 
 # run TARGET: prints its line.
@@ -54,15 +64,19 @@ run() {
   rm -rf "$directory"
   mkdir -p "$directory"
   # Entropic scheduling costs a third of the time where inputs are this small.
-  ASAN_OPTIONS=$fast nice "$bin/$1" -runs="$runs" "${limits[@]}" -entropic=0 \
-    -print_final_stats=1 -artifact_prefix="$directory/" \
+  ASAN_OPTIONS=$fast nice "$bin/$1" -runs="$runs" -max_total_time="$seconds" \
+    "${limits[@]}" -entropic=0 -print_final_stats=1 \
+    -artifact_prefix="$directory/" \
     >"$directory/log.txt" 2>&1 || status=$?
   local inputs edges
   inputs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$directory/log.txt")
   edges=$(sed -n 's/^#.* cov: \([0-9]*\).*/\1/p' "$directory/log.txt" | tail -n 1)
-  # A run that ended in any other way than by its number of inputs is one.
+  # A run that ended in any other way than by its number of inputs, or by the
+  # time that it was given, is one.
   local findings=0
-  if [[ $status -ne 0 || ${inputs:-0} -lt $runs ]]; then findings=1; fi
+  if [[ $status -ne 0 || (${inputs:-0} -lt $runs && $seconds -eq 0) ]]; then
+    findings=1
+  fi
   awk -v name="$1" -v inputs="${inputs:-0}" -v edges="${edges:-0}" \
     -v findings="$findings" -v begin="$begin" -v end="$EPOCHREALTIME" 'BEGIN {
       printf "fuzz: %-15s %8d inputs %6d/s %6d edges %d findings\n",
@@ -80,18 +94,15 @@ run() {
   return 1
 }
 
-status=0
-running=0
+# What runs in the background does not hear of Ctrl-C.
+trap 'trap - TERM; kill -TERM 0' INT TERM
+running=()
 for target in "${targets[@]}"; do
-  if [[ $running -ge 2 ]]; then
-    wait -n || status=1
-    running=$((running - 1))
-  fi
   run "$target" &
-  running=$((running + 1))
+  running+=($!)
 done
-while [[ $running -gt 0 ]]; do
-  wait -n || status=1
-  running=$((running - 1))
+status=0
+for process in "${running[@]}"; do
+  wait "$process" || status=1
 done
 exit "$status"
