@@ -226,6 +226,33 @@ TEST(HfWeightsTest, ReadsShardsByIndex) {
   }
 }
 
+TEST(SafetensorsIndexTest, SaysWhatTheFileSays) {
+  const auto index = ParseSafetensorsIndex(
+      R"({"metadata": {"total_size": 12, "total_parameters": 3},
+          "weight_map": {"t1": "a.safetensors", "t2": "b"}})");
+  ASSERT_TRUE(index.ok()) << index.status();
+  EXPECT_EQ(index->total_size, 12);
+  EXPECT_EQ(index->weight_map, (std::map<std::string, std::string>{
+                                   {"t1", "a.safetensors"}, {"t2", "b"}}));
+  for (const char* unknown :
+       {R"({"weight_map": {}})", R"({"weight_map": {}, "metadata": 3})",
+        R"({"weight_map": {}, "metadata": {"total_size": -1}})",
+        R"({"weight_map": {}, "metadata": {"total_size": 1.5}})"}) {
+    const auto bare = ParseSafetensorsIndex(unknown);
+    ASSERT_TRUE(bare.ok()) << bare.status();
+    EXPECT_EQ(bare->total_size, -1) << unknown;
+  }
+  for (const char* bad :
+       {"", "[]", "3", "{}", R"({"weight_map": {"t": ""}})",
+        R"({"weight_map": {"t": ".."}})", R"({"weight_map": {"t": "a/b"}})",
+        R"({"weight_map": {"t": "a\u0000b"}})",
+        R"({"weight_map": {}, "weight_map": {}})"}) {
+    EXPECT_EQ(Reason(ParseSafetensorsIndex(bad).status()),
+              "SAFETENSORS_INVALID")
+        << bad;
+  }
+}
+
 TEST(PublishTest, ADirectoryAppearsWholeOnce) {
   const std::string path = Path("parent") + "/snapshot";
   std::filesystem::remove_all(Path("parent"));

@@ -49,20 +49,6 @@ std::string FileName(const std::string& path) {
   return path.substr(path.find_last_of('/') + 1);
 }
 
-// Bytes of one element, or 0.
-int64_t ElementBytes(const std::string& dtype) {
-  if (dtype == "F64" || dtype == "I64" || dtype == "U64") return 8;
-  if (dtype == "F32" || dtype == "I32" || dtype == "U32") return 4;
-  if (dtype == "F16" || dtype == "BF16" || dtype == "I16" || dtype == "U16") {
-    return 2;
-  }
-  if (dtype == "I8" || dtype == "U8" || dtype == "BOOL" || dtype == "F8_E4M3" ||
-      dtype == "F8_E5M2") {
-    return 1;
-  }
-  return 0;
-}
-
 // Reads exactly `bytes` at `offset`; false at end of file or on an error.
 bool ReadAt(int fd, int64_t offset, int64_t bytes, void* out) {
   char* at = static_cast<char*>(out);
@@ -94,7 +80,7 @@ absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name,
   }
   SafetensorsEntry entry;
   entry.dtype = value["dtype"].get<std::string>();
-  const int64_t element = ElementBytes(entry.dtype);
+  const int64_t element = SafetensorsElementBytes(entry.dtype);
   if (element == 0) {
     return Invalid(name, entry.dtype.substr(0, 40), "has an unknown dtype");
   }
@@ -204,6 +190,19 @@ float HalfToFloat(uint16_t half) {
 
 }  // namespace
 
+int64_t SafetensorsElementBytes(const std::string& dtype) {
+  if (dtype == "F64" || dtype == "I64" || dtype == "U64") return 8;
+  if (dtype == "F32" || dtype == "I32" || dtype == "U32") return 4;
+  if (dtype == "F16" || dtype == "BF16" || dtype == "I16" || dtype == "U16") {
+    return 2;
+  }
+  if (dtype == "I8" || dtype == "U8" || dtype == "BOOL" || dtype == "F8_E4M3" ||
+      dtype == "F8_E5M2") {
+    return 1;
+  }
+  return 0;
+}
+
 absl::StatusOr<SafetensorsHeader> ParseSafetensors(std::string_view file,
                                                    int64_t limit) {
   const int64_t size = static_cast<int64_t>(file.size());
@@ -254,7 +253,7 @@ absl::Status SafetensorsFile::ReadFloats(const std::string& name, int64_t begin,
     return absl::NotFoundError("no tensor " + name);
   }
   const SafetensorsEntry& entry = found->second;
-  const int64_t element = ElementBytes(entry.dtype);
+  const int64_t element = SafetensorsElementBytes(entry.dtype);
   if (entry.dtype != "F32" && entry.dtype != "F16" && entry.dtype != "BF16") {
     return ErrorBuilder(absl::StatusCode::kUnimplemented, "MODEL_UNSUPPORTED")
         .With("field", name)
@@ -290,11 +289,38 @@ absl::Status SafetensorsFile::ReadFloats(const std::string& name, int64_t begin,
   return absl::OkStatus();
 }
 
+absl::StatusOr<SafetensorsIndex> ParseSafetensorsIndex(
+    const std::string& text) {
+  Json json;
+  const std::string wrong = ParseStrictJson(text, kMaxDepth, &json);
+  if (!wrong.empty()) return Invalid("header", "", wrong);
+  SafetensorsIndex index;
+  const auto map = json.find("weight_map");
+  if (map == json.end() || !map->is_object()) {
+    return Invalid("weight_map", "", "is missing");
+  }
+  for (const auto& [tensor, file] : map->items()) {
+    const std::string name = file.is_string() ? file.get<std::string>() : "";
+    if (name.empty() || name[0] == '.' || name.find('/') != std::string::npos ||
+        name.find('\0') != std::string::npos) {
+      return Invalid("weight_map", tensor, "does not name a shard");
+    }
+    index.weight_map[tensor] = name;
+  }
+  const auto metadata = json.find("metadata");
+  if (metadata == json.end() || !metadata->is_object()) return index;
+  const auto size = metadata->find("total_size");
+  if (size != metadata->end() && IsCount(*size)) {
+    index.total_size = size->get<int64_t>();
+  }
+  return index;
+}
+
 absl::StatusOr<std::unique_ptr<HfWeights>> HfWeights::Open(
     const std::string& directory) {
   auto weights = std::make_unique<HfWeights>();
   std::set<std::string> names;
-  std::map<std::string, std::string> wanted;  // tensor -> file
+  SafetensorsIndex index;
   const std::string index_name = "model.safetensors.index.json";
   const int fd =
       open((directory + "/" + index_name).c_str(), O_RDONLY | O_CLOEXEC);
@@ -302,31 +328,17 @@ absl::StatusOr<std::unique_ptr<HfWeights>> HfWeights::Open(
     struct stat info;
     std::string text;
     const bool small = fstat(fd, &info) == 0 && S_ISREG(info.st_mode) &&
-                       info.st_size <= kMaxHeaderBytes;
+                       info.st_size <= kMaxSafetensorsIndexBytes;
     if (small) text.resize(info.st_size);
     const bool read = small && ReadAt(fd, 0, info.st_size, text.data());
     close(fd);
     if (!read) return Invalid(index_name, "", "cannot be read");
-    Json json;
-    const std::string wrong = ParseStrictJson(text, kMaxDepth, &json);
-    if (!wrong.empty()) return Invalid("header", "", wrong);
-    auto map = json.find("weight_map");
-    if (map == json.end() || !map->is_object()) {
-      return Invalid("weight_map", "", "is missing");
-    }
-    for (const auto& [tensor, file] : map->items()) {
-      const std::string name = file.is_string() ? file.get<std::string>() : "";
-      if (name.empty() || name[0] == '.' ||
-          name.find('/') != std::string::npos ||
-          name.find('\0') != std::string::npos) {
-        return Invalid("weight_map", tensor, "does not name a shard");
-      }
-      names.insert(name);
-      wanted[tensor] = name;
-    }
+    GW_ASSIGN_OR_RETURN(index, ParseSafetensorsIndex(text));
+    for (const auto& [tensor, name] : index.weight_map) names.insert(name);
   } else {
     names.insert("model.safetensors");
   }
+  const std::map<std::string, std::string>& wanted = index.weight_map;
   std::vector<std::string> order(names.begin(), names.end());
   for (const std::string& name : order) {
     GW_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsFile> file,

@@ -63,8 +63,31 @@ class SafetensorsFile {
   std::map<std::string, SafetensorsEntry> entries_;
 };
 
+// Most tensor data of a file that save_pretrained of transformers writes,
+// unless it is told otherwise.
+inline constexpr int64_t kShardBytes = 5'000'000'000;
+
+// model.safetensors.index.json of a directory whose weights are in shards.
+struct SafetensorsIndex {
+  // Of each tensor, the shard's name: one path segment.
+  std::map<std::string, std::string> weight_map;
+  // Bytes of all tensors, as its metadata says; -1 if it does not.
+  int64_t total_size = -1;
+
+  bool operator==(const SafetensorsIndex&) const = default;
+};
+
+// Longer ones are refused.
+inline constexpr int64_t kMaxSafetensorsIndexBytes = 100'000'000;
+
+// Errors: INVALID_ARGUMENT SAFETENSORS_INVALID naming the field.
+absl::StatusOr<SafetensorsIndex> ParseSafetensorsIndex(const std::string& text);
+
+// Of "F32" 4; 0 of a dtype that is not known.
+int64_t SafetensorsElementBytes(const std::string& dtype);
+
 // A directory with model.safetensors, or model.safetensors.index.json and its
-// shards (names of one path segment).
+// shards.
 class HfWeights {
  public:
   static absl::StatusOr<std::unique_ptr<HfWeights>> Open(
@@ -88,7 +111,7 @@ class SafetensorsWriter {
  public:
   struct Row {
     std::string name;
-    std::string dtype;  // "F32" or "BF16"
+    std::string dtype;  // one that is known
     std::vector<int64_t> shape;
   };
   SafetensorsWriter(FileSystem& files, const std::string& path,

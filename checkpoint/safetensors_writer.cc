@@ -38,7 +38,7 @@ SafetensorsWriter::SafetensorsWriter(FileSystem& files, const std::string& path,
   header["__metadata__"] = {{"format", "pt"}};
   int64_t offset = 0;
   for (const Row& row : rows) {
-    int64_t bytes = row.dtype == "F32" ? 4 : 2;
+    int64_t bytes = SafetensorsElementBytes(row.dtype);
     for (int64_t dim : row.shape) bytes *= dim;
     header[row.name] = {{"dtype", row.dtype},
                         {"shape", row.shape},
