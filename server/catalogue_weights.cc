@@ -31,7 +31,7 @@ absl::Status CheckSnapshot(const CheckpointRef& ref, const std::string& field) {
           "save_weights_for_sampler returned.");
 }
 
-// Two sets of weights, and the bytes of the second one's file.
+// Two sets of weights.
 struct Pair {
   std::unique_ptr<SnapshotImage> from, to;
   std::string from_base_id;
@@ -87,7 +87,7 @@ absl::Status CheckpointCatalogue::VerifySnapshot(
                       ReadChain(PosixFileSystem(), directory, ref.name));
   for (const SnapshotManifest& each : chain) {
     for (const SnapshotFile& file : each.files) {
-      if (&file == &each.weights()) continue;  // below
+      if (NamesWeights(file.name)) continue;  // below
       const auto content = ReadSnapshotFile(PosixFileSystem(),
                                             directory + "/" + each.name, file);
       if (!content.ok()) {
@@ -102,7 +102,8 @@ absl::Status CheckpointCatalogue::VerifySnapshot(
 }
 
 absl::StatusOr<v1::PromotedModel> CheckpointCatalogue::Promote(
-    const CheckpointRef& ref, const std::string& model_id) const {
+    const CheckpointRef& ref, const std::string& model_id,
+    int64_t shard_bytes) const {
   GW_RETURN_IF_ERROR(CheckSnapshot(ref, "path"));
   GW_RETURN_IF_ERROR(CheckModelId(model_id));
   const std::lock_guard<std::mutex> lock(Removals());
@@ -115,6 +116,7 @@ absl::StatusOr<v1::PromotedModel> CheckpointCatalogue::Promote(
   request.model_id = model_id;
   request.now_micros = absl::ToUnixMicros(absl::Now());
   request.memory_bytes = device.AvailableBytes();
+  request.shard_bytes = shard_bytes;
   request.pool = &device.pool();
   GW_ASSIGN_OR_RETURN(const SnapshotManifest manifest,
                       PromoteSnapshot(PosixFileSystem(), request));
@@ -153,7 +155,7 @@ absl::StatusOr<v1::CheckpointDiff> CheckpointCatalogue::Diff(
   GW_ASSIGN_OR_RETURN(const std::string file,
                       Encode(pair, v1::DIFF_FORMAT_DLT1, &device.pool()));
   reply.set_delta_bytes(std::ssize(file));
-  reply.set_full_bytes(std::ssize(pair.to->bytes()));
+  reply.set_full_bytes(pair.to->bytes());
   reply.set_from_weight_id(pair.from->weight_id());
   reply.set_to_weight_id(pair.to->weight_id());
   return reply;

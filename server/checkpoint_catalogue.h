@@ -48,9 +48,11 @@ class CheckpointCatalogue {
   // error, and returns the first one at the end.
   absl::Status DeleteExpired(absl::Time now,
                              std::vector<std::string>& paths) const;
+  // `shard_bytes`: as in PromoteRequest.
   // Errors: those of PromoteSnapshot; CHECKPOINT_KIND_MISMATCH.
   absl::StatusOr<v1::PromotedModel> Promote(const CheckpointRef& ref,
-                                            const std::string& model_id) const;
+                                            const std::string& model_id,
+                                            int64_t shard_bytes) const;
   // Errors: those of ReadChain and SnapshotImage; CHECKPOINT_KIND_MISMATCH.
   absl::StatusOr<v1::CheckpointDiff> Diff(const CheckpointRef& from,
                                           const CheckpointRef& to) const;

@@ -199,7 +199,8 @@ grpc::Status CheckpointServiceImpl::PromoteCheckpoint(
     v1::PromotedModel* reply) {
   auto ref = ParseCatalogueRef(request->path(), "path");
   if (!ref.ok()) return ToGrpcStatus(ref.status());
-  auto model = catalogue().Promote(*ref, request->model_id());
+  auto model = catalogue().Promote(*ref, request->model_id(),
+                                   context_.environment->snapshot_shard_bytes);
   if (!model.ok()) return ToGrpcStatus(model.status());
   *reply = *std::move(model);
   return grpc::Status::OK;

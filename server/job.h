@@ -20,6 +20,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "checkpoint/safetensors.h"
 #include "gradwire/v1/jobs.pb.h"
 #include "gradwire/v1/rank.pb.h"
 #include "gradwire/v1/training.pb.h"
@@ -55,6 +56,8 @@ struct JobEnvironment {
   // checkpoints/<name>, its op-log in log/, and in recovery/<number> the
   // checkpoints that its recovery begins with.
   std::string jobs_directory;
+  // Most tensor data of a file of a base snapshot or a promoted model.
+  int64_t snapshot_shard_bytes = kShardBytes;
   // Failures of ranks in a row, with no operation executed between them, after
   // which a job is not started again; 0: it fails with the first.
   int max_recoveries = 10;

@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "checkpoint/file_system.h"
+#include "checkpoint/safetensors.h"
 #include "device/cpu_device.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
@@ -45,6 +46,8 @@ struct TrainerOptions {
   // forward, and gathered again for its backward. Otherwise all of the weights
   // that products compute with stay gathered between optimizer steps.
   bool reshard_after_forward = true;
+  // Most tensor data of a file of a base snapshot.
+  int64_t snapshot_shard_bytes = kShardBytes;
   // Ranks that share this machine's memory.
   int ranks_on_host = 1;
   // Where training checkpoints lie; null: the machine's files. Outlives the
@@ -157,7 +160,8 @@ struct ExportOutcome {
   std::string type;    // "base" or "delta"
   std::string parent;  // of a delta
   std::string reason;  // why it is of this type
-  // Of the file with the weights.
+  // Of the file with the weights; of several their sum, and the digest of their
+  // digests.
   int64_t bytes = 0;
   std::string digest;
   std::string weight_id;  // of the full weights, see docs/delta.md

@@ -27,9 +27,9 @@ SnapshotKind KindOf(SnapshotType type) {
 
 ExportOutcome OutcomeOf(const SnapshotManifest& manifest,
                         const std::string& reason) {
-  const SnapshotFile& weights = manifest.weights();
-  return {manifest.kind(), manifest.parent, reason,
-          weights.bytes,   weights.digest,  manifest.weight_id};
+  return {
+      manifest.kind(),         manifest.parent,          reason,
+      manifest.weight_bytes(), manifest.weight_digest(), manifest.weight_id};
 }
 
 }  // namespace
@@ -48,6 +48,7 @@ absl::StatusOr<SnapshotPlan> TrainerImpl::MakeSnapshotPlan(
   request.ttl_seconds = options.ttl_seconds;
   request.tensors = TensorsOf(table_, state_.weight.dtype());
   request.memory_bytes = device_.AvailableBytes();
+  request.shard_bytes = options_.snapshot_shard_bytes;
   return PlanSnapshot(PosixFileSystem(), std::move(request), &device_.pool());
 }
 

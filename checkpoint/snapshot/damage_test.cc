@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "checkpoint/sealed_text.h"
+#include "checkpoint/snapshot/image.h"
+#include "checkpoint/snapshot/list.h"
 #include "checkpoint/snapshot/manifest.h"
 #include "checkpoint/snapshot/snapshot_fixture.h"
 
@@ -54,6 +56,16 @@ TEST_F(SnapshotTest, AnyFlippedBitIsFound) {
     }
   }
   EXPECT_GT(flips, 2000);
+}
+
+TEST_F(SnapshotTest, OneThatGoesWhileItIsReadIsNoFaultOfTheDisk) {
+  Must(Save("a", MakeWeights(1)));
+  const auto chain = ReadChain(*files_, "/s", "a");
+  ASSERT_TRUE(chain.ok()) << chain.status();
+  ASSERT_TRUE(RemoveSnapshot(*files_, "/s", "a").ok());
+  EXPECT_EQ(
+      ReasonOf(SnapshotImage::Read(*files_, "/s", *chain, INT64_MAX).status()),
+      "CHECKPOINT_CORRUPT");
 }
 
 // Texts that declare what is not there, with digests that are right.
@@ -107,7 +119,8 @@ TEST_F(SnapshotTest, HostileManifestsAreRefused) {
        }) {
     EXPECT_EQ(reason(patch), "CHECKPOINT_CORRUPT") << patch;
   }
-  EXPECT_EQ(reason({{"version", 2}}), "STATE_VERSION");
+  EXPECT_EQ(reason({{"version", 2}}), "CHECKPOINT_CORRUPT");
+  EXPECT_EQ(reason({{"version", 3}}), "STATE_VERSION");
   // A ring.
   EXPECT_EQ(reason({{"parent", "b"}, {"parent_id", good["weight_id"]}}),
             "CHECKPOINT_CORRUPT");

@@ -47,13 +47,13 @@ absl::Status ParentMismatch(const SnapshotManifest& child,
 }
 
 // Of the weights of a snapshot, whatever the library says of them.
-absl::Status Damaged(const SnapshotManifest& manifest,
+absl::Status Damaged(const SnapshotManifest& manifest, const std::string& file,
                      const absl::Status& why) {
   if (ReasonOf(why) == "CHECKPOINT_CORRUPT") {
     return WithErrorMetadata(why, "snapshot", manifest.name);
   }
   return WithErrorMetadata(
-      CorruptField(manifest.weights().name, "",
+      CorruptField(file, "",
                    "does not give the weights that its manifest names (" +
                        ReasonOf(why) + ")"),
       "snapshot", manifest.name);
@@ -67,6 +67,44 @@ absl::Status TooLarge(int64_t bytes, int64_t limit) {
       .Message("the snapshot's weights take " + std::to_string(bytes) +
                " bytes of memory and " + std::to_string(limit) +
                " are available; free memory on the server's machine");
+}
+
+// What lies beside the files of the manifest must not be taken for weights.
+absl::Status CheckNoOthers(FileSystem& files, const std::string& path,
+                           const SnapshotManifest& manifest) {
+  const auto names = files.List(path);
+  // It was removed since its manifest was read.
+  if (absl::IsNotFound(names.status())) {
+    return CorruptField(kSnapshotManifest, "", "is missing");
+  }
+  GW_RETURN_IF_ERROR(names.status());
+  for (const std::string& name : *names) {
+    if (!NamesWeights(name) || manifest.Find(name) != nullptr) continue;
+    return CorruptField(name, "", "is not in the manifest");
+  }
+  return absl::OkStatus();
+}
+
+// The tensors of a file that lies in memory, in its order.
+absl::StatusOr<std::vector<MutableTensor>> TensorsIn(std::string& file) {
+  GW_ASSIGN_OR_RETURN(const SafetensorsHeader header,
+                      ParseSafetensors(file, kMaxHeaderBytes));
+  std::vector<std::pair<int64_t, MutableTensor>> placed;
+  for (const auto& [name, entry] : header.entries) {
+    const int64_t element = DeltaElementBytes(entry.dtype);
+    if (element == 0 || entry.offset % element != 0) {
+      return DeltaInvalid(name, entry.dtype, "",
+                          "has an unknown dtype, or is not aligned");
+    }
+    placed.push_back(
+        {entry.offset,
+         {{name, entry.dtype, entry.shape}, file.data() + entry.offset}});
+  }
+  std::sort(placed.begin(), placed.end(),
+            [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<MutableTensor> tensors;
+  for (auto& [offset, tensor] : placed) tensors.push_back(std::move(tensor));
+  return tensors;
 }
 
 }  // namespace
@@ -122,25 +160,41 @@ absl::StatusOr<std::string> ReadSnapshotFile(FileSystem& files,
   return content;
 }
 
-absl::Status SnapshotImage::Load(std::string bytes) {
-  bytes_ = std::move(bytes);
-  GW_ASSIGN_OR_RETURN(const SafetensorsHeader header,
-                      ParseSafetensors(bytes_, kMaxHeaderBytes));
-  std::vector<std::pair<int64_t, MutableTensor>> tensors;
-  for (const auto& [name, entry] : header.entries) {
-    const int64_t element = DeltaElementBytes(entry.dtype);
-    if (element == 0 || entry.offset % element != 0) {
-      return DeltaInvalid(name, entry.dtype, "",
-                          "has an unknown dtype, or is not aligned");
+absl::Status SnapshotImage::Load(FileSystem& files, const std::string& path,
+                                 const SnapshotManifest& manifest,
+                                 std::string& reading) {
+  SafetensorsIndex held;
+  held.total_size = 0;
+  for (const SnapshotFile& file : manifest.weights()) {
+    reading = file.name;
+    GW_ASSIGN_OR_RETURN(std::string content,
+                        ReadSnapshotFile(files, path, file));
+    files_.push_back(std::move(content));
+    GW_ASSIGN_OR_RETURN(std::vector<MutableTensor> tensors,
+                        TensorsIn(files_.back()));
+    for (MutableTensor& tensor : tensors) {
+      const TensorInfo& info = tensor.info;
+      if (!held.weight_map.emplace(info.name, file.name).second) {
+        return DeltaInvalid(info.name, "", "", "is in two files");
+      }
+      held.total_size += info.num_elements() * DeltaElementBytes(info.dtype);
+      tensors_.push_back(std::move(tensor));
     }
-    tensors.push_back(
-        {entry.offset,
-         {{name, entry.dtype, entry.shape}, bytes_.data() + entry.offset}});
   }
-  std::sort(tensors.begin(), tensors.end(),
-            [](const auto& a, const auto& b) { return a.first < b.first; });
-  for (auto& [offset, tensor] : tensors) tensors_.push_back(std::move(tensor));
-  return absl::OkStatus();
+  const SnapshotFile* index = manifest.Find(kBaseIndex);
+  if (index == nullptr) return absl::OkStatus();
+  reading = index->name;
+  if (index->bytes > kMaxSafetensorsIndexBytes) {
+    return CorruptField(index->name, "bytes", "are more than of any index");
+  }
+  GW_ASSIGN_OR_RETURN(const std::string text,
+                      ReadSnapshotFile(files, path, *index));
+  GW_ASSIGN_OR_RETURN(const SafetensorsIndex said, ParseSafetensorsIndex(text));
+  if (said == held) return absl::OkStatus();
+  return CorruptField(
+      index->name,
+      said.weight_map == held.weight_map ? "metadata.total_size" : "weight_map",
+      "is not that of the files it names");
 }
 
 absl::Status SnapshotImage::Apply(std::string delta,
@@ -160,6 +214,12 @@ absl::Status SnapshotImage::Apply(std::string delta,
   return ApplyDelta(file, tensors_, weight_id_, pool);
 }
 
+int64_t SnapshotImage::bytes() const {
+  int64_t sum = 0;
+  for (const std::string& file : files_) sum += std::ssize(file);
+  return sum;
+}
+
 std::vector<TensorView> SnapshotImage::tensors() const {
   std::vector<TensorView> views;
   for (const MutableTensor& tensor : tensors_) {
@@ -173,34 +233,39 @@ absl::StatusOr<std::unique_ptr<SnapshotImage>> SnapshotImage::Read(
     const std::vector<SnapshotManifest>& chain, int64_t limit_bytes,
     ThreadPool* pool) {
   const SnapshotManifest& base = chain.front();
-  if (base.weights().bytes > limit_bytes) {
-    return TooLarge(base.weights().bytes, limit_bytes);
+  if (base.weight_bytes() > limit_bytes) {
+    return TooLarge(base.weight_bytes(), limit_bytes);
   }
   std::unique_ptr<SnapshotImage> image(new SnapshotImage);
   const SnapshotManifest* now = &base;
+  std::string reading;
   const auto read = [&]() -> absl::Status {
     image->weight_id_ = base.weight_id;
     for (const SnapshotManifest& each : chain) {
       now = &each;
-      GW_ASSIGN_OR_RETURN(
-          std::string bytes,
-          ReadSnapshotFile(files, directory + "/" + each.name, each.weights()));
-      GW_RETURN_IF_ERROR(each.is_delta
-                             ? image->Apply(std::move(bytes), each, pool)
-                             : image->Load(std::move(bytes)));
+      const std::string path = directory + "/" + each.name;
+      GW_RETURN_IF_ERROR(CheckNoOthers(files, path, each));
+      if (!each.is_delta) {
+        GW_RETURN_IF_ERROR(image->Load(files, path, each, reading));
+        continue;
+      }
+      const SnapshotFile delta = each.weights().front();
+      reading = delta.name;
+      GW_ASSIGN_OR_RETURN(std::string content,
+                          ReadSnapshotFile(files, path, delta));
+      GW_RETURN_IF_ERROR(image->Apply(std::move(content), each, pool));
     }
     // A delta's tensors that have not changed were not looked at.
     const std::string id = ComputeWeightId(image->tensors(), pool);
     if (id == now->weight_id) return absl::OkStatus();
-    return CorruptField(now->weights().name, "weight_id",
-                        "is that of other weights");
+    return CorruptField(reading, "weight_id", "is that of other weights");
   };
   const absl::Status status = read();
   if (status.ok()) return image;
   const bool damage = absl::IsDataLoss(status) ||
                       absl::IsInvalidArgument(status) ||
                       absl::IsFailedPrecondition(status);
-  return damage ? Damaged(*now, status) : status;
+  return damage ? Damaged(*now, reading, status) : status;
 }
 
 }  // namespace gradwire

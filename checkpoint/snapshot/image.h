@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -34,8 +35,10 @@ absl::StatusOr<std::string> ReadSnapshotFile(FileSystem& files,
 class SnapshotImage {
  public:
   // Reads and applies a chain of ReadChain, and compares the weight id of what
-  // comes out with that of the last. Takes memory of the base's size, which has
-  // to be at most `limit_bytes`, beside the largest delta.
+  // comes out with that of the last, and the base's index with what its shards
+  // hold. A file of weights that no manifest names is damage, for others would
+  // read it. Takes memory of the base's size, which has to be at most
+  // `limit_bytes`, beside the largest delta.
   // Errors: DATA_LOSS CHECKPOINT_CORRUPT (snapshot, file); RESOURCE_EXHAUSTED
   // OUT_OF_MEMORY; the file system's.
   static absl::StatusOr<std::unique_ptr<SnapshotImage>> Read(
@@ -43,19 +46,21 @@ class SnapshotImage {
       const std::vector<SnapshotManifest>& chain, int64_t limit_bytes,
       ThreadPool* pool = nullptr);
 
-  // The file model.safetensors: byte for byte what a base would have been.
-  const std::string& bytes() const { return bytes_; }
-  // Into it, in its order.
+  // In the order in which the base was saved, whatever its files.
   std::vector<TensorView> tensors() const;
+  // Of the base's files of weights.
+  int64_t bytes() const;
   const std::string& weight_id() const { return weight_id_; }
 
  private:
   SnapshotImage() = default;
-  absl::Status Load(std::string bytes);
+  // `reading`: the file that an error is about.
+  absl::Status Load(FileSystem& files, const std::string& path,
+                    const SnapshotManifest& manifest, std::string& reading);
   absl::Status Apply(std::string delta, const SnapshotManifest& manifest,
                      ThreadPool* pool);
 
-  std::string bytes_;
+  std::deque<std::string> files_;  // whole, which stay where they are
   std::vector<MutableTensor> tensors_;
   std::string weight_id_;
 };

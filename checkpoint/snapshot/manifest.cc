@@ -2,9 +2,10 @@
 #include "checkpoint/snapshot/manifest.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <string_view>
 #include <utility>
 
-#include "base/check.h"
 #include "base/status.h"
 #include "checkpoint/sealed_text.h"
 #include "checkpoint/strict_json.h"
@@ -15,11 +16,16 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr char kFormat[] = "gradwire snapshot";
+// Of one whose weights are in shards, which version 1 does not know, and of
+// others.
+constexpr int kShardedVersion = 2;
 constexpr int kVersion = 1;
 // Manifest, array, object, and one to spare for later versions.
 constexpr int kMaxDepth = 4;
 constexpr int64_t kMaxManifestBytes = int64_t{1} << 20;
 constexpr int64_t kMaxText = 4096;
+constexpr std::string_view kWeightsEnd = ".safetensors";
+constexpr std::string_view kIndexEnd = ".safetensors.index.json";
 constexpr char kTimeFormat[] = "%Y-%m-%dT%H:%M:%E6SZ";
 
 absl::Status Wrong(const std::string& field, const std::string& what) {
@@ -72,7 +78,47 @@ absl::StatusOr<std::vector<SnapshotFile>> ParseFiles(const Json& files) {
   return parsed;
 }
 
+// That the files with weights are those of the kind, each of them, in order.
+absl::Status CheckWeights(const SnapshotManifest& manifest) {
+  const bool sharded = manifest.Find(kBaseIndex) != nullptr;
+  std::vector<std::string> have, want;
+  for (const SnapshotFile& file : manifest.files) {
+    if (NamesWeights(file.name) && file.name != kBaseIndex) {
+      have.push_back(file.name);
+    }
+  }
+  if (manifest.is_delta) {
+    want.push_back(kDeltaWeights);
+  } else if (!sharded) {
+    want.push_back(kBaseWeights);
+  } else if (std::ssize(have) > 1 && std::ssize(have) <= kMaxShards) {
+    for (int64_t i = 1; i <= std::ssize(have); ++i) {
+      want.push_back(BaseWeightsName(i, std::ssize(have)));
+    }
+  }
+  if (want.empty() || have != want || (manifest.is_delta && sharded)) {
+    return Wrong("files", "have not the weights, or others");
+  }
+  return absl::OkStatus();
+}
+
+int VersionOf(const SnapshotManifest& manifest) {
+  return manifest.Find(kBaseIndex) != nullptr ? kShardedVersion : kVersion;
+}
+
 }  // namespace
+
+std::string BaseWeightsName(int64_t number, int64_t count) {
+  if (count == 1) return kBaseWeights;
+  char name[64];
+  std::snprintf(name, sizeof(name), "model-%05lld-of-%05lld.safetensors",
+                static_cast<long long>(number), static_cast<long long>(count));
+  return name;
+}
+
+bool NamesWeights(const std::string& file) {
+  return file.ends_with(kWeightsEnd) || file.ends_with(kIndexEnd);
+}
 
 const SnapshotFile* SnapshotManifest::Find(const std::string& file) const {
   const auto found =
@@ -81,10 +127,24 @@ const SnapshotFile* SnapshotManifest::Find(const std::string& file) const {
   return found == files.end() ? nullptr : &*found;
 }
 
-const SnapshotFile& SnapshotManifest::weights() const {
-  const SnapshotFile* file = Find(is_delta ? kDeltaWeights : kBaseWeights);
-  GW_CHECK(file != nullptr);
-  return *file;
+std::vector<SnapshotFile> SnapshotManifest::weights() const {
+  std::vector<SnapshotFile> weights;
+  for (const SnapshotFile& file : files) {
+    if (file.name.ends_with(kWeightsEnd)) weights.push_back(file);
+  }
+  return weights;
+}
+
+int64_t SnapshotManifest::weight_bytes() const {
+  int64_t sum = 0;
+  for (const SnapshotFile& file : weights()) sum += file.bytes;
+  return sum;
+}
+
+std::string SnapshotManifest::weight_digest() const {
+  std::string digests;
+  for (const SnapshotFile& file : weights()) digests += file.digest;
+  return std::ssize(digests) == kDigestDigits ? digests : DigestOf(digests);
 }
 
 int64_t SnapshotManifest::bytes() const {
@@ -100,7 +160,7 @@ std::string SnapshotText(const SnapshotManifest& manifest) {
         {{"name", file.name}, {"bytes", file.bytes}, {"digest", file.digest}});
   }
   Json json = {{"format", kFormat},
-               {"version", kVersion},
+               {"version", VersionOf(manifest)},
                {"name", manifest.name},
                {"job", manifest.job},
                {"kind", manifest.kind()},
@@ -136,7 +196,7 @@ absl::StatusOr<SnapshotManifest> ParseSnapshot(const std::string& text) {
   const int64_t version = fields.Integer("version", 1, INT64_MAX);
   if (!fields.what().empty()) return Wrong(fields.field(), fields.what());
   // Before anything that another version may have changed.
-  if (version != kVersion) return WrongVersion(version, kVersion);
+  if (version > kShardedVersion) return WrongVersion(version, kShardedVersion);
   manifest.name = fields.String("name", 128);
   manifest.job = fields.String("job", 128);
   const std::string kind = fields.String("kind", 16);
@@ -166,9 +226,9 @@ absl::StatusOr<SnapshotManifest> ParseSnapshot(const std::string& text) {
   const Json* files = fields.Array("files");
   if (!fields.Done()) return Wrong(fields.field(), fields.what());
   GW_ASSIGN_OR_RETURN(manifest.files, ParseFiles(*files));
-  if (manifest.Find(manifest.is_delta ? kDeltaWeights : kBaseWeights) ==
-      nullptr) {
-    return Wrong("files", "lack the weights");
+  GW_RETURN_IF_ERROR(CheckWeights(manifest));
+  if (version != VersionOf(manifest)) {
+    return Wrong("version", "is not that of its files");
   }
   return manifest;
 }

@@ -16,7 +16,17 @@ namespace gradwire {
 
 inline constexpr char kSnapshotManifest[] = "snapshot.json";
 inline constexpr char kBaseWeights[] = "model.safetensors";
+inline constexpr char kBaseIndex[] = "model.safetensors.index.json";
 inline constexpr char kDeltaWeights[] = "delta.safetensors";
+
+// A base may have one file of weights, or from two to so many and an index.
+inline constexpr int64_t kMaxShards = 1000;
+
+// model-00002-of-00003.safetensors, of the second of three; model.safetensors
+// of one.
+std::string BaseWeightsName(int64_t number, int64_t count);
+// Whether others take a file of this name for weights or their index.
+bool NamesWeights(const std::string& file);
 
 struct SnapshotFile {
   std::string name;  // of one segment
@@ -51,9 +61,12 @@ struct SnapshotManifest {
   const char* kind() const { return is_delta ? "delta" : "base"; }
   // Null if there is none of this name.
   const SnapshotFile* Find(const std::string& file) const;
-  // The one that holds tensors. REQUIRES: parsed, which checks that it is
-  // there.
-  const SnapshotFile& weights() const;
+  // Those that hold tensors, in the order of the tensors, and what they add up
+  // to. Parsing has checked that they are there, and no others.
+  std::vector<SnapshotFile> weights() const;
+  int64_t weight_bytes() const;
+  // Of one file of weights its digest, of several that of their digests.
+  std::string weight_digest() const;
   // Of all files, the manifest without itself.
   int64_t bytes() const;
 

@@ -99,9 +99,9 @@ absl::Status LoadParent(FileSystem& files,
 
 ChainState StateOf(const std::vector<SnapshotManifest>& chain) {
   ChainState state;
-  state.base_bytes = chain.front().weights().bytes;
+  state.base_bytes = chain.front().weight_bytes();
   for (const SnapshotManifest& each : chain) {
-    if (each.is_delta) state.delta_bytes += each.weights().bytes;
+    if (each.is_delta) state.delta_bytes += each.weight_bytes();
   }
   state.chain_length = std::ssize(chain) - 1;
   return state;

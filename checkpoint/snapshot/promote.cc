@@ -21,6 +21,22 @@ absl::Status ModelExists(const std::string& model_id) {
                ", of another snapshot; choose another id");
 }
 
+absl::StatusOr<std::vector<SnapshotFile>> WriteWeights(
+    FileSystem& files, PendingDirectory& pending, const SnapshotImage& image,
+    const PromoteRequest& request) {
+  const std::vector<TensorView> tensors = image.tensors();
+  std::vector<TensorInfo> infos;
+  for (const TensorView& tensor : tensors) infos.push_back(tensor.info);
+  GW_ASSIGN_OR_RETURN(const auto writer,
+                      BaseWriter::Create(files, pending, std::move(infos),
+                                         request.shard_bytes));
+  for (const auto& [info, data] : tensors) {
+    writer->Append(data, info.num_elements() * DeltaElementBytes(info.dtype));
+  }
+  GW_RETURN_IF_ERROR(writer->Finish());
+  return writer->files();
+}
+
 }  // namespace
 
 absl::StatusOr<SnapshotManifest> PromoteSnapshot(
@@ -50,22 +66,18 @@ absl::StatusOr<SnapshotManifest> PromoteSnapshot(
   model.operation = request.source;
   model.created_micros = request.now_micros;
   model.expires_micros = 0;
-  model.files.clear();
   GW_ASSIGN_OR_RETURN(PendingDirectory pending,
                       PendingDirectory::Create(files, target));
-  const auto add = [&](const std::string& name,
-                       const std::string& content) -> absl::Status {
-    model.files.push_back({name, std::ssize(content), DigestOf(content)});
-    return pending.Write(name, content);
-  };
-  GW_RETURN_IF_ERROR(add(kBaseWeights, image->bytes()));
+  GW_ASSIGN_OR_RETURN(model.files,
+                      WriteWeights(files, pending, *image, request));
   const SnapshotManifest& base = chain->front();
   for (const SnapshotFile& file : base.files) {
-    if (file.name == kBaseWeights) continue;
+    if (NamesWeights(file.name)) continue;
     GW_ASSIGN_OR_RETURN(
         const std::string content,
         ReadSnapshotFile(files, request.directory + "/" + base.name, file));
-    GW_RETURN_IF_ERROR(add(file.name, content));
+    GW_RETURN_IF_ERROR(pending.Write(file.name, content));
+    model.files.push_back(file);
   }
   const std::string text = SnapshotText(model);
   GW_ASSIGN_OR_RETURN(model, ParseSnapshot(text));

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "checkpoint/file_system.h"
+#include "checkpoint/snapshot/base_writer.h"
 #include "checkpoint/snapshot/manifest.h"
 #include "device/thread_pool.h"
 
@@ -20,7 +21,8 @@ struct PromoteRequest {
   std::string source;
   std::string models_directory, model_id;  // of one segment
   int64_t now_micros = 0;
-  int64_t memory_bytes = INT64_MAX;  // most that the weights may take
+  int64_t memory_bytes = INT64_MAX;   // most that the weights may take
+  int64_t shard_bytes = kShardBytes;  // as in SnapshotRequest
   ThreadPool* pool = nullptr;
 };
 
@@ -29,8 +31,8 @@ struct PromoteRequest {
 // nothing is done, even if the snapshot is gone.
 // REQUIRES: one promotion to a models_directory at a time, and none of the
 // chain removed meanwhile.
-// Errors: ALREADY_EXISTS MODEL_EXISTS; those of ReadChain and SnapshotImage;
-// the file system's.
+// Errors: ALREADY_EXISTS MODEL_EXISTS; those of ReadChain, SnapshotImage and
+// BaseWriter; the file system's.
 absl::StatusOr<SnapshotManifest> PromoteSnapshot(FileSystem& files,
                                                  const PromoteRequest& request);
 

@@ -101,9 +101,10 @@ SnapshotManifest Must(const absl::StatusOr<SnapshotManifest>& saved) {
 DiskImage Empty() { return {.files = {}, .directories = {"/s", "/m"}}; }
 
 // A base and a delta.
-DiskImage Chain(const Weights& w, double ttl_seconds = 0) {
+DiskImage Chain(const Weights& w, double ttl_seconds = 0,
+                int64_t shard_bytes = kShardBytes) {
   CrashFileSystem files(Empty());
-  TestSave save{.ttl_seconds = ttl_seconds};
+  TestSave save{.ttl_seconds = ttl_seconds, .shard_bytes = shard_bytes};
   Must(SaveTestSnapshot(files, "/s/base", w.base, save));
   save.kind = SnapshotKind::kDelta;
   Must(SaveTestSnapshot(files, "/s/one", w.one, save));
@@ -142,6 +143,39 @@ Scenario SaveDelta() {
                 {"/s", "new", w.two.File(), Expected::kNew}};
   s.syncs = 2;
   s.directory_syncs = 2;
+  return s;
+}
+
+// In two files, with an index.
+constexpr int64_t kTwoShards = 20;
+
+Scenario SaveShards() {
+  const Weights w;
+  Scenario s{.label = "SaveShards", .start = Chain(w)};
+  s.start.directories.insert("/s/.new.pending");
+  for (const char* file :
+       {"model-00001-of-00002.safetensors", "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json"}) {
+    s.start.files[std::string("/s/.new.pending/") + file] = "left";
+  }
+  s.run = [w](FileSystem& files) {
+    return SaveTestSnapshot(files, "/s/new", w.two,
+                            {.operation = "op", .shard_bytes = kTwoShards})
+        .status();
+  };
+  s.expected = {{"/s", "base", w.base.File()},
+                {"/s", "one", w.one.File()},
+                {"/s", "new", w.two.File(), Expected::kNew}};
+  s.syncs = 5;  // two shards, index, config.json, manifest
+  s.directory_syncs = 2;
+  return s;
+}
+
+Scenario SaveDeltaToShards() {
+  const Weights w;
+  Scenario s = SaveDelta();
+  s.label = "SaveDeltaToShards";
+  s.start = Chain(w, 0, kTwoShards);
   return s;
 }
 
@@ -217,14 +251,56 @@ Scenario Promote() {
   return s;
 }
 
+Scenario PromoteShards() {
+  const Weights w;
+  Scenario s{.label = "PromoteShards", .start = Chain(w, 0, kTwoShards)};
+  s.run = [](FileSystem& files) {
+    return PromoteSnapshot(files, {.directory = "/s",
+                                   .name = "one",
+                                   .source = "from-one",
+                                   .models_directory = "/m",
+                                   .model_id = "model",
+                                   .now_micros = kNow,
+                                   .shard_bytes = kTwoShards})
+        .status();
+  };
+  s.expected = {{"/s", "base", w.base.File()},
+                {"/s", "one", w.one.File()},
+                {"/m", "model", w.one.File(), Expected::kNew}};
+  s.syncs = 5;
+  s.directory_syncs = 2;
+  return s;
+}
+
+Scenario RemoveShards() {
+  const Weights w;
+  Scenario s{.label = "RemoveShards", .start = Chain(w)};
+  {
+    CrashFileSystem files(s.start);
+    Must(SaveTestSnapshot(files, "/s/sharded", w.two,
+                          {.shard_bytes = kTwoShards}));
+    s.start = files.Latest();
+  }
+  s.run = [](FileSystem& files) {
+    return RemoveSnapshot(files, "/s", "sharded");
+  };
+  s.expected = {{"/s", "base", w.base.File()},
+                {"/s", "one", w.one.File()},
+                {"/s", "sharded", w.two.File(), Expected::kGoing}};
+  s.directory_syncs = 1;
+  return s;
+}
+
 class SnapshotCrashTest : public testing::TestWithParam<Scenario (*)()> {
  protected:
   const Scenario scenario_ = GetParam()();
 };
 
 INSTANTIATE_TEST_SUITE_P(All, SnapshotCrashTest,
-                         testing::Values(&SaveBase, &SaveDelta, &Remove,
-                                         &RemoveParent, &Collect, &Promote),
+                         testing::Values(&SaveBase, &SaveShards, &SaveDelta,
+                                         &SaveDeltaToShards, &Remove,
+                                         &RemoveShards, &RemoveParent, &Collect,
+                                         &Promote, &PromoteShards),
                          [](const auto& info) { return info.param().label; });
 
 TEST_P(SnapshotCrashTest, ThePowerFailsAtAnyTime) {

@@ -25,6 +25,20 @@ void Append(const TestWeights& weights, SnapshotWriter& writer) {
   }
 }
 
+TestWeights Fill(std::vector<TensorInfo> infos) {
+  TestWeights weights;
+  weights.infos = std::move(infos);
+  std::mt19937 random(7);
+  for (const TensorInfo& info : weights.infos) {
+    std::string value(static_cast<size_t>(info.num_elements() *
+                                          DeltaElementBytes(info.dtype)),
+                      '\0');
+    for (char& byte : value) byte = static_cast<char>(random());
+    weights.values.push_back(std::move(value));
+  }
+  return weights;
+}
+
 }  // namespace
 
 std::string TestWeights::File() const {
@@ -41,20 +55,58 @@ std::string TestWeights::File() const {
   return files.Latest().files.at("/f");
 }
 
-TestWeights MakeWeights(int64_t scale, const std::string& dtype) {
-  TestWeights weights;
-  // Not in the order of their names.
-  weights.infos = {{"model.norm", dtype, {7 * scale}},
-                   {"embed", dtype, {3 * scale, 5}}};
-  std::mt19937 random(7);
-  for (const TensorInfo& info : weights.infos) {
-    std::string value(
-        static_cast<size_t>(info.num_elements() * DeltaElementBytes(dtype)),
-        '\0');
-    for (char& byte : value) byte = static_cast<char>(random());
-    weights.values.push_back(std::move(value));
+std::map<std::string, std::string> TestWeights::Files(
+    int64_t shard_bytes) const {
+  std::vector<TestWeights> shards(1);
+  int64_t bytes = 0, total = 0, elements = 0;
+  for (size_t i = 0; i < infos.size(); ++i) {
+    const int64_t size = std::ssize(values[i]);
+    if (i > 0 && bytes + size > shard_bytes) {
+      shards.emplace_back();
+      bytes = 0;
+    }
+    shards.back().infos.push_back(infos[i]);
+    shards.back().values.push_back(values[i]);
+    bytes += size;
+    total += size;
+    elements += infos[i].num_elements();
   }
-  return weights;
+  if (shards.size() == 1) return {{"model.safetensors", File()}};
+  std::map<std::string, std::string> files, map;
+  for (size_t i = 0; i < shards.size(); ++i) {
+    const auto digits = [](size_t n) {
+      return std::string(n < 10 ? "0000" : "000") + std::to_string(n);
+    };
+    const std::string name = "model-" + digits(i + 1) + "-of-" +
+                             digits(shards.size()) + ".safetensors";
+    files[name] = shards[i].File();
+    for (const TensorInfo& info : shards[i].infos) map[info.name] = name;
+  }
+  std::string lines;
+  for (const auto& [tensor, name] : map) {
+    lines += (lines.empty() ? "" : ",");
+    lines += "\n    \"" + tensor + "\": \"" + name + "\"";
+  }
+  files["model.safetensors.index.json"] =
+      "{\n  \"metadata\": {\n    \"total_parameters\": " +
+      std::to_string(elements) +
+      ",\n    \"total_size\": " + std::to_string(total) +
+      "\n  },\n  \"weight_map\": {" + lines + "\n  }\n}\n";
+  return files;
+}
+
+TestWeights MakeWeights(int64_t scale, const std::string& dtype) {
+  // Not in the order of their names.
+  return Fill(
+      {{"model.norm", dtype, {7 * scale}}, {"embed", dtype, {3 * scale, 5}}});
+}
+
+TestWeights MakeLayers() {
+  return Fill({{"model.norm", "BF16", {14}},
+               {"embed", "BF16", {6, 5}},
+               {"layer", "BF16", {100}},
+               {"bias", "BF16", {2}},
+               {"a", "BF16", {2, 3}}});
 }
 
 TestWeights Step(const TestWeights& weights, uint32_t seed) {
@@ -85,6 +137,7 @@ absl::StatusOr<SnapshotManifest> SaveTestSnapshot(FileSystem& files,
   request.ttl_seconds = save.ttl_seconds;
   request.tensors = weights.infos;
   request.memory_bytes = save.memory_bytes;
+  request.shard_bytes = save.shard_bytes;
   GW_ASSIGN_OR_RETURN(SnapshotPlan plan,
                       PlanSnapshot(files, std::move(request)));
   if (plan.existing) return *plan.existing;
@@ -107,7 +160,15 @@ absl::StatusOr<std::string> ReadTestSnapshot(FileSystem& files,
           ReadSnapshotFile(files, directory + "/" + each.name, file).status());
     }
   }
-  return image->bytes();
+  TestWeights weights;
+  for (const auto& [info, data] : image->tensors()) {
+    weights.infos.push_back(info);
+    weights.values.emplace_back(
+        static_cast<const char*>(data),
+        static_cast<size_t>(info.num_elements() *
+                            DeltaElementBytes(info.dtype)));
+  }
+  return weights.File();
 }
 
 std::string ReasonOf(const absl::Status& status) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -19,10 +20,14 @@ struct TestWeights {
 
   // The file model.safetensors.
   std::string File() const;
+  // What a base is saved as: that, or shards and their index.
+  std::map<std::string, std::string> Files(int64_t shard_bytes) const;
 };
 
 // Two tensors of 16-bit floats, or as float32, of `scale` times some elements.
 TestWeights MakeWeights(int64_t scale, const std::string& dtype = "BF16");
+// Five, of 28, 60, 200, 4 and 12 bytes.
+TestWeights MakeLayers();
 // After a step: a few elements differ.
 TestWeights Step(const TestWeights& weights, uint32_t seed);
 
@@ -34,6 +39,7 @@ struct TestSave {
   int64_t now_micros = 1'000'000'000'000'000;
   int64_t memory_bytes = INT64_MAX;
   int64_t step = 3;
+  int64_t shard_bytes = kShardBytes;
 };
 
 // Plans, writes and publishes, as a rank does; of a base also config.json.
@@ -42,7 +48,8 @@ absl::StatusOr<SnapshotManifest> SaveTestSnapshot(FileSystem& files,
                                                   const TestWeights& weights,
                                                   const TestSave& save);
 
-// The full weights of a snapshot as a file.
+// The full weights of a snapshot as one file. Reads, and compares with their
+// digests, all files of the chain.
 absl::StatusOr<std::string> ReadTestSnapshot(FileSystem& files,
                                              const std::string& directory,
                                              const std::string& name);

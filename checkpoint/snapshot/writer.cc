@@ -23,27 +23,25 @@ absl::StatusOr<std::unique_ptr<SnapshotWriter>> SnapshotWriter::Create(
                                plan.parent ? plan.parent->name : ""));
   std::unique_ptr<SnapshotWriter> writer(
       new SnapshotWriter(files, std::move(plan), std::move(pending)));
+  if (!writer->is_delta()) {
+    const SnapshotRequest& request = writer->plan_.request;
+    GW_ASSIGN_OR_RETURN(
+        writer->base_,
+        BaseWriter::Create(files, writer->pending_, request.tensors,
+                           request.shard_bytes));
+  }
   return writer;
 }
 
 SnapshotWriter::SnapshotWriter(FileSystem& files, SnapshotPlan plan,
                                PendingDirectory pending)
     : files_(files), plan_(std::move(plan)), pending_(std::move(pending)) {
-  const std::vector<TensorInfo>& tensors = plan_.request.tensors;
-  if (!is_delta()) {
-    std::vector<SafetensorsWriter::Row> rows;
-    for (const TensorInfo& info : tensors) {
-      rows.push_back({info.name, info.dtype, info.shape});
-    }
-    base_ = std::make_unique<SafetensorsWriter>(
-        files_, pending_.path() + "/" + kBaseWeights, rows);
-    return;
-  }
+  if (!is_delta()) return;
   std::map<std::string, const void*> before;
   for (const TensorView& tensor : plan_.image->tensors()) {
     before[tensor.info.name] = tensor.data;
   }
-  for (const TensorInfo& info : tensors) {
+  for (const TensorInfo& info : plan_.request.tensors) {
     before_.push_back(static_cast<const char*>(before.at(info.name)));
     encoded_.push_back({info, false, {}, {}});
   }
@@ -89,8 +87,7 @@ absl::Status SnapshotWriter::FinishWeights(SnapshotManifest& manifest) {
   }
   if (!is_delta()) {
     GW_RETURN_IF_ERROR(base_->Finish());
-    manifest.files.push_back(
-        {kBaseWeights, base_->bytes_written(), base_->digest()});
+    manifest.files = base_->files();
     manifest.weight_id = WeightId(plan_.request.tensors, hashes_);
     manifest.base_id = manifest.weight_id;
     return absl::OkStatus();

@@ -17,7 +17,7 @@
 #include "checkpoint/delta/encode.h"
 #include "checkpoint/file_system.h"
 #include "checkpoint/publish.h"
-#include "checkpoint/safetensors.h"
+#include "checkpoint/snapshot/base_writer.h"
 #include "checkpoint/snapshot/image.h"
 #include "checkpoint/snapshot/manifest.h"
 
@@ -44,6 +44,8 @@ struct SnapshotRequest {
   std::vector<TensorInfo> tensors;
   // Most memory that the parent's weights may take.
   int64_t memory_bytes = INT64_MAX;
+  // Of a base: most tensor data of a file, but for a larger tensor's.
+  int64_t shard_bytes = kShardBytes;
 };
 
 struct SnapshotPlan {
@@ -73,7 +75,8 @@ inline constexpr int64_t kSnapshotPieceElements = kGroupChunks * kChunkElements;
 // The first error sticks and surfaces in Publish.
 class SnapshotWriter {
  public:
-  // REQUIRES: plan.existing is empty. Errors: those of PendingDirectory.
+  // REQUIRES: plan.existing is empty. Errors: those of PendingDirectory; of a
+  // base those of BaseWriter.
   static absl::StatusOr<std::unique_ptr<SnapshotWriter>> Create(
       FileSystem& files, SnapshotPlan plan);
   ~SnapshotWriter();
@@ -106,9 +109,9 @@ class SnapshotWriter {
   // Of the tensor whose turn it is: its place, and elements that have come.
   size_t tensor_ = 0;
   int64_t done_ = 0;
-  // Of a base: its file, the chunks of this tensor and the hashes of the ones
+  // Of a base: its files, the chunks of this tensor and the hashes of the ones
   // before.
-  std::unique_ptr<SafetensorsWriter> base_;
+  std::unique_ptr<BaseWriter> base_;
   std::vector<Hash128> chunks_, hashes_;
   // Of a delta: where the parent's values are, by this order, and the groups.
   std::vector<const char*> before_;

@@ -397,6 +397,26 @@ TEST_P(ShardedTest, ExportsTheSameBytes) {
   EXPECT_EQ(digests[0], digests[1]);
 }
 
+TEST_P(ShardedTest, ExportsTheSameFilesOfALargeModel) {
+  TrainerOptions options = Options(precision());
+  options.snapshot_shard_bytes = 1000;
+  auto one = Make(1, options), many = Make(world(), options);
+  std::vector<std::string> digests;
+  for (Job* job : {one.get(), many.get()}) {
+    const std::string directory = std::string(testing::TempDir()) + "/shards" +
+                                  std::to_string(job->world());
+    std::filesystem::remove_all(directory);
+    job->OnAll([&](Rank& rank) {
+      auto outcome = rank.trainer->Export(directory);
+      ASSERT_TRUE(outcome.ok()) << outcome.status();
+      if (rank.rank == 0) digests.push_back(outcome->digest);
+    });
+    EXPECT_TRUE(
+        std::filesystem::exists(directory + "/model.safetensors.index.json"));
+  }
+  EXPECT_EQ(digests[0], digests[1]);
+}
+
 // A chain of deltas is the same files, whatever the number of ranks; and what
 // an operation has made before is found by all of them.
 TEST_P(ShardedTest, SavesTheSameDeltas) {

@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "checkpoint/crash_file_system.h"
+#include "checkpoint/sealed_text.h"
 #include "checkpoint/snapshot/manifest.h"
 #include "tests/fuzz/fuzz.h"
 
@@ -28,8 +29,16 @@ std::string FuzzSeed(Dice& dice) {
     manifest.base_id = std::string(32, 'c');
     manifest.chain_length = 2;
   }
-  manifest.files.push_back({manifest.is_delta ? kDeltaWeights : kBaseWeights,
-                            1000, std::string(32, 'd')});
+  const int64_t shards =
+      !manifest.is_delta && dice.OneIn(2) ? 1 + dice.Changes() : 1;
+  for (int64_t i = 1; i <= shards; ++i) {
+    manifest.files.push_back(
+        {manifest.is_delta ? kDeltaWeights : BaseWeightsName(i, shards), 1000,
+         std::string(32, 'd')});
+  }
+  if (shards > 1) {
+    manifest.files.push_back({kBaseIndex, 100, std::string(32, 'f')});
+  }
   if (dice.OneIn(2)) {
     manifest.files.push_back({"config.json", 5, std::string(32, 'e')});
   }
@@ -61,7 +70,8 @@ void FuzzOne(const std::string& input) {
     GW_CHECK(file.bytes >= 0);
     GW_CHECK(manifest->Find(file.name) == &file);
   }
-  GW_CHECK(manifest->bytes() >= manifest->weights().bytes);
+  GW_CHECK(manifest->bytes() >= manifest->weight_bytes());
+  GW_CHECK(!manifest->weights().empty() && IsDigest(manifest->weight_digest()));
   GW_CHECK(manifest->parent.find('/') == std::string::npos);
 
   const auto again = ParseSnapshot(SnapshotText(*manifest));

@@ -142,8 +142,8 @@ class SnapshotResult:
     local_path: str
     type: str  # "base" or "delta"
     parent: str  # of a delta: the name of the snapshot it applies to
-    bytes: int  # of the file with the weights, or the delta
-    digest: str  # of that file
+    bytes: int  # of the files with the weights, or the delta
+    digest: str  # of that file; of several, of their digests
     weight_id: str = ""  # of the full weights: the same, the same weights
     reason: str = ""  # why it is of this type
     weight_version: int = 0
