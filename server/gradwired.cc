@@ -14,6 +14,7 @@
 #include "absl/flags/usage_config.h"
 #include "base/error.h"
 #include "base/log.h"
+#include "checkpoint/safetensors.h"
 #include "server/supervisor.h"
 #include "server/version.h"
 
@@ -46,6 +47,9 @@ ABSL_FLAG(int, threads, 0,
           "CPU threads of each rank; 0: an equal share of the cores");
 ABSL_FLAG(double, collect_seconds, 60,
           "how often checkpoints and snapshots that have expired are deleted");
+ABSL_FLAG(int64_t, snapshot_shard_bytes, gradwire::kShardBytes,
+          "most tensor data of one file of a base snapshot or a promoted "
+          "model; what is larger is in several, with an index");
 ABSL_FLAG(std::string, rank_binary, "",
           "the rank's program; default: gradwire_rank beside this one");
 ABSL_FLAG(double, rank_timeout_seconds, 30,
@@ -167,6 +171,7 @@ int Main() {
   options.collective_timeout_seconds =
       absl::GetFlag(FLAGS_collective_timeout_seconds);
   options.collect_seconds = absl::GetFlag(FLAGS_collect_seconds);
+  options.snapshot_shard_bytes = absl::GetFlag(FLAGS_snapshot_shard_bytes);
   options.rank_binary = absl::GetFlag(FLAGS_rank_binary);
   if (options.rank_binary.empty()) {
     std::error_code ignored;

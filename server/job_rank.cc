@@ -172,6 +172,7 @@ Dispatch Job::LoadModel(int64_t id) const {
     load.set_world_size(world_size());
     load.set_collective_timeout_seconds(
         absl::ToDoubleSeconds(environment_->collective_timeout));
+    load.set_snapshot_shard_bytes(environment_->snapshot_shard_bytes);
   }
   return dispatch;
 }

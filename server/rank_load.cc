@@ -66,6 +66,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   options.activation_bytes = load.spec().activation_bytes();
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
   options.forward_only = load.spec().forward_only();
+  options.snapshot_shard_bytes = load.snapshot_shard_bytes();
   if (world_ > 1) link_.Send(progress(v1::JOB_PHASE_COLLECTIVES, 0));
   if (absl::Status joined = JoinGroup(load); !joined.ok()) return fail(joined);
   options.collectives = group_.world.get();

@@ -5,9 +5,9 @@
 #include <grpcpp/resource_quota.h>
 
 #include <cmath>
-#include <tuple>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
@@ -77,26 +77,35 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
     const SupervisorOptions& options) {
   // Ranks beat once a second.
   constexpr double kLeastTimeout = 2;
-  const std::tuple<const char*, double, double> numbers[] = {
-      {"threads", options.threads, 0},
+  // More than any disk has.
+  constexpr double kMostShardBytes = 1e15;
+  struct Number {
+    const char* flag;
+    double value, least, most = 1e7;
+  };
+  const Number numbers[] = {
+      {"threads", static_cast<double>(options.threads), 0},
       {"gap_timeout_seconds", options.gap_timeout_seconds, 0},
       {"result_retention_seconds", options.result_retention_seconds, 0},
       {"max_queued_ops", static_cast<double>(options.max_queued_ops), 0},
-      {"max_recoveries", options.max_recoveries, 0},
+      {"max_recoveries", static_cast<double>(options.max_recoveries), 0},
       {"auto_checkpoint_steps",
        static_cast<double>(options.auto_checkpoint_steps), 1},
       {"max_replay_seconds", options.max_replay_seconds, 0},
       {"rank_timeout_seconds", options.rank_timeout_seconds, kLeastTimeout},
       {"collective_timeout_seconds", options.collective_timeout_seconds, 1},
-      {"collect_seconds", options.collect_seconds, 0.01}};
-  for (const auto& [flag, value, least] : numbers) {
-    if (value >= least && value <= 1e7) continue;
+      {"collect_seconds", options.collect_seconds, 0.01},
+      {"snapshot_shard_bytes",
+       static_cast<double>(options.snapshot_shard_bytes), 1, kMostShardBytes}};
+  for (const auto& [flag, value, least, most] : numbers) {
+    if (value >= least && value <= most) continue;
     return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                         "OPTION_OUT_OF_RANGE")
         .With("field", flag)
         .With("value", value)
-        .With("limit", least)
-        .Message("--" + std::string(flag) + " is out of range.");
+        .With("limit", value < least ? least : most)
+        .Message(absl::StrCat("--", flag, " is out of range: it must be from ",
+                              least, " to ", most, "."));
   }
   GW_RETURN_IF_ERROR(CheckLoopback("listen", options.listen));
   GW_RETURN_IF_ERROR(CheckLoopback("metrics_listen", options.metrics_listen));
@@ -127,6 +136,7 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   }
   server->context_.launch = options.launch;
   environment.jobs_directory = server->state_dir_->jobs();
+  environment.snapshot_shard_bytes = options.snapshot_shard_bytes;
   environment.queue.max_ops = options.max_queued_ops;
   environment.queue.gap_timeout = Millis(options.gap_timeout_seconds);
   environment.result_retention = Millis(options.result_retention_seconds);

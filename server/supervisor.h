@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "checkpoint/remote/s3_object_store.h"
+#include "checkpoint/safetensors.h"
 #include "server/collector.h"
 #include "server/health.h"
 #include "server/job_table.h"
@@ -40,6 +41,8 @@ struct SupervisorOptions {
   double collective_timeout_seconds = 120;
   // How often what has expired is deleted.
   double collect_seconds = 60;
+  // As in JobEnvironment.
+  int64_t snapshot_shard_bytes = kShardBytes;
   // "local", or "external": ranks come by themselves, with the token, to
   // rank_listen.
   std::string launch = "local";

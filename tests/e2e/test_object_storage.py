@@ -163,6 +163,40 @@ def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
         assert service.fetch_checkpoint(path).weight_id == weight_id
 
 
+def test_a_base_in_shards_comes_back_with_all_of_them(bucket, models, tmp_path):
+    flag = "--snapshot_shard_bytes=20000"
+    with serving(tmp_path / "one", flag) as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        base = client.save_weights_for_sampler("base", type="base").result()
+        train(client, 1)
+        saved = client.save_weights_for_sampler("delta", type="delta")
+        path = saved.result().path
+        stored(service, path)
+        before = content(base.local_path)
+        shards = [name for name in before if name.startswith("model-")]
+        assert len(shards) > 3
+    prefix = "team/a/jobs/job/snapshots/base"
+    commit = json.loads(bucket.get(f"{prefix}/commit.json"))
+    assert {f["name"]: f["sha256"] for f in commit["files"]} == before
+    shutil.rmtree(tmp_path / "one")
+    # Whatever the limit of the server that reads it.
+    with serving(tmp_path / "two") as (_, service):
+        weight_id = service.fetch_checkpoint(path).weight_id
+        assert service.verify_checkpoint(path).weight_id == weight_id
+        row = service.get_checkpoint(base.path)
+        assert content(row.local_path) == before
+    for name in (shards[1], "model.safetensors.index.json"):
+        key = f"{prefix}/{commit['folder']}/{name}"
+        good = bucket.get(key)
+        bucket.put(key, good[:-1] + bytes([good[-1] ^ 1]))
+        with serving(tmp_path / name) as (_, service):
+            error = refusal(lambda: service.fetch_checkpoint(path))
+            assert error.reason == "OBJECT_CORRUPT"
+            assert error.metadata["file"] == name
+            assert not service.list_checkpoints()
+        bucket.put(key, good)
+
+
 def test_large_files_travel_in_parts(bucket, tmp_path):
     model = save_model("llama", tmp_path / "model", vocab_size=30011)
     with serving(tmp_path / "one", "--object_store_part_mib=5") as (_, service):
