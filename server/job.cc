@@ -186,7 +186,11 @@ absl::StatusOr<v1::Job> Job::Restart() {
   return restarted;
 }
 
-void Job::Delete() {
+absl::Status Job::Delete() {
+  // Before anything is ended: a server that starts without knowing it finds a
+  // job that lives.
+  GW_RETURN_IF_ERROR(
+      environment_->metadata->SetJobState(id_, JobRow::kDeleted, ""));
   Apply({JobEvent::kDelete});
   {
     absl::MutexLock lock(&mu_);
@@ -197,6 +201,7 @@ void Job::Delete() {
   absl::MutexLock attach_lock(&attach_mu_);
   EndCommit();
   RemoveDurableState();
+  return absl::OkStatus();
 }
 
 void Job::Changed() {
@@ -208,7 +213,7 @@ void Job::Changed() {
 
 void Job::Apply(const JobEvent& event) {
   std::shared_ptr<RankGroup> to_stop;
-  JobRow::State row = JobRow::kLive;
+  bool has_failed = false;
   std::string error;
   {
     absl::MutexLock lock(&mu_);
@@ -229,18 +234,16 @@ void Job::Apply(const JobEvent& event) {
     }
     Tell(was_ready);
     if (job_.state() != was && job_.state() == v1::JOB_STATE_FAILED) {
-      row = JobRow::kFailed;
+      has_failed = true;
       error = job_.error().SerializeAsString();
-    } else if (job_.state() != was && job_.state() == v1::JOB_STATE_DELETING) {
-      row = JobRow::kDeleted;
     }
   }
-  if (row != JobRow::kLive) {
+  if (has_failed) {
     const absl::Status known =
-        environment_->metadata->SetJobState(id_, row, error);
-    // A server that starts without knowing it finds a job that lives.
+        environment_->metadata->SetJobState(id_, JobRow::kFailed, error);
+    // The next server will try to recover it.
     if (!known.ok()) {
-      spdlog::error("job {}: its end is not recorded: {}", id_,
+      spdlog::error("job {}: its failure is not recorded: {}", id_,
                     std::string(known.message()));
     }
   }

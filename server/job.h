@@ -96,8 +96,9 @@ class Job {
   // Errors: FAILED_PRECONDITION JOB_NOT_FAILED, JOB_DELETED; UNAVAILABLE
   // SERVER_DRAINING; those of Metadata and Journal.
   absl::StatusOr<v1::Job> Restart();
-  // Returns when no rank is left.
-  void Delete();
+  // Returns when no rank is left. Errors: those of Metadata; nothing has
+  // changed then.
+  absl::Status Delete();
   // Ends the ranks, and the waiting for operations, which are in the log; the
   // job is of no use afterwards.
   void Stop();

@@ -123,7 +123,9 @@ grpc::Status JobServiceImpl::DeleteJob(grpc::ServerContext*,
                                        v1::Job* reply) {
   auto job = context_.jobs->Get(request->job_id());
   if (!job.ok()) return ToGrpcStatus(job.status());
-  (*job)->Delete();
+  if (const absl::Status deleted = (*job)->Delete(); !deleted.ok()) {
+    return ToGrpcStatus(deleted);
+  }
   *reply = (*job)->Get();
   return grpc::Status::OK;
 }
