@@ -56,7 +56,11 @@ absl::Status Job::Create() {
           job_.create_time());
   GW_RETURN_IF_ERROR(environment_->metadata->AddJob(row));
   absl::Status opened = OpenJournal(row);
-  if (!opened.ok()) environment_->metadata->ForgetJob(id_).IgnoreError();
+  if (!opened.ok()) {
+    // While the row is there, so that the next server finds what is left.
+    RemoveDurableState();
+    environment_->metadata->ForgetJob(id_).IgnoreError();
+  }
   return opened;
 }
 

@@ -187,6 +187,8 @@ void Job::RemoveDurableState() {
     }
     files.Remove(directory() + part).IgnoreError();
   }
+  // Unless it has checkpoints or snapshots, which outlive their job.
+  files.Remove(directory()).IgnoreError();
 }
 
 }  // namespace gradwire
