@@ -25,7 +25,10 @@ Job::Job(std::string job_id, const v1::JobSpec& spec,
       started_(Clock::now()) {
   job_.set_job_id(id_);
   *job_.mutable_spec() = spec_;
-  *job_.mutable_create_time() = WallNow();
+  // As exactly as it is recorded.
+  *job_.mutable_create_time() =
+      google::protobuf::util::TimeUtil::MicrosecondsToTimestamp(
+          absl::ToUnixMicros(absl::Now()));
   *job_.mutable_update_time() = WallNow();
   StartJob(job_);
 }
