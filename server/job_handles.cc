@@ -156,8 +156,10 @@ absl::StatusOr<Job::Handle*> Job::Attach(
   row.session_id = handle->session_id;
   row.request = request.SerializeAsString();
   row.attached = handle->attached;
-  GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));
+  // In this order: a handle that is known has taken over, a record without one
+  // means nothing.
   GW_ASSIGN_OR_RETURN(handle->reset->logged_at, Log(handle->reset));
+  GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));
 
   absl::MutexLock lock(&mu_);
   GW_RETURN_IF_ERROR(Unready());
@@ -197,6 +199,9 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
   GW_ASSIGN_OR_RETURN(const Handle* handle, Attach(request));
   absl::MutexLock lock(&mu_);
   const OperationPtr reset = handle->reset;
+  // A server may have ended before it was logged, or executed; of a handle that
+  // had been taken over by then, it never will be.
+  if (reset == nullptr || (handle->fenced && !reset->Final())) return Fenced();
   while (!reset->Final() && !stopping_) reset->changed.Wait(&mu_);
   if (!reset->Final()) return Draining();
   if (reset->record.state() != v1::OPERATION_STATE_DONE) {

@@ -21,6 +21,7 @@ from gradwire._proto.gradwire.v1 import (
     sessions_pb2,
     training_pb2,
 )
+from gradwire.errors import from_rpc
 from gradwire.local_server import find_server
 from processes import Server, ranks_of
 
@@ -363,6 +364,34 @@ def test_deleted_failed_and_fenced_stay_so(models, tmp_path):
         assert created.attached
         assert created.optimizer_step == 1
         train(new, 1)
+
+
+def test_of_a_handle_that_the_log_does_not_know_nothing_is_waited_for(
+    models, tmp_path
+):
+    with serving(tmp_path) as (server, stubs):
+        session = stubs.new_session()
+        model = new_model(stubs, models)
+        train(model, 1)
+        kill(server)
+    # As if power had failed while another one took over from it.
+    request = training_pb2.CreateModelRequest(
+        session_id=session, model_seq_id=1, job_id="job"
+    )
+    with contextlib.closing(
+        sqlite3.connect(tmp_path / "gradwire.db", isolation_level=None)
+    ) as database:
+        database.execute(
+            "INSERT INTO handles VALUES ('job', 0, 'job.0', ?, ?, 0, 0, 0)",
+            (session, request.SerializeToString()),
+        )
+    with serving(tmp_path) as (server, stubs):
+        recovered(stubs)
+        with pytest.raises(grpc.RpcError) as refused:
+            stubs.training.CreateModel(request, timeout=30)
+        assert from_rpc(refused.value).reason == "HANDLE_FENCED"
+        model.stubs = stubs
+        train(model, 1)
 
 
 def test_numbers_that_were_closed_stay_closed(models, tmp_path):
