@@ -145,8 +145,10 @@ std::string DefaultStateDir() {
 int ExitCode(const absl::Status& status) {
   const auto detail = GetErrorDetail(status);
   const std::string reason = detail ? detail->reason : "";
-  if (reason == "STATE_DIR_LOCKED" || reason == "STATE_DIR_UNUSABLE") {
-    return kStateDirectory;
+  for (const char* of_state :
+       {"STATE_DIR_LOCKED", "STATE_DIR_UNUSABLE", "STATE_VERSION",
+        "METADATA_CORRUPT", "STORAGE_FULL", "STORAGE_IO", "SYSTEM_LIMIT"}) {
+    if (reason == of_state) return kStateDirectory;
   }
   if (reason == "PORT_TAKEN") return kPortTaken;
   return kBadConfiguration;
