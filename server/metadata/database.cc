@@ -3,6 +3,8 @@
 
 #include <sqlite3.h>
 
+#include <cerrno>
+
 #include "base/error.h"
 #include "base/status.h"
 
@@ -12,9 +14,24 @@ namespace {
 // Of another process that looks at the file, an operator's shell say.
 constexpr int kBusyMilliseconds = 5000;
 
+// SQLite calls a database damaged, too, that the disk does not give back.
+bool CannotRead(sqlite3* handle) {
+  for (int which : {SQLITE_FCNTL_FILE_POINTER, SQLITE_FCNTL_JOURNAL_POINTER}) {
+    sqlite3_file* file = nullptr;
+    sqlite3_file_control(handle, "main", which, &file);
+    if (file == nullptr || file->pMethods == nullptr) continue;
+    int error = 0;
+    file->pMethods->xFileControl(file, SQLITE_FCNTL_LAST_ERRNO, &error);
+    if (error == EIO) return true;
+  }
+  return false;
+}
+
 absl::Status Failure(sqlite3* handle, int result) {
   const std::string said = sqlite3_errmsg(handle);
-  switch (result & 0xff) {
+  result &= 0xff;
+  if (result == SQLITE_CORRUPT && CannotRead(handle)) result = SQLITE_IOERR;
+  switch (result) {
     case SQLITE_FULL:
       return ErrorBuilder(absl::StatusCode::kResourceExhausted, "STORAGE_FULL")
           .Server()
