@@ -133,7 +133,8 @@ absl::StatusOr<std::unique_ptr<PortFile>> PortFile::Write(
       "\"" +
       (rank_address.empty() ? "" : ", \"rank\": \"" + rank_address + "\"") +
       ", \"pid\": " + std::to_string(getpid()) + "}\n";
-  const std::string pending = path + ".pending." + std::to_string(getpid());
+  // Always the same, so that one of a server that died here is replaced.
+  const std::string pending = path + ".pending";
   const int fd =
       open(pending.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   const auto size = static_cast<ssize_t>(file->content_.size());
