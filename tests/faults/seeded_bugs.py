@@ -114,6 +114,10 @@ class Tree:
             if any("test_death_at_a_failpoint" in test for test in tests):
                 programs.append("gradwired_failpoints")
             targets = [f"//server:{program}" for program in programs]
+            if any("test_fault_index" in test for test in tests):
+                targets.append("//tests/faults:libfault_shim.so")
+                # No sample would see a bug each time.
+                environment["GRADWIRE_FAULTS"] = "all"
             status, output = self._call_bazel("build", *targets)
             if status != 0:
                 raise Unclear(f"the server was not built:\n{tail(output)}")

@@ -25,6 +25,7 @@ EXTERNAL = "tests/e2e/test_external_ranks.py"
 QUEUE = "tests/e2e/test_queue.py"
 BAD_INPUT = "tests/e2e/test_bad_input.py"
 AWAY = "client/python/tests/test_server_away.py"
+INDEX = "tests/faults/test_fault_index.py::test_nothing_that_was_told_is_lost"
 REMOTE = "//checkpoint/remote:remote_checkpoints_test"
 
 _OPLOG = (
@@ -1125,6 +1126,83 @@ _REMOTE = (
     ),
 )
 
+_RECORD_DELETION = (
+    "  GW_RETURN_IF_ERROR(\n      environment_->metadata"
+    '->SetJobState(id_, JobRow::kDeleted, ""));\n'
+)
+_END_DELETED = "  Apply({JobEvent::kDelete});\n"
+_WHOLE_SERVER = (
+    Seed(
+        "deletion_told_without_a_record",
+        "a deleted job lives again after a restart, without its log",
+        "server/job.cc",
+        _RECORD_DELETION,
+        _RECORD_DELETION.replace("GW_RETURN_IF_ERROR", "(void)"),
+        (f"{INDEX}[delete-full]",),
+    ),
+    Seed(
+        "deletion_recorded_last",
+        "a deletion that is interrupted leaves a job without its log",
+        "server/job.cc",
+        _RECORD_DELETION + _END_DELETED,
+        _END_DELETED + "  RemoveDurableState();\n" + _RECORD_DELETION,
+        (f"{INDEX}[delete-kill]",),
+    ),
+    Seed(
+        "deletion_not_finished",
+        "files of a job whose deletion was interrupted stay for ever",
+        "server/job_restore.cc",
+        "    RemoveDurableState();\n    return;",
+        "    return;",
+        (f"{INDEX}[delete-kill]",),
+    ),
+    Seed(
+        "creation_leaves_a_directory",
+        "a job that could not be created leaves a directory of no job",
+        "server/job.cc",
+        "    RemoveDurableState();\n    environment_->metadata->ForgetJob",
+        "    environment_->metadata->ForgetJob",
+        (f"{INDEX}[create_once-error]",),
+    ),
+    Seed(
+        "handle_known_before_its_beginning",
+        "a handle that was refused takes over at the next start",
+        "server/job_handles.cc",
+        "  GW_ASSIGN_OR_RETURN(handle->reset->logged_at, Log(handle->reset));\n"
+        "  GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));",
+        "  GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));\n"
+        "  GW_ASSIGN_OR_RETURN(handle->reset->logged_at, Log(handle->reset));",
+        (f"{INDEX}[take_over-full]",),
+    ),
+    Seed(
+        "handle_without_a_beginning",
+        "a repeated CreateModel ends the server",
+        "server/job_handles.cc",
+        "if (reset == nullptr || (handle->fenced && !reset->Final())) ",
+        "if (handle->fenced && !reset->Final()) ",
+        (
+            f"{RECOVERY}::test_of_a_handle_that_the_log_does_not_know_nothing"
+            "_is_waited_for",
+        ),
+    ),
+    Seed(
+        "unread_called_damaged",
+        "an I/O error is answered with the advice to restore a backup",
+        "server/metadata/database.cc",
+        "if (error == EIO) return true;",
+        "(void)error;",
+        (f"{INDEX}[create-no_input]",),
+    ),
+    Seed(
+        "port_file_left",
+        "what a killed server had begun to tell stays for ever",
+        "server/state_dir.cc",
+        'path + ".pending";',
+        'path + ".pending." + std::to_string(getpid());',
+        (f"{INDEX}[first_start-kill]",),
+    ),
+)
+
 SEEDS = (
     *_OPLOG,
     *_CHECKPOINT,
@@ -1134,4 +1212,5 @@ SEEDS = (
     *_JOB,
     *_CLIENT,
     *_REMOTE,
+    *_WHOLE_SERVER,
 )
