@@ -207,6 +207,9 @@ absl::Status Job::Delete() {
   Stop();
   absl::MutexLock attach_lock(&attach_mu_);
   EndCommit();
+  // What was recorded while it ended; if that fails, rows stay that nobody
+  // reads.
+  environment_->metadata->SetJobState(id_, JobRow::kDeleted, "").IgnoreError();
   RemoveDurableState();
   return absl::OkStatus();
 }
