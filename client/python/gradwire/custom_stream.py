@@ -26,6 +26,11 @@ from gradwire.types import ForwardBackwardResult
 if TYPE_CHECKING:
     from gradwire.training_client import TrainingClient
 
+# After how long without logprobs it is asked whether the forward waits for an
+# earlier number.
+_FIRST_LOOK_SECONDS = 1.0
+_LAST_LOOK_SECONDS = 30.0
+
 
 class CustomStep:
     """Uses a number for the forward and the next one for the backward.
@@ -142,7 +147,18 @@ class CustomStep:
                 yield request(datums_commit=part)
             else:
                 yield request(datums=part)
-        while (part := outgoing.get()) is not None:
+        pause = _FIRST_LOOK_SECONDS
+        while True:
+            try:
+                part = outgoing.get(timeout=pause)
+            except queue.Empty:
+                # A stream does not say that it waits for what was lost.
+                if self._result is None:
+                    self._client.send_lost_if_missed(seq)
+                pause = min(2 * pause, _LAST_LOOK_SECONDS)
+                continue
+            if part is None:
+                return
             yield part
 
     def _finish_forward(self, reader: Any, operation: Any) -> None:

@@ -239,6 +239,23 @@ class Handle:
     # What a power loss has undone. It takes an outage, so nothing is asked for
     # while there is none.
 
+    def send_lost_if_missed(self, seq: int) -> None:
+        """Sends what was lost if the operation of this number waits for it.
+
+        The server may go away and come back between two calls, none of which
+        has then met an outage.
+        """
+        request = operations_pb2.GetOperationRequest(
+            model_id=self.model_id, seq_id=seq
+        )
+        get = self.service.operations.GetOperation
+        try:
+            operation = self.service.call_once(get, request)
+        except GradwireError:
+            return  # whoever waits for the operation is told
+        if operation.state == operations_pb2.OPERATION_STATE_BLOCKED_ON_GAP:
+            self._send_lost()
+
     def _send_lost(self, of_new_outages: bool = False) -> None:
         """Begins to send what the server has lost, if it has lost anything.
 

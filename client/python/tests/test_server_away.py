@@ -382,6 +382,16 @@ def test_a_custom_step_waits_behind_what_was_lost(server, client):
     assert server.ran == list(enumerate(kinds, 1))
 
 
+def test_a_custom_step_sends_what_was_lost_unnoticed(server, client):
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    server.lose_power()  # and is back before anything calls it
+    step = client.forward_backward_custom(DATA, Loss())
+    assert step.result(LONG).loss == 81
+    assert client.service.patience.outages == 0
+    kinds = ["forward_backward", "forward", "backward"]
+    assert server.ran == list(enumerate(kinds, 1))
+
+
 def test_power_is_lost_again_and_again(server, client):
     for outages in range(1, 6):
         client.forward_backward(DATA, "cross_entropy").result(LONG)
