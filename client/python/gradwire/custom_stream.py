@@ -26,8 +26,8 @@ from gradwire.types import ForwardBackwardResult
 if TYPE_CHECKING:
     from gradwire.training_client import TrainingClient
 
-# After how long without logprobs it is asked whether the forward waits for an
-# earlier number.
+# After how long with nothing to send it is asked whether the forward waits for
+# an earlier number.
 _FIRST_LOOK_SECONDS = 1.0
 _LAST_LOOK_SECONDS = 30.0
 
@@ -153,8 +153,7 @@ class CustomStep:
                 part = outgoing.get(timeout=pause)
             except queue.Empty:
                 # A stream does not say that it waits for what was lost.
-                if self._result is None:
-                    self._client.send_lost_if_missed(seq)
+                self._client.send_lost_if_missed(seq)
                 pause = min(2 * pause, _LAST_LOOK_SECONDS)
                 continue
             if part is None:
