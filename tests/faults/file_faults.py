@@ -75,9 +75,6 @@ class Fault:
     def arm(self):
         self._control.armed = 1
 
-    def disarm(self):
-        self._control.armed = 0
-
     @property
     def fired(self):
         return bool(self._control.fired)
