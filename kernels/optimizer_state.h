@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "device/dtype.h"
+#include "device/host_device.h"
 
 namespace gradwire {
 
@@ -32,7 +33,7 @@ struct Halves {
   int16_t low = 0;
 };
 
-inline Halves SplitHalves(float value) {
+GW_HOST_DEVICE inline Halves SplitHalves(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   Halves halves;
   if (std::isnan(value)) {
@@ -45,7 +46,7 @@ inline Halves SplitHalves(float value) {
 }
 
 // (high << 16) + low: the value that was split.
-inline float JoinHalves(const Halves& halves) {
+GW_HOST_DEVICE inline float JoinHalves(const Halves& halves) {
   const uint32_t high = static_cast<uint32_t>(halves.high.bits) << 16;
   return std::bit_cast<float>(high +
                               static_cast<uint32_t>(int32_t{halves.low}));
@@ -58,7 +59,7 @@ struct RoundingKey {
 };
 
 // SplitMix64's finalizer, of the seed and then of the step.
-inline RoundingKey RoundingKeyOf(uint64_t seed, int64_t step) {
+GW_HOST_DEVICE inline RoundingKey RoundingKeyOf(uint64_t seed, int64_t step) {
   const auto mix = [](uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -70,7 +71,8 @@ inline RoundingKey RoundingKeyOf(uint64_t seed, int64_t step) {
 }
 
 // What RoundingBits begins with, beside the lower 32 bits of the index.
-inline uint32_t RoundingStart(const RoundingKey& key, int64_t index) {
+GW_HOST_DEVICE inline uint32_t RoundingStart(const RoundingKey& key,
+                                             int64_t index) {
   return key.first ^
          (static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32) *
           0x9e3779b9u);
@@ -79,7 +81,8 @@ inline uint32_t RoundingStart(const RoundingKey& key, int64_t index) {
 // 32 bits for the element of this index: the lower 16 round m, the upper 16 v.
 // The "lowbias32" hash (C. Wellons, Prospecting for Hash Functions), with the
 // key's second word added half-way.
-inline uint32_t RoundingBits(const RoundingKey& key, int64_t index) {
+GW_HOST_DEVICE inline uint32_t RoundingBits(const RoundingKey& key,
+                                            int64_t index) {
   uint32_t x = RoundingStart(key, index) ^ static_cast<uint32_t>(index);
   x = (x ^ (x >> 16)) * 0x7feb352du + key.second;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -88,7 +91,8 @@ inline uint32_t RoundingBits(const RoundingKey& key, int64_t index) {
 
 // Adds `random`, < 2^16, below the last place that is kept, and cuts off. A
 // finite value stays finite: beyond the largest bfloat16 it becomes that one.
-inline BFloat16 StochasticBFloat16(float value, uint32_t random) {
+GW_HOST_DEVICE inline BFloat16 StochasticBFloat16(float value,
+                                                  uint32_t random) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   BFloat16 out;
   if (!std::isfinite(value)) {

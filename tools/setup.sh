@@ -152,11 +152,11 @@ install_client() {
       "run $python -m pip install --no-build-isolation -e client/python and read its output"
 }
 
-# NCCL's headers and library, of the toolkit's major version: what the CUDA
-# targets are linked with. Bazel looks for them when its server starts.
+# Headers and libraries of cuBLAS and NCCL, of the toolkit's major version: what
+# the CUDA targets are linked with. Bazel looks for them when its server starts.
 install_cuda() {
   pip_install --no-deps --upgrade --target .cache/cuda $(listed "$1") ||
-    fail "NCCL could not be installed; the log is $log" \
+    fail "cuBLAS and NCCL could not be installed; the log is $log" \
       "check the network; without a CUDA toolkit (unset CUDA_HOME) it is not needed"
   bazel shutdown >>"$log" 2>&1 || true
 }
@@ -199,8 +199,8 @@ if [[ -f client/python/pyproject.toml ]]; then
     "10 s" "the gradwire Python client" install_client
 fi
 if [[ $mode == dev && -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
-  part cuda "$(digest tools/packages/cuda.txt)" "10 to 60 s" \
-    "NCCL, for the CUDA targets" install_cuda tools/packages/cuda.txt
+  part cuda "$(digest tools/packages/cuda.txt)" "1 to 3 minutes" \
+    "cuBLAS and NCCL, for the CUDA targets" install_cuda tools/packages/cuda.txt
 fi
 if [[ $mode == dev ]]; then
   part buildifier "$(digest tools/setup.sh)" "5 s" "buildifier" install_buildifier

@@ -57,6 +57,7 @@ class CudaDevice : public Device {
                     const Tensor& to) override;
   void Zero(Stream& stream, const Tensor& tensor) override;
 
+  int index() const { return index_; }
   // Makes this the thread's current device: what CUDA's own calls work on.
   void MakeCurrent() const;
 

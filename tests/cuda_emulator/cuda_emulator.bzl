@@ -27,7 +27,11 @@ def emulated_cuda_library(name, srcs, hdrs, deps = [], **kwargs):
         name = name,
         srcs = copies,
         hdrs = hdrs,
-        copts = ["-O2"],
+        copts = [
+            "-O2",
+            # Of nvcc.
+            "-Wno-unknown-pragmas",
+        ],
         target_compatible_with = CUDA_HEADERS,
         testonly = True,
         deps = deps + ["//tests/cuda_emulator:kernel"],

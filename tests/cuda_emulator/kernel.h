@@ -1,49 +1,137 @@
 // SPDX-License-Identifier: Apache-2.0
-// device/cuda/kernel.h on the host: a kernel is a function that is called for
-// every thread of the grid, one after another. Kernels whose threads wait for
-// each other do not compile against it.
+// device/cuda/kernel.h on the host: the same names, for threads that are fibers
+// (block.h). Warps are whole, and all lanes take part in what a warp does.
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <vector_types.h>
 
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <tuple>
+#include <type_traits>
 
+#include "tests/cuda_emulator/block.h"
+#include "tests/cuda_emulator/shared_memory.h"
 #include "tests/cuda_emulator/streams.h"
 
-inline thread_local uint3 threadIdx;
-inline thread_local uint3 blockIdx;
-inline thread_local dim3 blockDim;
-inline thread_local dim3 gridDim;
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+// ---- CUDA's own names -------------------------------------------------------
+
+inline void __syncthreads(
+    std::source_location where = std::source_location::current()) {
+  gradwire::cuda_emulator::WaitForBlock(where);
+}
+
+namespace gradwire::cuda_emulator {
+
+inline void CheckMask(unsigned mask, const std::source_location& where) {
+  if (mask != 0xffffffffu) Refuse("not all lanes are named", &where);
+}
+
+template <typename T>
+T FromLane(T value, int lane, const std::source_location& where) {
+  const std::byte* slots = ExchangeInWarp(&value, sizeof(T), where);
+  std::memcpy(&value, slots + static_cast<std::size_t>(lane) * kSlotBytes,
+              sizeof(T));
+  return value;
+}
+
+inline int Lane() { return ThreadNumber() % kWarp; }
+
+}  // namespace gradwire::cuda_emulator
+
+inline void __syncwarp(
+    unsigned mask = 0xffffffffu,
+    std::source_location where = std::source_location::current()) {
+  gradwire::cuda_emulator::CheckMask(mask, where);
+  gradwire::cuda_emulator::WaitForWarp(where);
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane,
+              std::source_location where = std::source_location::current()) {
+  gradwire::cuda_emulator::CheckMask(mask, where);
+  return gradwire::cuda_emulator::FromLane(value, lane % 32, where);
+}
+
+template <typename T>
+T __shfl_xor_sync(
+    unsigned mask, T value, int lanes,
+    std::source_location where = std::source_location::current()) {
+  gradwire::cuda_emulator::CheckMask(mask, where);
+  return gradwire::cuda_emulator::FromLane(
+      value, (gradwire::cuda_emulator::Lane() ^ lanes) % 32, where);
+}
+
+template <typename T>
+T __shfl_down_sync(
+    unsigned mask, T value, int lanes,
+    std::source_location where = std::source_location::current()) {
+  gradwire::cuda_emulator::CheckMask(mask, where);
+  const int lane = gradwire::cuda_emulator::Lane();
+  return gradwire::cuda_emulator::FromLane(
+      value, lane + lanes < 32 ? lane + lanes : lane, where);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int lanes,
+                 std::source_location where = std::source_location::current()) {
+  gradwire::cuda_emulator::CheckMask(mask, where);
+  const int lane = gradwire::cuda_emulator::Lane();
+  return gradwire::cuda_emulator::FromLane(
+      value, lane >= lanes ? lane - lanes : lane, where);
+}
+
+inline unsigned __ballot_sync(
+    unsigned mask, int predicate,
+    std::source_location where = std::source_location::current()) {
+  using namespace gradwire::cuda_emulator;
+  CheckMask(mask, where);
+  const std::byte* slots = ExchangeInWarp(&predicate, sizeof(predicate), where);
+  unsigned bits = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    int one;
+    std::memcpy(&one, slots + static_cast<std::size_t>(lane) * kSlotBytes,
+                sizeof(one));
+    if (one != 0) bits |= 1u << lane;
+  }
+  return bits;
+}
+
+inline int __any_sync(
+    unsigned mask, int predicate,
+    std::source_location where = std::source_location::current()) {
+  return __ballot_sync(mask, predicate, where) != 0;
+}
+
+inline int __all_sync(
+    unsigned mask, int predicate,
+    std::source_location where = std::source_location::current()) {
+  return __ballot_sync(mask, predicate, where) == 0xffffffffu;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+
+// ---- gradwire's -------------------------------------------------------------
 
 namespace gradwire {
 namespace cuda_emulator {
 
-// Calls `thread` for each thread of each block of the grid.
-template <typename Thread>
-void RunGrid(dim3 grid, dim3 block, const Thread& thread) {
-  gridDim = grid;
-  blockDim = block;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        for (threadIdx.z = 0; threadIdx.z < block.z; ++threadIdx.z) {
-          for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y) {
-            for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
-              thread();
-            }
-          }
-        }
-      }
-    }
+template <typename T>
+bool IsOfDevice(const T& argument) {
+  if constexpr (std::is_pointer_v<T>) {
+    return argument == nullptr || IsDeviceMemory(argument);
   }
-}
-
-// As the hardware has them.
-inline bool Fits(dim3 grid, dim3 block) {
-  return grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 2147483647u &&
-         grid.y <= 65535 && grid.z <= 65535 && block.x > 0 && block.y > 0 &&
-         block.z > 0 && block.z <= 64 && block.x * block.y * block.z <= 1024;
+  return true;
 }
 
 }  // namespace cuda_emulator
@@ -52,13 +140,116 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    std::size_t shared_bytes, cudaStream_t stream,
                    Arguments... arguments) {
-  if (!cuda_emulator::Fits(grid, block) || shared_bytes > 0) {
+  if (!cuda_emulator::Fits(grid, block) ||
+      shared_bytes > cuda_emulator::kMaxSharedBytes) {
     return cudaErrorInvalidConfiguration;
   }
+  // A GPU would fault.
+  if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
+    return cudaErrorIllegalAddress;
+  }
   cuda_emulator::StreamOf(stream).Add([=] {
-    cuda_emulator::RunGrid(grid, block, [&] { kernel(arguments...); });
+    cuda_emulator::RunGrid(grid, block, shared_bytes,
+                           [&] { kernel(arguments...); });
   });
   return cudaSuccess;
+}
+
+// As in device/cuda/tensor_core.h.
+inline void LoadMatrix(uint32_t& r, const std::byte* slots, int matrix,
+                       bool transposed) {
+  // Lane l's row of matrix m is what lane 8 m + l gave the address of.
+  const int lane = cuda_emulator::Lane();
+  uint16_t halves[2];
+  for (int i = 0; i < 2; ++i) {
+    const int row = transposed ? lane % 4 * 2 + i : lane / 4;
+    const int column = transposed ? lane / 4 : lane % 4 * 2 + i;
+    std::memcpy(&halves[i],
+                slots +
+                    static_cast<std::size_t>(matrix * 8 + row) *
+                        cuda_emulator::kSlotBytes +
+                    static_cast<std::size_t>(column) * 2,
+                2);
+  }
+  r = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+}
+
+template <bool kTransposed, int kMatrices, typename T>
+void LoadMatrices(uint32_t (&r)[kMatrices], SharedArray<T> from, int i,
+                  const std::source_location& where) {
+  static_assert(sizeof(T) == 2);
+  struct alignas(16) Row {
+    uint16_t elements[8];
+  };
+  // Addresses of lanes beyond the matrices are not looked at.
+  Row row = {};
+  if (cuda_emulator::Lane() < 8 * kMatrices) row = from.template Load<Row>(i);
+  const std::byte* slots =
+      cuda_emulator::ExchangeInWarp(&row, sizeof(row), where);
+  for (int m = 0; m < kMatrices; ++m) LoadMatrix(r[m], slots, m, kTransposed);
+}
+
+template <typename T>
+void LdMatrixX4(uint32_t (&r)[4], SharedArray<T> from, int i,
+                std::source_location where = std::source_location::current()) {
+  LoadMatrices<false>(r, from, i, where);
+}
+template <typename T>
+void LdMatrixX4Transposed(
+    uint32_t (&r)[4], SharedArray<T> from, int i,
+    std::source_location where = std::source_location::current()) {
+  LoadMatrices<true>(r, from, i, where);
+}
+template <typename T>
+void LdMatrixX2(uint32_t (&r)[2], SharedArray<T> from, int i,
+                std::source_location where = std::source_location::current()) {
+  LoadMatrices<false>(r, from, i, where);
+}
+template <typename T>
+void LdMatrixX2Transposed(
+    uint32_t (&r)[2], SharedArray<T> from, int i,
+    std::source_location where = std::source_location::current()) {
+  LoadMatrices<true>(r, from, i, where);
+}
+
+inline void MmaBf16(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+    std::source_location where = std::source_location::current()) {
+  struct Fragments {
+    uint32_t a[4];
+    uint32_t b[2];
+  } own;
+  std::memcpy(own.a, a, sizeof(a));
+  std::memcpy(own.b, b, sizeof(b));
+  const std::byte* slots =
+      cuda_emulator::ExchangeInWarp(&own, sizeof(own), where);
+  const auto of_lane = [&](int lane) {
+    Fragments f;
+    std::memcpy(
+        &f, slots + static_cast<std::size_t>(lane) * cuda_emulator::kSlotBytes,
+        sizeof(f));
+    return f;
+  };
+  const auto value = [](uint32_t pair, int half) {
+    const uint32_t bits = half == 0 ? pair << 16 : pair & 0xffff0000u;
+    float f;
+    std::memcpy(&f, &bits, sizeof(f));
+    return static_cast<double>(f);
+  };
+  const int lane = cuda_emulator::Lane();
+  const int group = lane / 4;
+  // Row g or g + 8, column 2 (lane % 4) or the next.
+  for (int i = 0; i < 4; ++i) {
+    const int column = lane % 4 * 2 + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const Fragments of_a = of_lane(group * 4 + k % 8 / 2);
+      const Fragments of_b = of_lane(column * 4 + k % 8 / 2);
+      sum += value(of_a.a[i / 2 + (k < 8 ? 0 : 2)], k % 2) *
+             value(of_b.b[k < 8 ? 0 : 1], k % 2);
+    }
+    d[i] = static_cast<float>(static_cast<double>(d[i]) + sum);
+  }
 }
 
 }  // namespace gradwire

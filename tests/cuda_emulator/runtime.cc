@@ -8,10 +8,12 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <utility>
 
+#include "tests/cuda_emulator/block.h"
 #include "tests/cuda_emulator/streams.h"
 
 namespace {
@@ -40,6 +42,18 @@ struct Recording {
     return done;
   }
 };
+
+// What cudaMalloc has given.
+struct Allocations {
+  std::mutex mutex;
+  std::map<const char*, size_t> bytes_by_address;
+};
+
+Allocations& TheAllocations() {
+  // Never destroyed: other static objects may still use it.
+  static Allocations* const allocations = new Allocations;
+  return *allocations;
+}
 
 }  // namespace
 
@@ -99,6 +113,17 @@ CUstream_st& StreamOf(cudaStream_t stream) {
   return stream == nullptr ? *standard : *stream;
 }
 
+bool IsDeviceMemory(const void* address) {
+  Allocations& all = TheAllocations();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  auto after =
+      all.bytes_by_address.upper_bound(static_cast<const char*>(address));
+  if (after == all.bytes_by_address.begin()) return false;
+  const auto& [begin, bytes] = *--after;
+  // The end, too: of a view that is empty.
+  return static_cast<const char*>(address) <= begin + bytes;
+}
+
 }  // namespace gradwire::cuda_emulator
 
 using gradwire::cuda_emulator::StreamOf;
@@ -112,6 +137,23 @@ cudaError_t cudaGetDeviceCount(int* count) {
 
 cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    // Few, so that work is split as on a GPU.
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 const char* cudaGetErrorName(cudaError_t error) {
@@ -134,17 +176,28 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
   size_t available, total;
   cudaMemGetInfo(&available, &total);
   if (bytes > available) return cudaErrorMemoryAllocation;
-  // The hardware's alignment, and no more.
-  char* memory = static_cast<char*>(
-      std::aligned_alloc(512, (bytes + 511) / 512 * 512 + 512));
-  if (memory == nullptr) return cudaErrorMemoryAllocation;
+  // The hardware's alignment, and no byte more than was asked for, so that the
+  // address sanitizer sees the end.
+  void* aligned = nullptr;
+  if (posix_memalign(&aligned, 512, std::max(bytes, size_t{1})) != 0) {
+    return cudaErrorMemoryAllocation;
+  }
+  char* const memory = static_cast<char*>(aligned);
   // What is read before it is written shows.
   std::memset(memory, 0xff, bytes);
   *data = memory;
+  Allocations& all = TheAllocations();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.bytes_by_address[memory] = bytes;
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* data) {
+  {
+    Allocations& all = TheAllocations();
+    std::lock_guard<std::mutex> lock(all.mutex);
+    all.bytes_by_address.erase(static_cast<char*>(data));
+  }
   std::free(data);
   return cudaSuccess;
 }

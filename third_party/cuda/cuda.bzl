@@ -5,12 +5,14 @@ it are left out of wildcards by what they are compatible with.
 """
 
 load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
-load("@cuda//:defs.bzl", "NCCL", "TOOLKIT")
+load("@cuda//:defs.bzl", "CUBLAS", "NCCL", "TOOLKIT")
 
 _NEVER = ["//third_party/cuda:never"]
 
-# Of targets that include CUDA's headers, and NCCL's: tests on the emulator.
+# Of targets that include CUDA's headers, cuBLAS's and NCCL's: tests on the
+# emulator.
 CUDA_HEADERS = [] if TOOLKIT else _NEVER
+CUBLAS_HEADERS = [] if TOOLKIT and CUBLAS else _NEVER
 NCCL_HEADERS = [] if TOOLKIT and NCCL else _NEVER
 
 def _enabled(found):
@@ -21,6 +23,7 @@ def _enabled(found):
 
 # Of targets that are compiled by nvcc or linked with what CUDA brings.
 CUDA = _enabled(TOOLKIT)
+CUDA_AND_CUBLAS = _enabled(TOOLKIT and CUBLAS)
 CUDA_AND_NCCL = _enabled(TOOLKIT and NCCL)
 
 _ARCHITECTURES = ["80", "90a"]
@@ -32,7 +35,11 @@ def _flags():
         # As in .bazelrc: no contraction beyond what the source writes.
         "--fmad=false",
         "-lineinfo",
+        # The tables of constants that host and device share.
+        "--expt-relaxed-constexpr",
         "-Werror=all-warnings",
+        # nvcc's own: it takes an assignment of a nodiscard type for a call.
+        "-diag-suppress=2810",
         "-Xcompiler=-fPIC,-Wall,-Wextra,-fno-omit-frame-pointer,-ffp-contract=off",
     ]
     for arch in _ARCHITECTURES:

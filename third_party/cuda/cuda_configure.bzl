@@ -1,13 +1,15 @@
-"""Finds the CUDA toolkit and NCCL where they are installed, as @cuda.
+"""Finds the CUDA toolkit, cuBLAS and NCCL where they are installed, as @cuda.
 
-Toolkit: $CUDA_HOME, /usr/local/cuda. NCCL: $NCCL_HOME, what tools/setup.sh --dev
-has put into .cache/cuda, the compiler's own search path. Without them @cuda is
+Toolkit: $CUDA_HOME, /usr/local/cuda. cuBLAS: the toolkit's, what tools/setup.sh
+--dev has put into .cache/cuda. NCCL: $NCCL_HOME, .cache/cuda as well, the
+compiler's own search path. Without them @cuda is
 there all the same, and says so in defs.bzl.
 """
 
 _DEFS = """\"\"\"What this machine has.\"\"\"
 
 TOOLKIT = "{toolkit}"
+CUBLAS = {cublas}
 NCCL = {nccl}
 """
 
@@ -24,6 +26,19 @@ cc_library(
     srcs = glob(["toolkit/lib64/libcudart_static.a"]),
     linkopts = ["-ldl", "-lrt", "-lpthread"],
     deps = [":headers"],
+)
+
+cc_library(
+    name = "cublas_headers",
+    hdrs = glob(["cublas/include/cublas*.h"]),
+    includes = ["cublas/include"],
+    deps = [":headers"],
+)
+
+cc_library(
+    name = "cublas",
+    srcs = glob(["cublas/{cublas_lib}/libcublasLt.so.*"]),
+    deps = [":cublas_headers"],
 )
 
 cc_library(
@@ -59,15 +74,24 @@ def _cuda_configure_impl(repository_ctx):
         [env.get("NCCL_HOME"), root + "/.cache/cuda/nvidia/nccl", "/usr"],
         "include/nccl.h",
     )
+    cublas = _first(
+        repository_ctx,
+        [root + "/.cache/cuda/nvidia/cu13", toolkit],
+        "include/cublasLt.h",
+    )
+    if cublas:
+        repository_ctx.symlink(cublas, "cublas")
     if toolkit:
         repository_ctx.symlink(toolkit, "toolkit")
     if nccl and nccl != "/usr":
         repository_ctx.symlink(nccl, "nccl")
     repository_ctx.file("defs.bzl", _DEFS.format(
+        cublas = bool(cublas),
         nccl = bool(nccl),
         toolkit = toolkit,
     ))
-    build = _BUILD
+    lib = "lib64" if cublas and cublas == toolkit else "lib"
+    build = _BUILD.replace("{cublas_lib}", lib)
     if nccl == "/usr":
         build = build.replace('glob(["nccl/lib/libnccl.so.2"])', "[]").replace(
             'deps = [":nccl_headers"],',
