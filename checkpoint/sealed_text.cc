@@ -21,6 +21,14 @@ constexpr std::string_view kSealEnd = "\"\n}\n";
 constexpr int64_t kSealBytes =
     std::ssize(kSealBegin) + kDigestDigits + std::ssize(kSealEnd);
 
+std::string DigitsOf(const XXH128_hash_t& hash) {
+  char digits[kDigestDigits + 1];
+  std::snprintf(digits, sizeof(digits), "%016llx%016llx",
+                static_cast<unsigned long long>(hash.high64),
+                static_cast<unsigned long long>(hash.low64));
+  return digits;
+}
+
 }  // namespace
 
 StreamDigest::StreamDigest() : state_(XXH3_createState()) {
@@ -36,17 +44,11 @@ void StreamDigest::Add(std::string_view bytes) {
 std::string StreamDigest::Take() {
   const XXH128_hash_t hash = XXH3_128bits_digest(state_);
   XXH3_128bits_reset(state_);
-  char digits[kDigestDigits + 1];
-  std::snprintf(digits, sizeof(digits), "%016llx%016llx",
-                static_cast<unsigned long long>(hash.high64),
-                static_cast<unsigned long long>(hash.low64));
-  return digits;
+  return DigitsOf(hash);
 }
 
 std::string DigestOf(std::string_view bytes) {
-  StreamDigest digest;
-  digest.Add(bytes);
-  return digest.Take();
+  return DigitsOf(XXH3_128bits(bytes.data(), bytes.size()));
 }
 
 bool IsDigest(const std::string& text) {

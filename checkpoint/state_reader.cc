@@ -214,7 +214,7 @@ absl::Status StateReader::VerifyChunk(RankFile& file, int64_t chunk,
       }
     }
     if (place == window_.data() && std::ssize(window_) < bytes) {
-      window_.resize(static_cast<size_t>(kWindowBytes));
+      window_.resize(static_cast<size_t>(bytes));
       place = window_.data();
     }
     GW_RETURN_IF_ERROR(ReadExactly(file, at, bytes, place));

@@ -8,6 +8,84 @@ namespace gradwire {
 
 using Json = nlohmann::json;
 
+namespace {
+
+// Builds the value as it is read, and ends at the first thing that is wrong.
+class Builder final : public nlohmann::json_sax<Json> {
+ public:
+  Builder(int max_depth, Json* root)
+      : max_depth_(static_cast<size_t>(max_depth)), root_(root) {}
+
+  // As ParseStrictJson says it; "" too for what is no JSON.
+  const std::string& wrong() const { return wrong_; }
+
+  bool null() override { return Put(nullptr) != nullptr; }
+  bool boolean(bool value) override { return Put(value) != nullptr; }
+  bool number_integer(int64_t value) override { return Put(value) != nullptr; }
+  bool number_unsigned(uint64_t value) override {
+    return Put(value) != nullptr;
+  }
+  bool number_float(double value, const std::string&) override {
+    return Put(value) != nullptr;
+  }
+  bool string(std::string& value) override {
+    return Put(std::move(value)) != nullptr;
+  }
+  bool binary(Json::binary_t&) override { return false; }
+  bool start_object(size_t) override { return Open(Json::object()); }
+  bool start_array(size_t) override { return Open(Json::array()); }
+  bool end_object() override { return Close(); }
+  bool end_array() override { return Close(); }
+  bool key(std::string& name) override {
+    if (!FitsDepth()) return false;
+    // Two readers could take different ones of two members with one name.
+    auto& members = open_.back()->get_ref<Json::object_t&>();
+    const auto [member, is_new] = members.try_emplace(std::move(name));
+    if (!is_new) {
+      wrong_ = "names \"" + member->first.substr(0, 40) + "\" twice";
+    }
+    member_ = &member->second;
+    return is_new;
+  }
+  bool parse_error(size_t, const std::string&,
+                   const Json::exception&) override {
+    return false;
+  }
+
+ private:
+  bool FitsDepth() {
+    if (open_.size() > max_depth_) wrong_ = "is nested too deep";
+    return wrong_.empty();
+  }
+  // Where the value now is, or null.
+  Json* Put(Json value) {
+    if (!FitsDepth()) return nullptr;
+    if (!open_.empty() && open_.back()->is_array()) {
+      return &open_.back()->emplace_back(std::move(value));
+    }
+    Json* place = open_.empty() ? root_ : member_;
+    *place = std::move(value);
+    return place;
+  }
+  bool Open(Json value) {
+    Json* place = Put(std::move(value));
+    if (place != nullptr) open_.push_back(place);
+    return place != nullptr;
+  }
+  bool Close() {
+    open_.pop_back();
+    return true;
+  }
+
+  const size_t max_depth_;
+  Json* const root_;
+  std::vector<Json*> open_;  // objects and arrays, from the root
+  Json* member_ = nullptr;   // that was named last
+  std::string wrong_;
+};
+
+}  // namespace
+
 std::string ParseStrictJson(const std::string& text, int max_depth,
                             Json* json) {
   // The parser takes a zero byte for the end, whatever follows, and passes over
@@ -16,27 +94,10 @@ std::string ParseStrictJson(const std::string& text, int max_depth,
       text.starts_with("\xEF\xBB\xBF")) {
     return "is not a JSON object";
   }
-  bool deep = false;
-  std::string twice;
-  // Two readers could take different ones of two members with one name.
-  std::vector<std::set<std::string>> names;
-  const auto callback = [&](int depth, Json::parse_event_t event, Json& value) {
-    if (depth > max_depth) deep = true;
-    if (event == Json::parse_event_t::object_start) names.emplace_back();
-    if (event == Json::parse_event_t::object_end && !names.empty()) {
-      names.pop_back();
-    }
-    if (event == Json::parse_event_t::key && !names.empty()) {
-      const std::string& name = value.get_ref<const std::string&>();
-      if (!names.back().insert(name).second) twice = name;
-    }
-    return !deep && twice.empty();
-  };
-  *json = Json::parse(text, callback, /*allow_exceptions=*/false);
-  if (deep) return "is nested too deep";
-  if (!twice.empty()) return "names \"" + twice.substr(0, 40) + "\" twice";
-  if (json->is_discarded() || !json->is_object()) return "is not a JSON object";
-  return "";
+  Builder builder(max_depth, json);
+  const bool whole = Json::sax_parse(text, &builder);
+  if (!builder.wrong().empty()) return builder.wrong();
+  return whole && json->is_object() ? "" : "is not a JSON object";
 }
 
 JsonFields::JsonFields(const Json& object, std::string where)

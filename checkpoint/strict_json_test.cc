@@ -44,6 +44,9 @@ TEST(StrictJsonTest, TakesANameOnce) {
   EXPECT_EQ(Wrong(R"({"b": [{"a": 1}, {"a": 1}], "c": {"a": 1}})"),
             "is nested too deep");
   EXPECT_EQ(Wrong(R"({"b": {"a": 1}, "c": {"a": 1}})"), "");
+  // The first thing that is wrong.
+  EXPECT_EQ(Wrong(R"({"a": 1, "a": [[1]]})"), "names \"a\" twice");
+  EXPECT_EQ(Wrong(R"({"a": [[1]], "a": 1)"), "is nested too deep");
 }
 
 TEST(JsonFieldsTest, TheFirstMistakeSticks) {
