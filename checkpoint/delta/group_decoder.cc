@@ -11,7 +11,8 @@ bool GroupDecoder::Unpack(const GroupShape& shape,
                           absl::Span<const ChunkRow> rows,
                           const DeltaGroup& group, const uint8_t* stored,
                           Cursor& cursor) {
-  differences_.resize(kChunkElements + kPatchSlack);
+  const auto room = static_cast<size_t>(shape.chunk_size(0) + kPatchSlack);
+  if (differences_.size() < room) differences_.resize(room);
   const std::array<int64_t, kMaxStreams> bytes = StreamBytes(shape, rows);
   for (size_t s = 0; s < group.sizes.size(); ++s) {
     streams_[s].Clear();

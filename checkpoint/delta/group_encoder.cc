@@ -22,8 +22,6 @@ constexpr double kFewDensity = 0.04;
 // next ones while sums are taken. Much smaller and the sums' overhead shows.
 constexpr int64_t kBlock = 1024;
 
-constexpr size_t kScanRoom = kChunkElements + kScanSlack;
-
 }  // namespace
 
 int64_t DeltaGroup::stored_bytes() const {
@@ -64,9 +62,12 @@ std::array<int64_t, kMaxStreams> StreamBytes(const GroupShape& shape,
 
 int64_t GroupEncoder::Scan(int64_t n, const uint16_t* before,
                            const uint16_t* after, bool few) {
-  positions_.resize(kScanRoom);
-  values_.resize(kScanRoom);
-  escapes_.resize(kScanRoom);
+  const auto room = static_cast<size_t>(n + kScanSlack);
+  if (positions_.size() < room) {
+    positions_.resize(room);
+    values_.resize(room);
+    escapes_.resize(room);
+  }
   bitmap_.resize(kChunkElements / 64);
   int64_t changed = 0;
   for (int64_t i = 0; i < n; i += kBlock) {

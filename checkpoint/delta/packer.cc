@@ -44,20 +44,21 @@ int64_t Compress(ZSTD_CCtx* context, const uint8_t* in, int64_t bytes,
 
 }  // namespace
 
-StreamPacker::StreamPacker()
-    : numbers_(NewContext(Content::kNumbers)),
-      runs_(NewContext(Content::kRuns)) {}
-
 StreamPacker::~StreamPacker() {
   ZSTD_freeCCtx(numbers_);
   ZSTD_freeCCtx(runs_);
 }
 
+ZSTD_CCtx* StreamPacker::Context(Content content) {
+  ZSTD_CCtx*& context = content == Content::kNumbers ? numbers_ : runs_;
+  if (context == nullptr) context = NewContext(content);
+  return context;
+}
+
 int64_t StreamPacker::Pack(const uint8_t* in, int64_t bytes, Content content,
                            ByteBuffer& out) {
   if (bytes == 0) return 0;
-  const int64_t packed =
-      Compress(content == Content::kNumbers ? numbers_ : runs_, in, bytes, out);
+  const int64_t packed = Compress(Context(content), in, bytes, out);
   if (packed < bytes) {
     out.Add(packed);
     return packed;
@@ -68,13 +69,9 @@ int64_t StreamPacker::Pack(const uint8_t* in, int64_t bytes, Content content,
 
 int64_t StreamPacker::PackFrame(const uint8_t* in, int64_t bytes,
                                 ByteBuffer& out) {
-  const int64_t packed = Compress(runs_, in, bytes, out);
+  const int64_t packed = Compress(Context(Content::kRuns), in, bytes, out);
   out.Add(packed);
   return packed;
-}
-
-StreamUnpacker::StreamUnpacker() : context_(ZSTD_createDCtx()) {
-  GW_CHECK(context_ != nullptr);
 }
 
 StreamUnpacker::~StreamUnpacker() { ZSTD_freeDCtx(context_); }
@@ -89,6 +86,8 @@ const uint8_t* StreamUnpacker::Unpack(const uint8_t* stored,
       ZSTD_findFrameCompressedSize(stored, size) != size) {
     return nullptr;
   }
+  if (context_ == nullptr) context_ = ZSTD_createDCtx();
+  GW_CHECK(context_ != nullptr);
   uint8_t* out = buffer.Room(bytes);
   const size_t got = ZSTD_decompressDCtx(
       context_, out, static_cast<size_t>(bytes), stored, size);

@@ -19,7 +19,7 @@ class StreamPacker {
     kNumbers,  // gaps, values, bitmaps: independent bytes, no repeats
     kRuns,     // anything else: long runs, or unknown
   };
-  StreamPacker();
+  StreamPacker() = default;
   StreamPacker(const StreamPacker&) = delete;
   StreamPacker& operator=(const StreamPacker&) = delete;
   ~StreamPacker();
@@ -32,13 +32,16 @@ class StreamPacker {
   int64_t PackFrame(const uint8_t* in, int64_t bytes, ByteBuffer& out);
 
  private:
-  ZSTD_CCtx_s* const numbers_;
-  ZSTD_CCtx_s* const runs_;
+  ZSTD_CCtx_s* Context(Content content);
+
+  // Null until they are needed: streams that are stored need none.
+  ZSTD_CCtx_s* numbers_ = nullptr;
+  ZSTD_CCtx_s* runs_ = nullptr;
 };
 
 class StreamUnpacker {
  public:
-  StreamUnpacker();
+  StreamUnpacker() = default;
   StreamUnpacker(const StreamUnpacker&) = delete;
   StreamUnpacker& operator=(const StreamUnpacker&) = delete;
   ~StreamUnpacker();
@@ -50,7 +53,7 @@ class StreamUnpacker {
                         int64_t bytes, ByteBuffer& buffer);
 
  private:
-  ZSTD_DCtx_s* const context_;
+  ZSTD_DCtx_s* context_ = nullptr;  // until it is needed
 };
 
 }  // namespace gradwire
