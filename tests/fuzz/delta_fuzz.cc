@@ -107,6 +107,10 @@ std::string Digest64(std::string_view bytes) {
   return Hex(HashBytes64(bytes.data(), std::ssize(bytes)));
 }
 
+std::string Quoted(const std::string& text) {
+  return Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
 // A file in parts, as the mutator takes it.
 struct Parts {
   std::string delta;  // the JSON of the metadata
@@ -125,21 +129,20 @@ struct Parts {
   }
 
   std::string File() const {
-    Json header;
-    header["__metadata__"] = {
-        {"format", kDeltaFormat},
-        {"delta", delta},
-        {"digest", HashBytes128(delta.data(), std::ssize(delta)).Hex()}};
+    // As text: JSON values would take longer than all the rest.
+    std::string text = R"({"__metadata__":{"format":)" + Quoted(kDeltaFormat) +
+                       R"(,"delta":)" + Quoted(delta) + R"(,"digest":")" +
+                       HashBytes128(delta.data(), std::ssize(delta)).Hex() +
+                       "\"}";
     std::string data;
     for (const auto& [name, stream] : streams) {
-      header[name] = {
-          {"dtype", "U8"},
-          {"shape", {stream.size()}},
-          {"data_offsets", {data.size(), data.size() + stream.size()}}};
+      const size_t begin = data.size();
       data += stream;
+      text += "," + Quoted(name) + R"(:{"dtype":"U8","shape":[)" +
+              std::to_string(stream.size()) + R"(],"data_offsets":[)" +
+              std::to_string(begin) + "," + std::to_string(data.size()) + "]}";
     }
-    const std::string text =
-        header.dump(-1, ' ', false, Json::error_handler_t::replace);
+    text += "}";
     std::string file;
     for (int shift = 0; shift < 64; shift += 8) {
       file.push_back(static_cast<char>(text.size() >> shift));
@@ -251,11 +254,13 @@ void MutatePayload(Parts& parts, Dice& dice) {
 }
 
 // Makes the checksums of the chunks those of what comes out, so that it passes.
-void SealChunks(Parts& parts) {
+// False if nothing has changed.
+bool SealChunks(Parts& parts) {
   const auto delta = DeltaFile::Parse(parts.File());
-  if (!delta.ok()) return;
+  if (!delta.ok()) return false;
   const Receiver* receiver = ReceiverOf(delta->info().prev_id);
-  if (receiver == nullptr) return;
+  if (receiver == nullptr) return false;
+  bool changed = false;
   TestWeights weights = receiver->weights;
   for (const DeltaTensor& tensor : delta->tensors()) {
     if (!tensor.changed()) continue;
@@ -278,7 +283,7 @@ void SealChunks(Parts& parts) {
       static GroupDecoder decoder;
       if (decoder.Decode(shape, part, group, stored, options, at) !=
           GroupResult::kOk) {
-        return;
+        return changed;
       }
       for (int64_t c = 0; c < group.chunks; ++c) {
         const int64_t bytes = shape.chunk_size(c) * shape.element_bytes;
@@ -293,7 +298,9 @@ void SealChunks(Parts& parts) {
     parts.streams["table/" + tensor.info.name].assign(
         reinterpret_cast<const char*>(table.data()),
         static_cast<size_t>(table.size()));
+    changed = true;
   }
+  return changed;
 }
 
 // Whether each chunk of the tensors that changed has its checksum, and the rest
@@ -410,10 +417,7 @@ void FuzzMutate(std::string& input, Dice& dice) {
   }
   // Sealed JSON is in the form in which it is written.
   if (streams || dice.OneIn(2)) Seal(parts);
-  if (streams && dice.OneIn(2)) {
-    SealChunks(parts);
-    Seal(parts);
-  }
+  if (streams && dice.OneIn(2) && SealChunks(parts)) Seal(parts);
   input = parts.File();
 }
 
