@@ -4,8 +4,11 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -122,6 +125,32 @@ TEST(CudaEmulatorTest, LanesOfAWarpExchange) {
   }
 }
 
+// Counts threads by the lowest bit of their number, and adds up all numbers;
+// `places` gets each thread's place among those of its count.
+__global__ void AddAtomically(int* sums, unsigned long long* wide,
+                              int* places) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  places[thread] = atomicAdd(sums + __ffs(thread), 1);
+  atomicAdd(wide, (1ull << 40) + static_cast<unsigned>(thread));
+}
+
+TEST(CudaEmulatorTest, AtomicSumsAreOfAllThreads) {
+  const OnDevice<int> sums(std::vector<int>(8)), places(std::vector<int>(64));
+  const OnDevice<unsigned long long> wide(std::vector<unsigned long long>(1));
+  ASSERT_EQ(Launch(AddAtomically, dim3(1), dim3(64), 0, nullptr, sums.data(),
+                   wide.data(), places.data()),
+            cudaSuccess);
+  // The lowest bit: none of 0, the first of every odd number.
+  EXPECT_EQ(sums.Fetch(), (std::vector<int>{1, 32, 16, 8, 4, 2, 1, 0}));
+  EXPECT_EQ(wide.Fetch()[0], (64ull << 40) + 63 * 32);
+  // All places of each sum are taken, each by one.
+  std::vector<int> odd;
+  const std::vector<int> got = places.Fetch();
+  for (int i = 1; i < 64; i += 2) odd.push_back(got[i]);
+  std::sort(odd.begin(), odd.end());
+  for (int i = 0; i < 32; ++i) EXPECT_EQ(odd[i], i);
+}
+
 // d = a b of [16, 16] and [16, 8], with what the tensor cores' wrappers say of
 // where elements are.
 __global__ void Product(const BFloat16* a, const BFloat16* b,
@@ -177,6 +206,47 @@ TEST(CudaEmulatorTest, TensorCoresMultiply) {
                    static_cast<const BFloat16*>(dt.data()), d.data()),
             cudaSuccess);
   EXPECT_EQ(d.Fetch(), want);
+}
+
+TEST(CudaEmulatorTest, CopiesOfHostMemoryReadItBeforeTheyReturn) {
+  const OnDevice<float> to(std::vector<float>(8));
+  std::vector<float> from(8, 1.0f);
+  ASSERT_EQ(cudaMemcpyAsync(to.data(), from.data(), 32, cudaMemcpyHostToDevice,
+                            nullptr),
+            cudaSuccess);
+  std::fill(from.begin(), from.end(), 2.0f);
+  EXPECT_EQ(to.Fetch(), std::vector<float>(8, 1.0f));
+}
+
+__global__ void PackAndRaise(const float* x, uint32_t* pairs, float* powers) {
+  const auto i = static_cast<int>(threadIdx.x);
+  pairs[i] = PackBf16(x[i], -x[i]);
+  powers[i] = Exp2Approx(x[i]);
+}
+
+TEST(CudaEmulatorTest, PairsAndPowersOfTwo) {
+  std::vector<float> x(32);
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<float>(i) * 5.03f - 140.0f;
+  x[31] = -std::numeric_limits<float>::infinity();
+  const OnDevice<float> dx(x);
+  const OnDevice<uint32_t> pairs(std::vector<uint32_t>(32));
+  const OnDevice<float> powers(std::vector<float>(32));
+  ASSERT_EQ(
+      Launch(PackAndRaise, dim3(1), dim3(32), 0, nullptr,
+             static_cast<const float*>(dx.data()), pairs.data(), powers.data()),
+      cudaSuccess);
+  const std::vector<uint32_t> got_pairs = pairs.Fetch();
+  const std::vector<float> got_powers = powers.Fetch();
+  for (int i = 0; i < 32; ++i) {
+    EXPECT_EQ(got_pairs[i] & 0xffffu, BFloat16(x[i]).bits);
+    EXPECT_EQ(got_pairs[i] >> 16, BFloat16(-x[i]).bits);
+    if (x[i] < -126.0f) {
+      EXPECT_EQ(got_powers[i], 0.0f);
+    } else {
+      const float want = std::exp2(x[i]);
+      EXPECT_NEAR(got_powers[i], want, want / (1 << 22));
+    }
+  }
 }
 
 __global__ void CopyBeyondTheEnd(const float* in, int n, float* out) {

@@ -4,7 +4,10 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <strings.h>
 
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +16,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "device/dtype.h"
 #include "tests/cuda_emulator/block.h"
 #include "tests/cuda_emulator/shared_memory.h"
 #include "tests/cuda_emulator/streams.h"
@@ -114,6 +118,18 @@ inline int __all_sync(
     std::source_location where = std::source_location::current()) {
   return __ballot_sync(mask, predicate, where) == 0xffffffffu;
 }
+
+// Blocks run one after another, and threads until they wait: what is left to
+// exclude is kernels of other streams.
+inline int atomicAdd(int* address, int value) {
+  return std::atomic_ref<int>(*address).fetch_add(value);
+}
+inline unsigned long long atomicAdd(unsigned long long* address,
+                                    unsigned long long value) {
+  return std::atomic_ref<unsigned long long>(*address).fetch_add(value);
+}
+
+inline int __ffs(int bits) { return ffs(bits); }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -223,33 +239,44 @@ inline void MmaBf16(
   std::memcpy(own.b, b, sizeof(b));
   const std::byte* slots =
       cuda_emulator::ExchangeInWarp(&own, sizeof(own), where);
-  const auto of_lane = [&](int lane) {
-    Fragments f;
-    std::memcpy(
-        &f, slots + static_cast<std::size_t>(lane) * cuda_emulator::kSlotBytes,
-        sizeof(f));
-    return f;
-  };
-  const auto value = [](uint32_t pair, int half) {
-    const uint32_t bits = half == 0 ? pair << 16 : pair & 0xffff0000u;
-    float f;
-    std::memcpy(&f, &bits, sizeof(f));
-    return static_cast<double>(f);
+  // The lane's elements come from two rows of a and two columns of b, each of
+  // which four neighbouring lanes hold.
+  double of_a[2][16], of_b[2][16];
+  const auto decode = [](uint32_t pair, double* to) {
+    to[0] = static_cast<double>(std::bit_cast<float>(pair << 16));
+    to[1] = static_cast<double>(std::bit_cast<float>(pair & 0xffff0000u));
   };
   const int lane = cuda_emulator::Lane();
-  const int group = lane / 4;
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      const auto fragments_of = [&](int other) {
+        Fragments f;
+        std::memcpy(
+            &f,
+            slots + static_cast<std::size_t>(other) * cuda_emulator::kSlotBytes,
+            sizeof(f));
+        return f;
+      };
+      const Fragments row = fragments_of(lane / 4 * 4 + j);
+      decode(row.a[i], of_a[i] + 2 * j);
+      decode(row.a[i + 2], of_a[i] + 8 + 2 * j);
+      const Fragments column = fragments_of((lane % 4 * 2 + i) * 4 + j);
+      decode(column.b[0], of_b[i] + 2 * j);
+      decode(column.b[1], of_b[i] + 8 + 2 * j);
+    }
+  }
   // Row g or g + 8, column 2 (lane % 4) or the next.
   for (int i = 0; i < 4; ++i) {
-    const int column = lane % 4 * 2 + i % 2;
     double sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const Fragments of_a = of_lane(group * 4 + k % 8 / 2);
-      const Fragments of_b = of_lane(column * 4 + k % 8 / 2);
-      sum += value(of_a.a[i / 2 + (k < 8 ? 0 : 2)], k % 2) *
-             value(of_b.b[k < 8 ? 0 : 1], k % 2);
-    }
+    for (int k = 0; k < 16; ++k) sum += of_a[i / 2][k] * of_b[i % 2][k];
     d[i] = static_cast<float>(static_cast<double>(d[i]) + sum);
   }
 }
+
+inline uint32_t PackBf16(float low, float high) {
+  return BFloat16(low).bits | static_cast<uint32_t>(BFloat16(high).bits) << 16;
+}
+
+inline float Exp2Approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 }  // namespace gradwire

@@ -6,12 +6,14 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "tests/cuda_emulator/block.h"
 #include "tests/cuda_emulator/streams.h"
@@ -213,7 +215,17 @@ cudaError_t cudaMemset(void* data, int value, size_t bytes) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
-                            cudaMemcpyKind, cudaStream_t stream) {
+                            cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyHostToDevice) {
+    // Pageable memory has been read when CUDA returns, and all host memory here
+    // is.
+    const auto* begin = static_cast<const std::byte*>(from);
+    StreamOf(stream).Add(
+        [to, staged = std::vector<std::byte>(begin, begin + bytes)] {
+          std::memcpy(to, staged.data(), staged.size());
+        });
+    return cudaSuccess;
+  }
   StreamOf(stream).Add([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }

@@ -7,6 +7,13 @@
 
 namespace gradwire::cuda_emulator {
 
+// Of the current thread; asked once for all cells of an access.
+struct SharedState::Now {
+  int thread = ThreadNumber();
+  uint32_t block_epoch = BlockEpoch();
+  uint32_t warp_epoch = WarpEpoch();
+};
+
 SharedState::SharedState(std::size_t bytes)
     : memory_(bytes, std::byte{0xff}), cells_((bytes + 1) / 2) {}
 
@@ -30,73 +37,77 @@ void SharedState::RefuseAt(std::size_t offset, const char* what,
   Refuse("thread " + std::to_string(ThreadNumber()) + ": " + line);
 }
 
-void SharedState::MarkRead(Cell& cell) const {
-  const int thread = ThreadNumber();
+void SharedState::MarkRead(const Now& now, Cell& cell) {
+  const int thread = now.thread;
   const auto warp = static_cast<int16_t>(thread / kWarp);
   // Of an earlier time: every thread has passed a barrier since.
-  if (cell.reader == Cell::kNone || cell.read_block != BlockEpoch()) {
+  if (cell.reader == Cell::kNone || cell.read_block != now.block_epoch) {
     cell.reader = static_cast<int16_t>(thread);
   } else if (cell.reader == Cell::kMany || cell.reading_warp != warp) {
     cell.reader = Cell::kMany;
-  } else if (cell.reader != thread && cell.read_warp == WarpEpoch()) {
+  } else if (cell.reader != thread && cell.read_warp == now.warp_epoch) {
     cell.reader = Cell::kWarpOf;
-  } else if (cell.read_warp < WarpEpoch()) {
+  } else if (cell.read_warp < now.warp_epoch) {
     cell.reader = static_cast<int16_t>(thread);
   }
   cell.reading_warp = warp;
-  cell.read_block = BlockEpoch();
-  cell.read_warp = WarpEpoch();
+  cell.read_block = now.block_epoch;
+  cell.read_warp = now.warp_epoch;
 }
 
 void SharedState::Read(std::size_t offset, std::size_t bytes) {
-  const int thread = ThreadNumber();
+  const Now now;
+  const int thread = now.thread;
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
     if (cell.pending) RefuseAt(at, "read before the copy was waited for", -1);
     if (cell.writer == Cell::kNone) {
       RefuseAt(at, "read of what was never written", -1);
     }
-    if (cell.writer != thread && cell.write_block == BlockEpoch() &&
+    if (cell.writer != thread && cell.write_block == now.block_epoch &&
         !(cell.writer / kWarp == thread / kWarp &&
-          cell.write_warp < WarpEpoch())) {
+          cell.write_warp < now.warp_epoch)) {
       RefuseAt(at, "race: read of what no barrier parts from its write",
                cell.writer);
     }
-    MarkRead(cell);
+    MarkRead(now, cell);
   });
 }
 
-void SharedState::CheckWrite(const Cell& cell, std::size_t at) const {
-  const int thread = ThreadNumber();
+void SharedState::CheckWrite(const Now& now, const Cell& cell,
+                             std::size_t at) const {
+  const int thread = now.thread;
   if (cell.pending) RefuseAt(at, "write over a copy that is on its way", -1);
   if (cell.writer != Cell::kNone && cell.writer != thread &&
-      cell.write_block == BlockEpoch() &&
+      cell.write_block == now.block_epoch &&
       !(cell.writer / kWarp == thread / kWarp &&
-        cell.write_warp < WarpEpoch())) {
+        cell.write_warp < now.warp_epoch)) {
     RefuseAt(at, "race: write over what no barrier parts from its write",
              cell.writer);
   }
   if (cell.reader != Cell::kNone && cell.reader != thread &&
-      cell.read_block == BlockEpoch() &&
+      cell.read_block == now.block_epoch &&
       (cell.reader == Cell::kMany || cell.reading_warp != thread / kWarp ||
-       cell.read_warp >= WarpEpoch())) {
+       cell.read_warp >= now.warp_epoch)) {
     RefuseAt(at, "race: write over what no barrier parts from its read",
              cell.reader);
   }
 }
 
 void SharedState::Write(std::size_t offset, std::size_t bytes) {
+  const Now now;
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
-    CheckWrite(cell, at);
-    cell.writer = static_cast<int16_t>(ThreadNumber());
-    cell.write_block = BlockEpoch();
-    cell.write_warp = WarpEpoch();
+    CheckWrite(now, cell, at);
+    cell.writer = static_cast<int16_t>(now.thread);
+    cell.write_block = now.block_epoch;
+    cell.write_warp = now.warp_epoch;
   });
 }
 
 void SharedState::CopyLater(std::size_t offset, const void* from,
                             std::size_t bytes) {
+  const Now now;
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
-    CheckWrite(cell, at);
+    CheckWrite(now, cell, at);
     cell.pending = true;
   });
   const auto thread = static_cast<std::size_t>(ThreadNumber());

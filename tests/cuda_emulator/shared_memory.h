@@ -57,8 +57,10 @@ class SharedState {
     std::deque<std::vector<Copy>> groups;
   };
 
-  void MarkRead(Cell& cell) const;
-  void CheckWrite(const Cell& cell, std::size_t offset) const;
+  struct Now;
+
+  static void MarkRead(const Now& now, Cell& cell);
+  void CheckWrite(const Now& now, const Cell& cell, std::size_t offset) const;
   [[noreturn]] void RefuseAt(std::size_t offset, const char* what,
                              int other) const;
   template <typename Visit>
