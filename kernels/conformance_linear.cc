@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matmul, bias, embedding, rows, casts.
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,13 @@ struct Size {
 const Size kSizes[] = {{0, 3, 5},      {1, 1, 1},      {3, 2, 1},
                        {7, 5, 3},      {33, 70, 40},   {130, 64, 9},
                        {257, 33, 130}, {20, 450, 600}, {9, 450, 640}};
+
+// With `more`.
+std::vector<Size> SizesAnd(const Size& more) {
+  std::vector<Size> sizes(std::begin(kSizes), std::end(kSizes));
+  sizes.push_back(more);
+  return sizes;
+}
 
 std::string Name(const Size& s) {
   return std::to_string(s.m) + " x " + std::to_string(s.n) + " x " +
@@ -95,7 +103,7 @@ TEST_P(KernelsConformanceTest, MatmulSeesWeightsThatHaveChanged) {
 }
 
 TEST_P(KernelsConformanceTest, Bias) {
-  for (const Size& s : kSizes) {
+  for (const Size& s : SizesAnd({40, 1032, 1})) {
     const Operand bias = Normal(act(), {s.n});
     const Operand y = Normal(act(), {s.m, s.n});
     kernels().BiasForward(stream(), bias.device, y.device);
@@ -110,7 +118,8 @@ TEST_P(KernelsConformanceTest, Bias) {
 }
 
 TEST_P(KernelsConformanceTest, Embedding) {
-  for (const Size& s : kSizes) {
+  // Of few tokens, each comes often.
+  for (const Size& s : SizesAnd({3000, 7, 24})) {
     const Operand tokens = RandomInts({s.m}, static_cast<int32_t>(s.n));
     const Operand table = Normal(act(), {s.n, s.k});
     const Operand out = Unwritten(act(), {s.m, s.k});
@@ -176,6 +185,27 @@ TEST_P(KernelsConformanceTest, ScatterAddRows) {
     kernels().ScatterAddRows(stream(), x.device, rows.device, out.device);
     ExpectWithin(std::to_string(n), out,
                  ref::ScatterAddRows<Tracked>(x.host, rows.host, 5));
+  }
+}
+
+// Rows that get more terms than a backend may note, among others; more columns
+// than a block has threads.
+TEST_P(KernelsConformanceTest, ScatterAddRowsOfManyTerms) {
+  for (const int64_t n : {3, 2056}) {
+    const int64_t terms = 150;
+    std::vector<int32_t> to;
+    for (int64_t i = 0; i < terms; ++i) {
+      to.push_back(i % 2 == 0 ? 3 : static_cast<int32_t>(random_() % 9));
+    }
+    const Operand x = Normal(act(), {terms, n});
+    const Operand rows = Ints(to, {terms});
+    const Operand out = Unwritten(act(), {10, n});
+    const Operand again = Unwritten(act(), {10, n});
+    kernels().ScatterAddRows(stream(), x.device, rows.device, out.device);
+    kernels().ScatterAddRows(stream(), x.device, rows.device, again.device);
+    ExpectWithin(std::to_string(n), out,
+                 ref::ScatterAddRows<Tracked>(x.host, rows.host, 10));
+    ExpectSame("again", Fetch(out.device), Fetch(again.device));
   }
 }
 

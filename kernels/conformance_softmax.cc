@@ -22,12 +22,26 @@ struct AttentionCase {
 // many, shorter and longer than any tile.
 std::vector<AttentionCase> AttentionCases() {
   std::vector<AttentionCase> cases = {
-      {{1, 1, 1, 0}, {0, 3, 5}},   {{2, 2, 8, 0}, {0, 1, 2, 18, 100}},
-      {{6, 2, 20, 0}, {0, 70}},    {{2, 1, 96, 0}, {0, 33, 50}},
-      {{1, 1, 256, 0}, {0, 40}},   {{9, 3, 64, 0}, {0, 5, 66}},
-      {{2, 1, 7, 0}, {0, 600}},    {{5, 5, 4, 0}, {0, 300, 301, 430}},
-      {{24, 1, 4, 0}, {0, 50}},    {{2, 1, 4, 0}, {0}},
-      {{3, 3, 80, 0}, {0, 1, 37}}, {{4, 1, 128, 0}, {0, 20, 21, 60}},
+      {{1, 1, 1, 0}, {0, 3, 5}},
+      {{2, 2, 8, 0}, {0, 1, 2, 18, 100}},
+      {{6, 2, 20, 0}, {0, 70}},
+      {{2, 1, 96, 0}, {0, 33, 50}},
+      {{1, 1, 256, 0}, {0, 40}},
+      {{9, 3, 64, 0}, {0, 5, 66}},
+      {{2, 1, 7, 0}, {0, 600}},
+      {{5, 5, 4, 0}, {0, 300, 301, 430}},
+      {{24, 1, 4, 0}, {0, 50}},
+      {{2, 1, 4, 0}, {0}},
+      {{3, 3, 80, 0}, {0, 1, 37}},
+      {{4, 1, 128, 0}, {0, 20, 21, 60}},
+      // Around a GPU's tiles: lengths one off a multiple of 32, 64 and 128.
+      {{2, 1, 64, 0}, {0, 63, 127, 192, 322}},
+      {{2, 2, 96, 0}, {0, 129}},
+      {{4, 1, 128, 0}, {0, 65, 98}},
+      {{8, 1, 8, 0}, {0, 31, 161}},
+      {{2, 1, 256, 0}, {0, 66}},
+      // Beyond what tensor cores' kernels are made for.
+      {{1, 1, 264, 0}, {0, 5}},
   };
   for (AttentionCase& c : cases) {
     c.shape.scale = 1.0f / std::sqrt(static_cast<float>(c.shape.head_dim));
@@ -96,6 +110,9 @@ const HeadCase kHeadCases[] = {
     // Nearly all tokens have the same target twice.
     {9, 8, 3, 3, 3},
     {2, 4, 1, 2, 1},
+    // Beyond the chunks of ids, and of tokens, that a GPU takes at a time.
+    {3, 8, 8700, 3, 20},
+    {8200, 2, 5, 1, 1},
 };
 
 TEST_P(KernelsConformanceTest, LogprobHead) {

@@ -79,7 +79,7 @@ struct LogprobHeadOutput {
   // f32 [tokens], =: log of the sum of exp(logit), kept for the backward.
   Tensor lse;
   // f32 and i32 [tokens, top_k], = , or null: the top_k largest logprobs,
-  // descending, ties by lower id. REQUIRES: top_k <= vocab.
+  // descending, ties by lower id. REQUIRES: top_k <= vocab, 4096.
   Tensor top_k_logprobs, top_k_indices;
   // Null, or at least LogprobHeadKeptBytes: what spares the backward the
   // product that makes the logits.

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention in bf16, bound by the tensor cores. A block owns a tile of queries
+// of one head and goes through the keys before its last query; scores live in
+// registers only. Keys and values take turns: values come in while scores are
+// made of the keys, the next keys while the values are summed. One buffer of
+// each leaves room for a tile of 32 queries per warp, so that what a warp reads
+// from shared memory serves two products, and two blocks fit an SM. Heads of
+// more than 128 have accumulators for 16 queries per warp.
+//
+// A block's heads come before its tiles in the grid: neighbours in time share
+// keys and values of a group in the cache.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "device/cuda/kernel.h"
+#include "kernels/cuda/attention_args.h"
+#include "kernels/cuda/attention_plain.h"
+#include "kernels/cuda/attention_tiles.h"
+#include "kernels/cuda/cuda_kernels_impl.h"
+
+namespace gradwire {
+namespace {
+
+template <int kDim_>
+struct ForwardTile {
+  static constexpr int kDim = kDim_;
+  static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
+  static constexpr int kRowsPerWarp = 16 * kRowTiles;
+  static constexpr int kRows = kAttentionWarps * kRowsPerWarp;
+  static constexpr int kKeys = kDim <= 96 ? 64 : 32;
+  static constexpr int kColumnTiles = kKeys / 8;
+  static constexpr std::size_t kSharedBytes =
+      sizeof(BFloat16) * TileElements<kDim>(kRows + 2 * kKeys);
+};
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Of the warp's rows: lane l knows of rows 16 r + 8 h + l / 4.
+template <int kRowTiles>
+struct Softmax {
+  float max[kRowTiles][2];  // of the scores so far, before `scale`
+  float sum[kRowTiles][2];  // of the lane's exponentials alone
+
+  __device__ Softmax() {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      max[r][0] = max[r][1] = kMinusInfinity;
+      sum[r][0] = sum[r][1] = 0.0f;
+    }
+  }
+
+  // scores = exp(scale * (scores - the new max)); `out` shrinks as max grows.
+  template <int kColumnTiles, int kOutTiles>
+  __device__ void Update(float scale_log2,
+                         Accumulator<kRowTiles, kColumnTiles>& scores,
+                         Accumulator<kRowTiles, kOutTiles>& out) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float most = max[r][h];
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          most =
+              fmaxf(most, fmaxf(scores[r][n][2 * h], scores[r][n][2 * h + 1]));
+        }
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+        const float shrink = Exp2Approx((max[r][h] - most) * scale_log2);
+        max[r][h] = most;
+        const float offset = -most * scale_log2;
+        float total = sum[r][h] * shrink;
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+          for (int i = 2 * h; i < 2 * h + 2; ++i) {
+            scores[r][n][i] =
+                Exp2Approx(fmaf(scores[r][n][i], scale_log2, offset));
+            total += scores[r][n][i];
+          }
+        }
+        sum[r][h] = total;
+#pragma unroll
+        for (int n = 0; n < kOutTiles; ++n) {
+          out[r][n][2 * h] *= shrink;
+          out[r][n][2 * h + 1] *= shrink;
+        }
+      }
+    }
+  }
+};
+
+// Leaves the scores of keys up to the query: `first_key` is of column 0,
+// `first_query` of row 0.
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void MaskLaterKeys(
+    int first_query, int first_key,
+    Accumulator<kRowTiles, kColumnTiles>& scores) {
+  const int lane = LaneOfWarp();
+  const int ahead = first_query + lane / 4 - first_key - lane % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (n * 8 + i % 2 > ahead + r * 16 + i / 2 * 8) {
+          scores[r][n][i] = kMinusInfinity;
+        }
+      }
+    }
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kAttentionThreads)
+    ForwardKernel(AttentionForwardArgs<BFloat16> args) {
+  constexpr int kDim = Tile::kDim;
+  SharedMemory memory;
+  const Bf16Tile q = memory.Take<BFloat16>(TileElements<kDim>(Tile::kRows));
+  const Bf16Tile k = memory.Take<BFloat16>(TileElements<kDim>(Tile::kKeys));
+  const Bf16Tile v = memory.Take<BFloat16>(TileElements<kDim>(Tile::kKeys));
+
+  const int head = static_cast<int>(blockIdx.x) % args.heads;
+  const AttentionTile tile =
+      args.tiles[static_cast<int>(blockIdx.x) / args.heads];
+  const int kv_head = head / args.group();
+  const auto keys = args.InQkv(args.qkv, tile, args.KeyPlace(kv_head));
+  const auto values = args.InQkv(args.qkv, tile, args.ValuePlace(kv_head));
+  const int row = WarpOfBlock() * Tile::kRowsPerWarp;
+  const int first_query = tile.begin + row;
+  const int last_query = first_query + Tile::kRowsPerWarp - 1;
+  const int num_keys = std::min(tile.begin + Tile::kRows, tile.length);
+  const float scale_log2 = args.scale * kLog2E;
+
+  LoadTile<kDim, Tile::kRows>(q, args.InQkv(args.qkv, tile, head), tile.begin);
+  LoadTile<kDim, Tile::kKeys>(k, keys, 0);
+  CommitAsync();
+
+  Softmax<Tile::kRowTiles> softmax;
+  Accumulator<Tile::kRowTiles, kDim / 8> out;
+  Clear(out);
+  for (int first_key = 0; first_key < num_keys; first_key += Tile::kKeys) {
+    WaitAsync<0>();
+    __syncthreads();
+    LoadTile<kDim, Tile::kKeys>(v, values, first_key);
+    CommitAsync();
+    // Warps of earlier queries have nothing to see in the last tiles.
+    const bool sees = first_key <= last_query;
+    Accumulator<Tile::kRowTiles, Tile::kColumnTiles> scores;
+    if (sees) {
+      Clear(scores);
+      AddRowProducts<kDim>(q, row, k, scores);
+    }
+    WaitAsync<0>();
+    __syncthreads();
+    if (first_key + Tile::kKeys < num_keys) {
+      LoadTile<kDim, Tile::kKeys>(k, keys, first_key + Tile::kKeys);
+    }
+    CommitAsync();
+    if (sees) {
+      if (first_key + Tile::kKeys - 1 > first_query) {
+        MaskLaterKeys(first_query, first_key, scores);
+      }
+      softmax.Update(scale_log2, scores, out);
+      LeftSide<Tile::kRowTiles, Tile::kColumnTiles / 2> p;
+      Round(scores, p);
+      AddProduct<kDim>(p, v, out);
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < Tile::kRowTiles; ++r) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = softmax.sum[r][h];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      const float factor = 1.0f / sum;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        out[r][n][2 * h] *= factor;
+        out[r][n][2 * h + 1] *= factor;
+      }
+      const int query = first_query + r * 16 + h * 8 + LaneOfWarp() / 4;
+      if (LaneOfWarp() % 4 == 0 && query < tile.length) {
+        args.lse[(int64_t{tile.first} + query) * args.heads + head] =
+            fmaf(softmax.max[r][h], args.scale, logf(sum));
+      }
+    }
+  }
+  StoreRows<kDim>(out, q, row, tile.begin, args.InOut(args.out, tile, head));
+}
+
+cudaError_t ForwardOnTensorCores(const SequenceLayout& layout,
+                                 const AttentionForwardArgs<BFloat16>& args,
+                                 AttentionTile* tiles_on_device,
+                                 cudaStream_t stream) {
+  return WithPaddedHeadDim(args.head_dim, [&]<int kDim>() {
+    using Tile = ForwardTile<kDim>;
+    static_assert(Tile::kSharedBytes <= std::size_t{99} << 10);
+    const std::vector<AttentionTile> tiles =
+        AttentionTiles(layout, Tile::kRows, AttentionWork::kKeysBefore);
+    const cudaError_t error = SendTiles(tiles, tiles_on_device, stream);
+    if (error != cudaSuccess) return error;
+    return Launch(ForwardKernel<Tile>, GridOf(tiles, args.heads),
+                  dim3(kAttentionThreads), Tile::kSharedBytes, stream, args);
+  });
+}
+
+template <typename T>
+cudaError_t Forward(const Kernels::Attention& args, const Tensor& out,
+                    const Tensor& lse, cudaStream_t stream) {
+  const AttentionWorkspace workspace(args.workspace, args.shape.heads,
+                                     args.qkv.dim(0));
+  AttentionForwardArgs<T> on_device;
+  static_cast<AttentionArgs<T>&>(on_device) =
+      ArgsOf<T>(args, workspace.query_tiles);
+  on_device.out = out.data<T>();
+  on_device.lse = lse.data<float>();
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (AttentionOnTensorCores(args.shape, {args.qkv.raw(), out.raw()})) {
+      return ForwardOnTensorCores(args.layout, on_device, workspace.query_tiles,
+                                  stream);
+    }
+  }
+  return PlainAttentionForward(args.layout, on_device, workspace, stream);
+}
+
+}  // namespace
+
+int64_t CudaKernels::AttentionWorkspaceBytes(const AttentionShape& shape, DType,
+                                             int64_t tokens) const {
+  return AttentionWorkspace::Bytes(shape.heads, tokens);
+}
+
+void CudaKernels::AttentionForward(Stream& stream, const Attention& args,
+                                   const Tensor& out, const Tensor& lse) {
+  if (!stream.ok() || args.qkv.num_elements() == 0) return;
+  CheckAttention(args);
+  GW_CHECK(out.dim(0) == args.qkv.dim(0) && lse.dim(0) == args.qkv.dim(0));
+  CudaStream& cuda = Cuda(stream);
+  cuda.Check(args.qkv.dtype() == DType::kBF16
+                 ? Forward<BFloat16>(args, out, lse, cuda.get())
+                 : Forward<float>(args, out, lse, cuda.get()),
+             "attention");
+}
+
+}  // namespace gradwire

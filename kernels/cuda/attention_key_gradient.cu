@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+// d_k and d_v, bound by the tensor cores: four products a tile. A block owns a
+// tile of keys and values of one key-value head (attention_gradient.h) and goes
+// through the queries after its first key, of each head of the group in turn.
+// Scores are made with keys as rows, so that p and its gradient are, as they
+// lie in registers, the left sides of d_v and d_k.
+//
+// Two row tiles a warp up to heads of 64. Heads of more than 128 do not have
+// room for both sums: one kernel for d_v, one for d_k, five products in all.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "device/cuda/kernel.h"
+#include "kernels/cuda/attention_gradient.h"
+
+namespace gradwire {
+namespace {
+
+template <int kDim>
+using KeyTile =
+    GradientTile<kDim, kDim <= 64 ? 2 : 1, kDim == 64 || kDim == 256 ? 16 : 32>;
+
+// Which sums a kernel makes.
+enum class Sums { kBoth, kKeys, kValues };
+
+// Stats of the lane's columns.
+template <int kColumnTiles>
+using ColumnStats = AttentionRowStats[kColumnTiles][2];
+
+template <int kColumnTiles>
+__device__ inline void LoadStats(const AttentionRowStats* from, int first_query,
+                                 int length, ColumnStats<kColumnTiles>& stats) {
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = first_query + n * 8 + LaneOfWarp() % 4 * 2 + i;
+      stats[n][i] = from[std::min(query, length - 1)];
+    }
+  }
+}
+
+// scores, of keys by queries, become p: 0 where the key comes after the query,
+// or the query after the sequence.
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void Probabilities(
+    const ColumnStats<kColumnTiles>& stats, float scale_log2, int query_ahead,
+    int num_queries, Accumulator<kRowTiles, kColumnTiles>& scores) {
+  const int lane = LaneOfWarp();
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = n * 8 + lane % 4 * 2 + i % 2;
+        const int row = r * 16 + lane / 4 + i / 2 * 8;
+        const float p = Exp2Approx(
+            fmaf(scores[r][n][i], scale_log2, -stats[n][i % 2].lse2));
+        const bool seen = row <= column + query_ahead && column < num_queries;
+        scores[r][n][i] = seen ? p : 0.0f;
+      }
+    }
+  }
+}
+
+// d_p becomes p (d_p - delta).
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void ScoreGradient(
+    const ColumnStats<kColumnTiles>& stats,
+    const Accumulator<kRowTiles, kColumnTiles>& p,
+    Accumulator<kRowTiles, kColumnTiles>& d_p) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d_p[r][n][i] = p[r][n][i] * (d_p[r][n][i] - stats[n][i % 2].delta);
+      }
+    }
+  }
+}
+
+template <class Tile, Sums kSums>
+__global__ void __launch_bounds__(kAttentionThreads)
+    KeyGradientKernel(AttentionGradArgs<BFloat16> args) {
+  constexpr int kDim = Tile::kDim;
+  SharedMemory memory;
+  const GradientTiles<Tile> tiles(memory);
+
+  const int kv_head = static_cast<int>(blockIdx.x) % args.kv_heads;
+  const AttentionTile tile =
+      args.tiles[static_cast<int>(blockIdx.x) / args.kv_heads];
+  const int row = WarpOfBlock() * Tile::kRowsPerWarp;
+  const int first_key = tile.begin + row;
+  // Tiles of queries begin with the first key: the last key's would not do.
+  const int steps_per_head =
+      (tile.length - tile.begin + Tile::kStreamed - 1) / Tile::kStreamed;
+  const int steps = steps_per_head * args.group();
+  const float scale_log2 = args.scale * kLog2E;
+
+  const auto head_of = [&](int step) {
+    return kv_head * args.group() + step / steps_per_head;
+  };
+  const auto first_query_of = [&](int step) {
+    return tile.begin + step % steps_per_head * Tile::kStreamed;
+  };
+  const auto load = [&](int step) {
+    const int head = head_of(step), first_query = first_query_of(step);
+    LoadTile<kDim, Tile::kStreamed>(
+        tiles.Streamed(0, step), args.InQkv(args.qkv, tile, head), first_query);
+    LoadTile<kDim, Tile::kStreamed>(tiles.Streamed(1, step),
+                                    args.InOut(args.d_out, tile, head),
+                                    first_query);
+  };
+  LoadTile<kDim, Tile::kRows>(
+      tiles.own[0], args.InQkv(args.qkv, tile, args.KeyPlace(kv_head)),
+      tile.begin);
+  LoadTile<kDim, Tile::kRows>(
+      tiles.own[1], args.InQkv(args.qkv, tile, args.ValuePlace(kv_head)),
+      tile.begin);
+  load(0);
+  CommitAsync();
+
+  Accumulator<Tile::kRowTiles, kDim / 8> d_k, d_v;
+  Clear(d_k);
+  Clear(d_v);
+  for (int step = 0; step < steps; ++step) {
+    const int first_query = first_query_of(step);
+    WaitAsync<0>();
+    // The other buffers are free: all warps are done with the step before.
+    __syncthreads();
+    if (step + 1 < steps) load(step + 1);
+    CommitAsync();
+    if (first_query + Tile::kStreamed <= first_key) continue;
+    const Bf16Tile q = tiles.Streamed(0, step);
+    const Bf16Tile d_out = tiles.Streamed(1, step);
+    ColumnStats<Tile::kColumnTiles> stats;
+    LoadStats(args.Stats(tile, head_of(step)), first_query, tile.length, stats);
+
+    Accumulator<Tile::kRowTiles, Tile::kColumnTiles> p;
+    LeftSide<Tile::kRowTiles, Tile::kColumnTiles / 2> left;
+    Clear(p);
+    AddRowProducts<kDim>(tiles.own[0], row, q, p);
+    Probabilities(stats, scale_log2, first_query - first_key,
+                  tile.length - first_query, p);
+    if constexpr (kSums != Sums::kKeys) {
+      Round(p, left);
+      AddProduct<kDim>(left, d_out, d_v);
+    }
+    if constexpr (kSums != Sums::kValues) {
+      Accumulator<Tile::kRowTiles, Tile::kColumnTiles> d_p;
+      Clear(d_p);
+      AddRowProducts<kDim>(tiles.own[1], row, d_out, d_p);
+      ScoreGradient(stats, p, d_p);
+      Round(d_p, left);
+      AddProduct<kDim>(left, q, d_k);
+    }
+  }
+  if constexpr (kSums != Sums::kValues) {
+    Scale(args.scale, d_k);
+    StoreRows<kDim>(d_k, tiles.own[0], row, tile.begin,
+                    args.InQkv(args.d_qkv, tile, args.KeyPlace(kv_head)));
+  }
+  if constexpr (kSums != Sums::kKeys) {
+    StoreRows<kDim>(d_v, tiles.own[1], row, tile.begin,
+                    args.InQkv(args.d_qkv, tile, args.ValuePlace(kv_head)));
+  }
+}
+
+}  // namespace
+
+cudaError_t AttentionKeyGradient(const SequenceLayout& layout,
+                                 const AttentionGradArgs<BFloat16>& args,
+                                 const AttentionWorkspace& workspace,
+                                 cudaStream_t stream) {
+  return WithPaddedHeadDim(args.head_dim, [&]<int kDim>() {
+    using Tile = KeyTile<kDim>;
+    const std::vector<AttentionTile> tiles =
+        AttentionTiles(layout, Tile::kRows, AttentionWork::kQueriesAfter);
+    cudaError_t error = SendTiles(tiles, workspace.key_tiles, stream);
+    if (error != cudaSuccess) return error;
+    AttentionGradArgs<BFloat16> of_pass = args;
+    of_pass.tiles = workspace.key_tiles;
+    const auto launch = [&](auto kernel) {
+      return Launch(kernel, GridOf(tiles, args.kv_heads),
+                    dim3(kAttentionThreads), Tile::kSharedBytes, stream,
+                    of_pass);
+    };
+    if constexpr (kDim <= 128) {
+      return launch(&KeyGradientKernel<Tile, Sums::kBoth>);
+    } else {
+      error = launch(&KeyGradientKernel<Tile, Sums::kValues>);
+      if (error != cudaSuccess) return error;
+      return launch(&KeyGradientKernel<Tile, Sums::kKeys>);
+    }
+  });
+}
+
+}  // namespace gradwire

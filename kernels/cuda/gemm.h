@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products by cuBLASLt.
+#pragma once
+
+#include <cublasLt.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "device/cuda/cuda_device.h"
+#include "kernels/cuda/gemm_algorithms.h"
+
+namespace gradwire {
+
+// What NVIDIA advises for sm_90; sm_80 takes less.
+inline constexpr int64_t kGemmWorkspaceBytes = int64_t{32} << 20;
+
+// Sums are in float32, inputs of f32 are not shortened (no TF32), and bf16 is
+// rounded once. The same shape gets the same algorithm for as long as this
+// lives, and from an equal start always. Thread rule: one stream at a time.
+class Gemm {
+ public:
+  // `device` describes the current one: what decides on algorithms.
+  // `workspace`, on the device, is of kGemmWorkspaceBytes, aligned to 256
+  // bytes; products on the stream share it. Errors: DEVICE_FAILED.
+  static absl::StatusOr<std::unique_ptr<Gemm>> Create(std::string device,
+                                                      void* workspace);
+  ~Gemm();
+  Gemm(const Gemm&) = delete;
+  Gemm& operator=(const Gemm&) = delete;
+
+  // Queues a product. Every shape is taken; without terms (k = 0) a sum is 0.
+  // Failures are the stream's: DEVICE_FAILED. REQUIRES: c does not overlap a or
+  // b; c_row = n where k = 0.
+  void Run(CudaStream& stream, const GemmShape& shape, const void* a,
+           const void* b, void* c);
+
+  // The algorithms chosen so far, and their return in place of those: a blob
+  // of gemm_algorithms.h. Errors: those of UnpackAlgorithms; DATA_LOSS for an
+  // algorithm that cuBLASLt does not take for its product. Then nothing has
+  // changed.
+  std::string ExportAlgorithms() const;
+  absl::Status ImportAlgorithms(std::string_view blob);
+
+ private:
+  Gemm(std::string device, void* workspace, cublasLtHandle_t handle)
+      : device_(std::move(device)), workspace_(workspace), handle_(handle) {}
+
+  absl::StatusOr<cublasLtMatmulAlgo_t> AlgorithmFor(const GemmKey& key);
+
+  const std::string device_;
+  void* const workspace_;
+  const cublasLtHandle_t handle_;
+  GemmAlgorithms algorithms_;
+};
+
+}  // namespace gradwire
