@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "benchmarks/cuda_kernels/gpu_ops.h"
+
+#include <cuda_runtime_api.h>
+
+#include <utility>
+
+#include "base/check.h"
+#include "benchmarks/kernels/fill.h"
+#include "kernels/squares.h"
+
+namespace gradwire {
+
+GpuOps::GpuOps(CudaDevice& device, Kernels& kernels, Stream& stream,
+               const GpuShape& shape, DType act)
+    : device_(device),
+      kernels_(kernels),
+      stream_(stream),
+      shape_(shape),
+      act_(act) {
+  AddRows();
+  AddSwiGlu();
+  AddOptimizer();
+}
+
+GpuOps::Copies GpuOps::New(DType dtype, int64_t rows, int64_t columns,
+                           int copies) {
+  Copies tensors;
+  const int64_t bytes = rows * columns * DTypeBytes(dtype);
+  std::vector<char> host(static_cast<size_t>(bytes));
+  if (dtype == DType::kF32 || dtype == DType::kBF16) {
+    FillNormal(Tensor(host.data(), dtype, {rows, columns}), 0.02f);
+  }
+  for (int i = 0; i < copies; ++i) {
+    auto buffer = device_.Allocate(bytes);
+    if (!buffer.ok()) {
+      stream_.Fail(buffer.status());
+      return Copies(static_cast<size_t>(copies));
+    }
+    buffers_.push_back(*std::move(buffer));
+    tensors.emplace_back(buffers_.back()->data(), dtype,
+                         std::initializer_list<int64_t>{rows, columns});
+    device_.CopyFromHost(stream_, host.data(), tensors.back());
+  }
+  // `host` ends here.
+  static_cast<CudaStream&>(stream_).Check(
+      cudaStreamSynchronize(static_cast<CudaStream&>(stream_).get()),
+      "filling operands");
+  return tensors;
+}
+
+// Distinct, if 7919 and the limit have no common factor and n <= limit.
+GpuOps::Copies GpuOps::Ids(int64_t n, int64_t limit) {
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < n; ++i) {
+    ids.push_back(static_cast<int32_t>(i * 7919 % limit));
+  }
+  Copies copies = New(DType::kI32, n, 1, 1);
+  if (!stream_.ok()) return {Tensor()};
+  copies[0] = copies[0].Reshape({n});
+  device_.CopyFromHost(stream_, ids.data(), copies[0]);
+  static_cast<CudaStream&>(stream_).Check(
+      cudaStreamSynchronize(static_cast<CudaStream&>(stream_).get()),
+      "filling operands");
+  return copies;
+}
+
+void GpuOps::Add(const std::string& name, const Work& work,
+                 std::function<void(size_t copy)> run, int copies) {
+  ops_.push_back({name, work, [copies, run = std::move(run)](int call) {
+                    run(static_cast<size_t>(call % copies));
+                  }});
+}
+
+void GpuOps::AddRows() {
+  const int64_t tokens = shape_.tokens, hidden = shape_.hidden;
+  const Copies x = New(act_, tokens, hidden), y = New(act_, tokens, hidden);
+  const Copies wide = New(DType::kF32, tokens, hidden);
+  const Tensor ids = Ids(tokens, tokens)[0];
+  if (!stream_.ok()) return;
+  Add("gather_rows", PassWork(x[0], y[0]),
+      [=, this](size_t i) { kernels_.GatherRows(stream_, x[i], ids, y[i]); });
+  Add("scatter_rows", PassWork(x[0], y[0]),
+      [=, this](size_t i) { kernels_.ScatterRows(stream_, x[i], ids, y[i]); });
+  Add("scatter_add_rows", PassWork(x[0], y[0]), [=, this](size_t i) {
+    kernels_.ScatterAddRows(stream_, x[i], ids, y[i]);
+  });
+  Add("add", PassWork(x[0], y[0], y[0]),
+      [=, this](size_t i) { kernels_.Add(stream_, x[i], y[i]); });
+  Add("cast_from_f32", PassWork(wide[0], y[0]),
+      [=, this](size_t i) { kernels_.Cast(stream_, wide[i], y[i]); });
+  Add("cast_to_f32", PassWork(x[0], wide[0]),
+      [=, this](size_t i) { kernels_.Cast(stream_, x[i], wide[i]); });
+}
+
+void GpuOps::AddSwiGlu() {
+  const int64_t tokens = shape_.tokens, ffn = shape_.ffn;
+  const Copies x = New(act_, tokens, 2 * ffn, 2),
+               d_x = New(act_, tokens, 2 * ffn, 2);
+  const Copies y = New(act_, tokens, ffn, 2), d_y = New(act_, tokens, ffn, 2);
+  if (!stream_.ok()) return;
+  Add(
+      "swiglu_forward", PassWork(x[0], y[0]),
+      [=, this](size_t i) { kernels_.SwiGluForward(stream_, x[i], y[i]); }, 2);
+  Add(
+      "swiglu_backward", PassWork(x[0], d_y[0], d_x[0], y[0]),
+      [=, this](size_t i) {
+        kernels_.SwiGluBackward(stream_, x[i], d_y[i], d_x[i], y[i]);
+      },
+      2);
+}
+
+// Of the embedding, which no cache holds.
+void GpuOps::AddOptimizer() {
+  const int64_t n = shape_.vocab * shape_.hidden;
+  const auto flat = [&](DType dtype) {
+    const Tensor t = New(dtype, shape_.vocab, shape_.hidden, 1)[0];
+    return t.is_null() ? t : t.Reshape({n});
+  };
+  const Tensor grad = flat(DType::kF32), weight = flat(act_);
+  const Tensor low = act_ == DType::kBF16 ? flat(DType::kI16) : Tensor();
+  const Tensor digest = New(DType::kI64, 2, 1, 1)[0];
+  for (const DType moment : {DType::kF32, DType::kBF16}) {
+    const Tensor m = flat(moment), v = flat(moment);
+    if (!stream_.ok()) return;
+    // Zeros: second moments are not negative.
+    device_.Zero(stream_, v);
+    AdamWTensors t = {weight, low, m, v, grad};
+    const std::string suffix = moment == DType::kF32 ? "" : "_bf16_moments";
+    for (const Tensor& to : {Tensor(), digest.Reshape({2})}) {
+      t.digest = to;
+      Add("adamw" + suffix + (to.is_null() ? "" : "_digest"), AdamWWork(t),
+          [=, this](size_t) {
+            kernels_.AdamW(stream_,
+                           {.learning_rate = 1e-5f,
+                            .beta1 = 0.9f,
+                            .beta2 = 0.95f,
+                            .eps = 1e-8f,
+                            .step = 10},
+                           t);
+          });
+    }
+    Add("state_digest" + suffix, StateDigestWork(t),
+        [=, this](size_t) { kernels_.StateDigest(stream_, t); });
+  }
+  const Tensor squares =
+      New(DType::kF64, shape_.vocab, SquareBlocks(shape_.hidden), 1)[0];
+  if (!stream_.ok()) return;
+  const Tensor matrix = grad.Reshape({shape_.vocab, shape_.hidden});
+  Add("row_squares", PassWork(matrix, squares),
+      [=, this](size_t) { kernels_.RowSquares(stream_, matrix, squares); });
+  // Ends with a synchronisation, which is in its time.
+  Add("sum", PassWork(squares), [=, this](size_t) {
+    kernels_.Sum(stream_, squares.Reshape({squares.num_elements()}));
+  });
+  if (low.is_null()) return;
+  Add("split_master", PassWork(grad, weight, low),
+      [=, this](size_t) { kernels_.SplitMaster(stream_, grad, weight, low); });
+  Add("join_master", PassWork(weight, low, grad),
+      [=, this](size_t) { kernels_.JoinMaster(stream_, weight, low, grad); });
+}
+
+}  // namespace gradwire

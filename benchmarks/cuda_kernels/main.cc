@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// Times the ops of kernels.h on a GPU with the GPU's own clock: one JSON line
+// each, with its share of the copy's bandwidth measured in the same run.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "base/check.h"
+#include "benchmarks/cuda_kernels/gpu_ops.h"
+#include "benchmarks/kernels/timing.h"
+#include "device/cuda/cuda_device.h"
+#include "device/cuda/cuda_event.h"
+#include "kernels/cuda/cuda_kernels.h"
+#include "nlohmann/json.hpp"
+
+ABSL_FLAG(std::string, dtype, "bf16", "f32, bf16 or both");
+ABSL_FLAG(int, rounds, 15, "timed rounds of each op");
+ABSL_FLAG(int64_t, tokens, 4096, "tokens of a micro-batch");
+ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
+ABSL_FLAG(std::string, only, "", "run only ops whose name contains this");
+
+namespace gradwire {
+namespace {
+
+// Of a round: what the clock can tell apart, and launches can be queued ahead.
+constexpr int kCalls = 12;
+
+Timing TimeOnDevice(CudaStream& stream,
+                    const std::function<void(int call)>& run, int rounds) {
+  int call = 0;
+  for (; call < kCalls; ++call) run(call);
+  std::vector<double> seconds;
+  for (int round = 0; round < rounds && stream.ok(); ++round) {
+    CudaEvent begin(true), end(true);
+    stream.Check(begin.Record(stream.get()), "an event");
+    for (int i = 0; i < kCalls; ++i) run(call++);
+    stream.Check(end.Record(stream.get()), "an event");
+    stream.Check(cudaStreamSynchronize(stream.get()), "an op");
+    seconds.push_back(end.SecondsSince(begin) / kCalls);
+  }
+  std::sort(seconds.begin(), seconds.end());
+  if (seconds.empty()) return {};
+  return {seconds[seconds.size() / 2], seconds.front(), seconds.back()};
+}
+
+// Bytes read and written a second by the driver's own copy.
+double CopyBandwidth(CudaDevice& device, CudaStream& stream) {
+  constexpr int64_t kBytes = int64_t{512} << 20;
+  auto from = device.Allocate(kBytes), to = device.Allocate(kBytes);
+  if (!from.ok() || !to.ok()) {
+    stream.Fail(from.ok() ? to.status() : from.status());
+    return 0;
+  }
+  const Timing t = TimeOnDevice(
+      stream,
+      [&](int) {
+        stream.Check(cudaMemcpyAsync((*to)->data(), (*from)->data(), kBytes,
+                                     cudaMemcpyDeviceToDevice, stream.get()),
+                     "a copy");
+      },
+      7);
+  return t.median > 0 ? 2.0 * static_cast<double>(kBytes) / t.median : 0;
+}
+
+absl::Status RunAll(CudaDevice& device, Kernels& kernels, DType act) {
+  const std::unique_ptr<Stream> owned = device.NewStream();
+  auto& stream = static_cast<CudaStream&>(*owned);
+  const double copy = CopyBandwidth(device, stream);
+  GpuShape shape;
+  shape.tokens = absl::GetFlag(FLAGS_tokens);
+  const auto line = [&](const std::string& op) {
+    nlohmann::ordered_json json;
+    json["bench"] = "cuda_kernels";
+    json["commit"] = absl::GetFlag(FLAGS_commit);
+    json["device"] = kernels.description();
+    json["model"] = "Qwen3-1.7B";
+    json["dtype"] = DTypeName(act);
+    json["tokens"] = shape.tokens;
+    json["op"] = op;
+    return json;
+  };
+  nlohmann::ordered_json top = line("copy");
+  top["gbps"] = copy * 1e-9;
+  std::printf("%s\n", top.dump().c_str());
+  const GpuOps ops(device, kernels, stream, shape, act);
+  for (const GpuOp& op : ops.ops()) {
+    if (!stream.ok()) break;
+    if (op.name.find(absl::GetFlag(FLAGS_only)) == std::string::npos) continue;
+    const Timing t = TimeOnDevice(stream, op.run, absl::GetFlag(FLAGS_rounds));
+    nlohmann::ordered_json json = line(op.name);
+    json["us"] = {t.median * 1e6, t.min * 1e6, t.max * 1e6};
+    json["gbps"] = op.work.bytes / t.median * 1e-9;
+    json["share_of_copy"] = op.work.bytes / t.median / copy;
+    if (op.work.flops > 0) json["tflops"] = op.work.flops / t.median * 1e-12;
+    std::printf("%s\n", json.dump().c_str());
+    std::fflush(stdout);
+  }
+  return owned->Finish();
+}
+
+int Main() {
+  auto device = CudaDevice::Create(0);
+  if (!device.ok()) {
+    std::fprintf(stderr, "no GPU to measure: %s\n",
+                 std::string(device.status().message()).c_str());
+    return 1;
+  }
+  auto kernels = NewCudaKernels(**device);
+  GW_CHECK(kernels.ok());
+  const std::string dtype = absl::GetFlag(FLAGS_dtype);
+  for (const DType act : {DType::kF32, DType::kBF16}) {
+    if (dtype != "both" && dtype != DTypeName(act)) continue;
+    const absl::Status status = RunAll(**device, **kernels, act);
+    if (!status.ok()) {
+      std::fprintf(stderr, "%s\n", status.ToString().c_str());
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace gradwire
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage("times every op on a GPU");
+  absl::ParseCommandLine(argc, argv);
+  const std::string dtype = absl::GetFlag(FLAGS_dtype);
+  if (dtype != "f32" && dtype != "bf16" && dtype != "both") {
+    std::fprintf(stderr, "--dtype must be f32, bf16 or both\n");
+    return 2;
+  }
+  return gradwire::Main();
+}
