@@ -5,7 +5,8 @@
 // made of the keys, the next keys while the values are summed. One buffer of
 // each leaves room for a tile of 32 queries per warp, so that what a warp reads
 // from shared memory serves two products, and two blocks fit an SM. Heads of
-// more than 128 have accumulators for 16 queries per warp.
+// more than 128 have accumulators for 16 queries per warp, and from 128 on a
+// tile of keys is 32, not 64: nothing is spilled.
 //
 // A block's heads come before its tiles in the grid: neighbours in time share
 // keys and values of a group in the cache.

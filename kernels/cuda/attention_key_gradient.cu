@@ -5,7 +5,8 @@
 // Scores are made with keys as rows, so that p and its gradient are, as they
 // lie in registers, the left sides of d_v and d_k.
 //
-// Two row tiles a warp up to heads of 64. Heads of more than 128 do not have
+// Two row tiles a warp up to heads of 64, which streams 16 queries at a time to
+// keep all sums in registers. Heads of more than 128 do not have
 // room for both sums: one kernel for d_v, one for d_k, five products in all.
 #include <algorithm>
 #include <cstdint>
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       args.tiles[static_cast<int>(blockIdx.x) / args.kv_heads];
   const int row = WarpOfBlock() * Tile::kRowsPerWarp;
   const int first_key = tile.begin + row;
-  // Tiles of queries begin with the first key: the last key's would not do.
+  // A head's tiles of queries begin at the block's first key.
   const int steps_per_head =
       (tile.length - tile.begin + Tile::kStreamed - 1) / Tile::kStreamed;
   const int steps = steps_per_head * args.group();

@@ -52,7 +52,8 @@ inline int PlainBlocksPerHead(int head_dim) {
 
 using PlainProducts = float[4][4];
 
-// Rows 4 Down() .. + 3 of a tile are the thread's, columns 4 Across() .. + 3.
+// Rows from Down() on of a tile are the thread's, and columns from Across() on,
+// four each.
 __device__ inline int Down() { return static_cast<int>(threadIdx.x) / 16 * 4; }
 __device__ inline int Across() {
   return static_cast<int>(threadIdx.x) % 16 * 4;
@@ -118,8 +119,7 @@ __device__ inline void LoadByRow(SharedArray<float> to,
   }
 }
 
-// Of two products at most, of rows of `a` from a_begin on and of `b` from
-// b_begin on, over the whole head: where attention needs q k and d_out v.
+// Whose rows are multiplied: q and k, or d_out and v.
 template <typename T>
 struct PlainPair {
   HeadRows<const T> a, b;
