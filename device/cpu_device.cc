@@ -50,7 +50,9 @@ int64_t ReadNumber(const char* path) {
 
 CpuDevice::CpuDevice(int num_threads) : pool_(NumThreads(num_threads)) {}
 
-int64_t CpuDevice::AvailableBytes() const {
+int64_t CpuDevice::AvailableBytes() const { return AvailableHostBytes(); }
+
+int64_t AvailableHostBytes() {
   int64_t available = 0;
   std::ifstream meminfo("/proc/meminfo");
   std::string key, unit;

@@ -29,7 +29,7 @@ class CpuDevice : public Device {
   explicit CpuDevice(int num_threads);
 
   std::string name() const override { return "cpu"; }
-  // MemAvailable of the machine, cut by the cgroup's limit if there is one.
+  // AvailableHostBytes.
   int64_t AvailableBytes() const override;
   absl::StatusOr<std::unique_ptr<DeviceBuffer>> Allocate(
       int64_t bytes) override;
@@ -39,10 +39,16 @@ class CpuDevice : public Device {
                     const Tensor& to) override;
   void Zero(Stream& stream, const Tensor& tensor) override;
 
+  bool IsHostMemory() const override { return true; }
+  ThreadPool* host_threads() override { return &pool_; }
+
   ThreadPool& pool() { return pool_; }
 
  private:
   ThreadPool pool_;
 };
+
+// MemAvailable of the machine, cut by the cgroup's limit if there is one.
+int64_t AvailableHostBytes();
 
 }  // namespace gradwire

@@ -12,6 +12,8 @@
 
 namespace gradwire {
 
+class ThreadPool;
+
 // Memory of a device; freed when destroyed.
 class DeviceBuffer {
  public:
@@ -43,6 +45,12 @@ class Device {
                             const Tensor& to) = 0;
   // Fills with zero bytes, in stream order.
   virtual void Zero(Stream& stream, const Tensor& tensor) = 0;
+
+  // Whether the host reads and writes this memory where it lies.
+  virtual bool IsHostMemory() const { return false; }
+  // Threads of the host that compute what is queued, which are idle beside it;
+  // null: the device needs none.
+  virtual ThreadPool* host_threads() { return nullptr; }
 };
 
 }  // namespace gradwire

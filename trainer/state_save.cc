@@ -26,6 +26,7 @@ StateSave::StateSave(FileSystem& files, std::string directory, Part part,
     : files_(files),
       directory_(std::move(directory)),
       part_(std::move(part)),
+      stream_(part_.device.NewStream()),
       thread_([this, written = std::move(written)] {
         const absl::Status status = Write();
         // Nobody waits for what will not be written.
@@ -77,18 +78,29 @@ absl::Status StateSave::WriteUnit(int unit, StateWriter& writer) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<const void*> StateSave::InHostMemory(const Tensor& values,
+                                                    int64_t begin, int64_t n,
+                                                    std::vector<char>& copy) {
+  const Tensor part = values.Rows(begin, begin + n);
+  if (part_.device.IsHostMemory()) return part.raw();
+  copy.resize(static_cast<size_t>(part.bytes()));
+  part_.device.CopyToHost(*stream_, part, copy.data());
+  GW_RETURN_IF_ERROR(stream_->Finish());
+  return copy.data();
+}
+
 absl::Status StateSave::WriteValues(const Tensor& values,
                                     const ShardPiece& piece,
                                     StateWriter& writer) {
   const int64_t element = DTypeBytes(values.dtype());
-  const char* data =
-      static_cast<const char*>(values.raw()) + piece.offset * element;
-  for (int64_t left = piece.size() * element; left > 0;) {
+  std::vector<char> copy;
+  for (int64_t done = 0; done < piece.size();) {
     GW_RETURN_IF_ERROR(CheckGoesOn());
-    const int64_t bytes = std::min(left, kPartBytes);
-    GW_RETURN_IF_ERROR(writer.Write(data, bytes));
-    data += bytes;
-    left -= bytes;
+    const int64_t n = std::min(piece.size() - done, kPartBytes / element);
+    GW_ASSIGN_OR_RETURN(const void* data,
+                        InHostMemory(values, piece.offset + done, n, copy));
+    GW_RETURN_IF_ERROR(writer.Write(data, n * element));
+    done += n;
   }
   return absl::OkStatus();
 }
@@ -98,19 +110,23 @@ absl::Status StateSave::WriteMaster(const ShardPiece& piece,
   const FlatState& state = part_.state;
   if (state.low.is_null()) return WriteValues(state.weight, piece, writer);
   std::vector<float> joined(kPartElements);
-  const BFloat16* high = state.weight.data<BFloat16>() + piece.offset;
-  const int16_t* low = state.low.data<int16_t>() + piece.offset;
-  for (int64_t left = piece.size(); left > 0;) {
+  std::vector<char> high_copy, low_copy;
+  for (int64_t done = 0; done < piece.size();) {
     GW_RETURN_IF_ERROR(CheckGoesOn());
-    const int64_t n = std::min(left, kPartElements);
+    const int64_t n = std::min(piece.size() - done, kPartElements);
+    const int64_t begin = piece.offset + done;
+    GW_ASSIGN_OR_RETURN(const void* highs,
+                        InHostMemory(state.weight, begin, n, high_copy));
+    GW_ASSIGN_OR_RETURN(const void* lows,
+                        InHostMemory(state.low, begin, n, low_copy));
+    const auto* high = static_cast<const BFloat16*>(highs);
+    const auto* low = static_cast<const int16_t*>(lows);
     for (int64_t i = 0; i < n; ++i) {
       joined[static_cast<size_t>(i)] = JoinHalves({high[i], low[i]});
     }
     GW_RETURN_IF_ERROR(
         writer.Write(joined.data(), n * DTypeBytes(DType::kF32)));
-    high += n;
-    low += n;
-    left -= n;
+    done += n;
   }
   return absl::OkStatus();
 }

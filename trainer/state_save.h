@@ -10,10 +10,13 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "checkpoint/file_system.h"
 #include "checkpoint/training_state.h"
+#include "device/device.h"
 #include "sharding/layout.h"
 #include "trainer/optimizer.h"
 
@@ -21,9 +24,9 @@ namespace gradwire {
 
 // Elements go to the disk from where they lie, unit by unit, in the order in
 // which an optimizer step changes them: so a step that waits for each unit
-// before it changes it waits for no more than that, and nothing is copied. What
-// has been handed to the operating system may be changed; the sync comes at the
-// end.
+// before it changes it waits for no more than that. Nothing is copied in the
+// host's memory; from a GPU's they come by a stream of their own. What has been
+// handed to the operating system may be changed; the sync comes at the end.
 //
 // Thread rule: one thread at a time, beside its own.
 class StateSave {
@@ -31,7 +34,9 @@ class StateSave {
   struct Part {
     const ShardLayout& layout;
     int rank = 0;
-    FlatState state;       // in the host's memory
+    Device& device;
+    // Nothing that changes it is on its way.
+    FlatState state;
     bool moments = false;  // else they are zero, and not written
   };
   // Begins to write into `directory` at once. `written` is called by the
@@ -52,6 +57,10 @@ class StateSave {
   absl::Status WriteMaster(const ShardPiece& piece, StateWriter& writer);
   absl::Status WriteValues(const Tensor& values, const ShardPiece& piece,
                            StateWriter& writer);
+  // Elements [begin, begin + n) where the host can read them, until the next
+  // call with the same `copy`.
+  absl::StatusOr<const void*> InHostMemory(const Tensor& values, int64_t begin,
+                                           int64_t n, std::vector<char>& copy);
   absl::Status CheckGoesOn() const;
   // Those before `unit` have been read.
   void SetRead(int unit);
@@ -59,6 +68,7 @@ class StateSave {
   FileSystem& files_;
   const std::string directory_;
   const Part part_;
+  const std::unique_ptr<Stream> stream_;
   mutable std::mutex mutex_;
   mutable std::condition_variable read_;
   int units_read_ = 0;     // guarded by mutex_

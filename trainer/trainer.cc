@@ -218,7 +218,7 @@ absl::StatusOr<std::vector<float>> TrainerImpl::Weight(
 }
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(
-    const TrainerOptions& options, CpuDevice& device, Kernels& kernels,
+    const TrainerOptions& options, Device& device, Kernels& kernels,
     const std::function<void(const MemoryPlan&)>& on_plan,
     const std::function<void(double)>& on_progress) {
   GW_ASSIGN_OR_RETURN(

@@ -14,7 +14,7 @@
 #include "absl/status/statusor.h"
 #include "checkpoint/file_system.h"
 #include "checkpoint/safetensors.h"
-#include "device/cpu_device.h"
+#include "device/device.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
 #include "sharding/collectives.h"
@@ -181,7 +181,7 @@ class Trainer {
   // MODEL_TENSOR_MISSING, MODEL_TENSOR_MISMATCH, MODEL_TENSOR_UNKNOWN;
   // RESOURCE_EXHAUSTED MEMORY_PLAN_EXCEEDED with the numbers.
   static absl::StatusOr<std::unique_ptr<Trainer>> Create(
-      const TrainerOptions& options, CpuDevice& device, Kernels& kernels,
+      const TrainerOptions& options, Device& device, Kernels& kernels,
       const std::function<void(const MemoryPlan&)>& on_plan,
       const std::function<void(double)>& on_progress);
   virtual ~Trainer() = default;

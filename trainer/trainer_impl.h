@@ -57,7 +57,7 @@ struct Retained {
 class TrainerImpl : public Trainer {
  public:
   TrainerImpl(const TrainerOptions& options, std::string config_json,
-              const ModelConfig& config, CpuDevice& device, Kernels& kernels)
+              const ModelConfig& config, Device& device, Kernels& kernels)
       : options_(options),
         config_json_(std::move(config_json)),
         config_(config),
@@ -205,7 +205,7 @@ class TrainerImpl : public Trainer {
   const std::string config_json_;
   const ModelConfig config_;
   const ParamTable table_;
-  CpuDevice& device_;
+  Device& device_;
   Kernels& kernels_;
   FileSystem& files_;
   Collectives* const shards_;  // null: one rank

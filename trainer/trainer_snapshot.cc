@@ -7,6 +7,7 @@
 #include "absl/time/clock.h"
 #include "base/status.h"
 #include "checkpoint/snapshot/writer.h"
+#include "device/cpu_device.h"
 #include "trainer/model_files.h"
 #include "trainer/trainer_impl.h"
 
@@ -47,9 +48,10 @@ absl::StatusOr<SnapshotPlan> TrainerImpl::MakeSnapshotPlan(
   request.optimizer_step = optimizer_->step();
   request.ttl_seconds = options.ttl_seconds;
   request.tensors = TensorsOf(table_, state_.weight.dtype());
-  request.memory_bytes = device_.AvailableBytes();
+  request.memory_bytes = AvailableHostBytes();
   request.shard_bytes = options_.snapshot_shard_bytes;
-  return PlanSnapshot(PosixFileSystem(), std::move(request), &device_.pool());
+  return PlanSnapshot(PosixFileSystem(), std::move(request),
+                      device_.host_threads());
 }
 
 absl::StatusOr<ExportOutcome> TrainerImpl::SaveSnapshot(

@@ -119,7 +119,7 @@ absl::Status TrainerImpl::BeginSave(
     written(absl::OkStatus());
   } else {
     // Until the first step moments are zero.
-    const StateSave::Part part = {layout_, shard_rank_, state_,
+    const StateSave::Part part = {layout_, shard_rank_, device_, state_,
                                   optimizer_->step() > 0};
     saving->part = std::make_unique<StateSave>(files_, PendingPath(directory),
                                                part, std::move(written));
