@@ -16,7 +16,7 @@ namespace gradwire {
 
 CudaKernels::CudaKernels(std::string description,
                          std::unique_ptr<DeviceBuffer> scratch,
-                         std::unique_ptr<Gemm> gemm)
+                         std::unique_ptr<CudaGemm> gemm)
     : description_(std::move(description)),
       scratch_(std::move(scratch)),
       gemm_(std::move(gemm)) {}
@@ -47,11 +47,11 @@ absl::StatusOr<std::unique_ptr<Kernels>> NewCudaKernels(CudaDevice& device) {
   const std::string description =
       "cuda sm_" + std::to_string(major) + std::to_string(minor);
   GW_ASSIGN_OR_RETURN(
-      std::unique_ptr<Gemm> gemm,
-      Gemm::Create(description + ", " + std::to_string(multiprocessors) +
-                       " multiprocessors",
-                   static_cast<char*>(scratch->data()) + kScratchBytes -
-                       kGemmWorkspaceBytes));
+      std::unique_ptr<CudaGemm> gemm,
+      CudaGemm::Create(description + ", " + std::to_string(multiprocessors) +
+                           " multiprocessors",
+                       static_cast<char*>(scratch->data()) + kScratchBytes -
+                           kGemmWorkspaceBytes));
   return std::make_unique<CudaKernels>(description, std::move(scratch),
                                        std::move(gemm));
 }

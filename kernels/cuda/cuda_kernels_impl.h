@@ -18,13 +18,13 @@ namespace gradwire {
 // kGemmWorkspaceBytes from the end.
 inline constexpr int64_t kScratchBytes = int64_t{64} << 20;
 
-class Gemm;
+class CudaGemm;
 
 class CudaKernels : public Kernels {
  public:
   // `scratch` is of at least kScratchBytes, the last of which are gemm's.
   CudaKernels(std::string description, std::unique_ptr<DeviceBuffer> scratch,
-              std::unique_ptr<Gemm> gemm);
+              std::unique_ptr<CudaGemm> gemm);
   ~CudaKernels() override;
 
   // cuda_kernels.cc
@@ -136,7 +136,7 @@ class CudaKernels : public Kernels {
 
   const std::string description_;
   const std::unique_ptr<DeviceBuffer> scratch_;
-  const std::unique_ptr<Gemm> gemm_;
+  const std::unique_ptr<CudaGemm> gemm_;
 };
 
 }  // namespace gradwire

@@ -47,7 +47,7 @@ struct Problem {
   cublasLtMatrixLayoutOpaque_t a, b, c;
 };
 
-absl::Status Describe(const GemmShape& s, Problem* problem) {
+absl::Status Describe(const CudaGemmShape& s, Problem* problem) {
   Problem& p = *problem;
   const char* operation = "describing a product";
   GW_RETURN_IF_ERROR(CublasStatus(
@@ -77,7 +77,7 @@ absl::Status Describe(const GemmShape& s, Problem* problem) {
   return layout(&p.c, s.c, s.m, s.n, s.c_row);
 }
 
-absl::Status Prefer(const GemmKey& key,
+absl::Status Prefer(const CudaGemmKey& key,
                     cublasLtMatmulPreferenceOpaque_t* preference) {
   const char* operation = "choosing a product's algorithm";
   GW_RETURN_IF_ERROR(
@@ -104,16 +104,18 @@ absl::Status Prefer(const GemmKey& key,
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Gemm>> Gemm::Create(std::string device,
-                                                   void* workspace) {
+absl::StatusOr<std::unique_ptr<CudaGemm>> CudaGemm::Create(std::string device,
+                                                           void* workspace) {
   cublasLtHandle_t handle = nullptr;
   GW_RETURN_IF_ERROR(CublasStatus(cublasLtCreate(&handle), "making cuBLASLt"));
-  return std::unique_ptr<Gemm>(new Gemm(std::move(device), workspace, handle));
+  return std::unique_ptr<CudaGemm>(
+      new CudaGemm(std::move(device), workspace, handle));
 }
 
-Gemm::~Gemm() { cublasLtDestroy(handle_); }
+CudaGemm::~CudaGemm() { cublasLtDestroy(handle_); }
 
-absl::StatusOr<cublasLtMatmulAlgo_t> Gemm::AlgorithmFor(const GemmKey& key) {
+absl::StatusOr<cublasLtMatmulAlgo_t> CudaGemm::AlgorithmFor(
+    const CudaGemmKey& key) {
   const auto found = algorithms_.find(key);
   if (found != algorithms_.end()) return found->second;
   Problem p;
@@ -135,8 +137,8 @@ absl::StatusOr<cublasLtMatmulAlgo_t> Gemm::AlgorithmFor(const GemmKey& key) {
   return best.algo;
 }
 
-void Gemm::Run(CudaStream& stream, const GemmShape& shape, const void* a,
-               const void* b, void* c) {
+void CudaGemm::Run(CudaStream& stream, const CudaGemmShape& shape,
+                   const void* a, const void* b, void* c) {
   if (!stream.ok() || shape.m == 0 || shape.n == 0) return;
   if (shape.k == 0) {
     GW_CHECK(shape.c_row == shape.n);
@@ -163,11 +165,11 @@ void Gemm::Run(CudaStream& stream, const GemmShape& shape, const void* a,
   stream.Fail(std::move(status));
 }
 
-std::string Gemm::ExportAlgorithms() const {
+std::string CudaGemm::ExportAlgorithms() const {
   return PackAlgorithms(algorithms_, device_);
 }
 
-absl::Status Gemm::ImportAlgorithms(std::string_view blob) {
+absl::Status CudaGemm::ImportAlgorithms(std::string_view blob) {
   GW_ASSIGN_OR_RETURN(GemmAlgorithms algorithms,
                       UnpackAlgorithms(blob, device_));
   for (const auto& [key, algorithm] : algorithms) {

@@ -22,21 +22,21 @@ inline constexpr int64_t kGemmWorkspaceBytes = int64_t{32} << 20;
 // Sums are in float32, inputs of f32 are not shortened (no TF32), and bf16 is
 // rounded once. The same shape gets the same algorithm for as long as this
 // lives, and from an equal start always. Thread rule: one stream at a time.
-class Gemm {
+class CudaGemm {
  public:
   // `device` describes the current one: what decides on algorithms.
   // `workspace`, on the device, is of kGemmWorkspaceBytes, aligned to 256
   // bytes; products on the stream share it. Errors: DEVICE_FAILED.
-  static absl::StatusOr<std::unique_ptr<Gemm>> Create(std::string device,
-                                                      void* workspace);
-  ~Gemm();
-  Gemm(const Gemm&) = delete;
-  Gemm& operator=(const Gemm&) = delete;
+  static absl::StatusOr<std::unique_ptr<CudaGemm>> Create(std::string device,
+                                                          void* workspace);
+  ~CudaGemm();
+  CudaGemm(const CudaGemm&) = delete;
+  CudaGemm& operator=(const CudaGemm&) = delete;
 
   // Queues a product. Every shape is taken; without terms (k = 0) a sum is 0.
   // Failures are the stream's: DEVICE_FAILED. REQUIRES: c does not overlap a or
   // b; c_row = n where k = 0.
-  void Run(CudaStream& stream, const GemmShape& shape, const void* a,
+  void Run(CudaStream& stream, const CudaGemmShape& shape, const void* a,
            const void* b, void* c);
 
   // The algorithms chosen so far, and their return in place of those: a blob
@@ -47,10 +47,10 @@ class Gemm {
   absl::Status ImportAlgorithms(std::string_view blob);
 
  private:
-  Gemm(std::string device, void* workspace, cublasLtHandle_t handle)
+  CudaGemm(std::string device, void* workspace, cublasLtHandle_t handle)
       : device_(std::move(device)), workspace_(workspace), handle_(handle) {}
 
-  absl::StatusOr<cublasLtMatmulAlgo_t> AlgorithmFor(const GemmKey& key);
+  absl::StatusOr<cublasLtMatmulAlgo_t> AlgorithmFor(const CudaGemmKey& key);
 
   const std::string device_;
   void* const workspace_;

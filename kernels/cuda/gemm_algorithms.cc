@@ -54,8 +54,8 @@ bool IsAlign(uint32_t align, DType dtype) {
 }
 
 // Whether a product can have this key.
-bool IsKey(const GemmKey& key) {
-  const GemmShape& s = key.shape;
+bool IsKey(const CudaGemmKey& key) {
+  const CudaGemmShape& s = key.shape;
   return s.m > 0 && s.n > 0 && s.k > 0 &&
          s.a_row >= (s.a_transposed ? s.m : s.k) &&
          s.b_row >= (s.b_transposed ? s.k : s.n) && s.c_row >= s.n &&
@@ -79,7 +79,7 @@ std::string PackAlgorithms(const GemmAlgorithms& algorithms,
   blob += device;
   Append(blob, uint64_t{algorithms.size()});
   for (const auto& [key, algorithm] : algorithms) {
-    const GemmShape& s = key.shape;
+    const CudaGemmShape& s = key.shape;
     Append(blob, Entry{s.m, s.n, s.k, s.a_row, s.b_row, s.c_row, s.a_transposed,
                        s.b_transposed, s.accumulate, Code(s.ab), Code(s.c),
                        static_cast<uint8_t>(key.a_align),
@@ -128,20 +128,20 @@ absl::StatusOr<GemmAlgorithms> UnpackAlgorithms(std::string_view blob,
         e.ab > 1 || e.c > 1) {
       return Damaged("entry " + number + " is of no product");
     }
-    const GemmKey key = {{.m = e.m,
-                          .n = e.n,
-                          .k = e.k,
-                          .a_transposed = e.a_transposed == 1,
-                          .b_transposed = e.b_transposed == 1,
-                          .a_row = e.a_row,
-                          .b_row = e.b_row,
-                          .c_row = e.c_row,
-                          .ab = DTypeOfCode(e.ab),
-                          .c = DTypeOfCode(e.c),
-                          .accumulate = e.accumulate == 1},
-                         e.a_align,
-                         e.b_align,
-                         e.c_align};
+    const CudaGemmKey key = {{.m = e.m,
+                              .n = e.n,
+                              .k = e.k,
+                              .a_transposed = e.a_transposed == 1,
+                              .b_transposed = e.b_transposed == 1,
+                              .a_row = e.a_row,
+                              .b_row = e.b_row,
+                              .c_row = e.c_row,
+                              .ab = DTypeOfCode(e.ab),
+                              .c = DTypeOfCode(e.c),
+                              .accumulate = e.accumulate == 1},
+                             e.a_align,
+                             e.b_align,
+                             e.c_align};
     if (!IsKey(key)) return Damaged("entry " + number + " is of no product");
     if (!algorithms.empty() && !(algorithms.rbegin()->first < key)) {
       return Damaged("entry " + number + " is out of order");

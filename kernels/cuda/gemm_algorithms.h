@@ -23,7 +23,7 @@ namespace gradwire {
 
 // c = a b (+ c): c [m, n], a [m, k] or stored transposed, [k, m], b [k, n] or
 // stored transposed, [n, k], all of them row-major.
-struct GemmShape {
+struct CudaGemmShape {
   int64_t m = 0;
   int64_t n = 0;
   int64_t k = 0;
@@ -38,24 +38,24 @@ struct GemmShape {
   DType c = DType::kF32;
   bool accumulate = false;
 
-  auto operator<=>(const GemmShape&) const = default;
+  auto operator<=>(const CudaGemmShape&) const = default;
 };
 
 // What an algorithm is chosen for: bytes that the addresses are multiples of.
-struct GemmKey {
-  GemmShape shape;
+struct CudaGemmKey {
+  CudaGemmShape shape;
   uint32_t a_align = 0;
   uint32_t b_align = 0;
   uint32_t c_align = 0;
 
-  auto operator<=>(const GemmKey&) const = default;
+  auto operator<=>(const CudaGemmKey&) const = default;
 };
 
 // More is asked of an address by no kernel of cuBLASLt, and the less it is
 // distinguished the less depends on where an allocator puts a tensor.
 inline constexpr uint32_t kGemmMaxAlign = 16;
 
-using GemmAlgorithms = std::map<GemmKey, cublasLtMatmulAlgo_t>;
+using GemmAlgorithms = std::map<CudaGemmKey, cublasLtMatmulAlgo_t>;
 
 std::string PackAlgorithms(const GemmAlgorithms& algorithms,
                            std::string_view device);

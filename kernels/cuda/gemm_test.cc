@@ -36,8 +36,8 @@ class GemmTest : public testing::Test {
         stream_(device_->NewStream()),
         gemm_(New("a device")) {}
 
-  std::unique_ptr<Gemm> New(const std::string& device) {
-    return *Gemm::Create(device, memory_->data());
+  std::unique_ptr<CudaGemm> New(const std::string& device) {
+    return *CudaGemm::Create(device, memory_->data());
   }
   CudaStream& stream() { return static_cast<CudaStream&>(*stream_); }
 
@@ -58,7 +58,7 @@ class GemmTest : public testing::Test {
 
   // A product whose bits show in which order its terms are added: the terms are
   // large, -large, and small ones in between.
-  std::vector<float> OrderedSum(Gemm& gemm, int64_t k = 4) {
+  std::vector<float> OrderedSum(CudaGemm& gemm, int64_t k = 4) {
     std::vector<float> terms(static_cast<size_t>(k), 0.25f);
     terms.front() = 16777216.0f;
     terms[terms.size() - 2] = -16777216.0f;
@@ -82,7 +82,7 @@ class GemmTest : public testing::Test {
   std::unique_ptr<DeviceBuffer> memory_;
   std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
   std::unique_ptr<Stream> stream_;
-  std::unique_ptr<Gemm> gemm_;
+  std::unique_ptr<CudaGemm> gemm_;
 };
 
 // a [2, 3] and b [3, 2], each stored either way in rows of 4, c in rows of 3.
@@ -117,7 +117,7 @@ TEST_F(GemmTest, TakesRowsThatLieApart) {
 
 TEST_F(GemmTest, ASumWithoutTermsIsZero) {
   const Tensor c = Floats({1, 2, 3, 4});
-  GemmShape shape = {.m = 2, .n = 2, .a_row = 1, .b_row = 2, .c_row = 2};
+  CudaGemmShape shape = {.m = 2, .n = 2, .a_row = 1, .b_row = 2, .c_row = 2};
   shape.accumulate = true;
   gemm_->Run(stream(), shape, nullptr, nullptr, c.raw());
   EXPECT_EQ(Fetch(c), (std::vector<float>{1, 2, 3, 4}));

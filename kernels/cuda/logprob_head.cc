@@ -80,9 +80,9 @@ void CheckHead(const LogprobHead& head, const Tensor& workspace,
 }
 
 // The logits of tokens [first, first + rows) and ids [id, id + cols).
-LogitChunk MakeLogits(CudaStream& stream, Gemm& gemm, const LogprobHead& head,
-                      const HeadWorkspace& memory, LogitChunk chunk,
-                      int64_t first) {
+LogitChunk MakeLogits(CudaStream& stream, CudaGemm& gemm,
+                      const LogprobHead& head, const HeadWorkspace& memory,
+                      LogitChunk chunk, int64_t first) {
   const int64_t hidden = head.hidden.dim(1);
   chunk.logits = memory.logits();
   chunk.row_stride = memory.logit_stride();
@@ -105,7 +105,7 @@ LogitChunk MakeLogits(CudaStream& stream, Gemm& gemm, const LogprobHead& head,
 
 // d_logit of tokens [first, first + rows) and ids [id, id + cols), in the
 // workspace.
-void MakeLogitGrads(CudaStream& stream, Gemm& gemm, const LogprobHead& head,
+void MakeLogitGrads(CudaStream& stream, CudaGemm& gemm, const LogprobHead& head,
                     const Kernels::LogprobHeadGrad& grad,
                     const HeadWorkspace& memory, const LogitChunk& all,
                     int64_t first) {
