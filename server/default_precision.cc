@@ -14,7 +14,9 @@ const char* PrecisionName(Precision precision) {
 PrecisionChoice ChoosePrecision(const std::string& asked,
                                 const std::string& device) {
   const std::string isa = InstructionSet(device);
-  const bool native = isa.find("bf16") != std::string::npos;
+  // Every GPU that is supported has them.
+  const bool native =
+      isa.find("bf16") != std::string::npos || isa.rfind("sm_", 0) == 0;
   if (asked == "f32") return {Precision::kF32, "the job asks for f32"};
   if (asked == "bf16") {
     return {Precision::kBF16,

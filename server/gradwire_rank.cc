@@ -14,10 +14,10 @@
 #include "absl/status/statusor.h"
 #include "base/error.h"
 #include "base/log.h"
-#include "device/cpu_device.h"
-#include "kernels/cpu/cpu_kernels.h"
+#include "device/thread_pool.h"
 #include "nlohmann/json.hpp"
 #include "server/default_precision.h"
+#include "server/rank_backend.h"
 #include "server/rank_cpus.h"
 #include "server/rank_group_join.h"
 #include "server/rank_hello.h"
@@ -31,6 +31,9 @@ ABSL_FLAG(std::string, supervisor, "",
 ABSL_FLAG(std::string, job_id, "", "the job this rank is of");
 ABSL_FLAG(int, rank, 0, "which of the job's ranks this is");
 ABSL_FLAG(int, world_size, 1, "how many ranks the job has");
+ABSL_FLAG(std::string, device, "cpu",
+          "what to compute with: cpu, or cuda:N, the Nth of the GPUs that this "
+          "process sees");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0 = one for each core");
 ABSL_FLAG(
     std::string, join_token_file, "",
@@ -55,19 +58,28 @@ namespace {
 
 constexpr int kBadConfiguration = 2;
 
-// For `gradwire doctor`.
-void Describe() {
-  const std::string device = NewCpuKernels()->description();
+// For `gradwire doctor`, and for the supervisor, which has no kernels of GPUs.
+int Describe() {
+  const auto backend = MakeRankBackend(absl::GetFlag(FLAGS_device),
+                                       absl::GetFlag(FLAGS_threads));
+  if (!backend.ok()) {
+    spdlog::error("{}", std::string(backend.status().message()));
+    return EXIT_FAILURE;
+  }
+  const std::string device = backend->kernels->description();
   const PrecisionChoice choice = ChoosePrecision("", device);
-  const nlohmann::ordered_json description = {
+  nlohmann::ordered_json description = {
       {"version", kVersion},
       {"device", device},
       {"isa", InstructionSet(device)},
-      {"threads", CpuDevice(absl::GetFlag(FLAGS_threads)).pool().num_threads()},
-      {"default_precision", PrecisionName(choice.precision)},
-      {"default_precision_reason", choice.reason},
   };
+  if (const ThreadPool* threads = backend->device->host_threads()) {
+    description["threads"] = threads->num_threads();
+  }
+  description["default_precision"] = PrecisionName(choice.precision);
+  description["default_precision_reason"] = choice.reason;
   std::printf("%s\n", description.dump().c_str());
+  return EXIT_SUCCESS;
 }
 
 absl::StatusOr<std::string> JoinToken() {
@@ -90,10 +102,7 @@ absl::StatusOr<std::string> JoinToken() {
 }
 
 int Main() {
-  if (absl::GetFlag(FLAGS_describe)) {
-    Describe();
-    return 0;
-  }
+  if (absl::GetFlag(FLAGS_describe)) return Describe();
   const auto token = JoinToken();
   if (!token.ok()) {
     spdlog::error("{}", std::string(token.status().message()));
@@ -146,7 +155,8 @@ int Main() {
   }
   // The first command is to load, and says what the job was given.
   v1::RankCommand command = (*link)->NextCommand();
-  RankWorker worker(absl::GetFlag(FLAGS_threads) > 0
+  RankWorker worker(absl::GetFlag(FLAGS_device),
+                    absl::GetFlag(FLAGS_threads) > 0
                         ? absl::GetFlag(FLAGS_threads)
                         : command.load().spec().threads(),
                     address, link->get());

@@ -43,6 +43,9 @@ ABSL_FLAG(std::string, rank_tls_ca, "",
           "PEM file: the authority that signs ranks' certificates");
 ABSL_FLAG(bool, rank_insecure, false,
           "let ranks come over a network without TLS");
+ABSL_FLAG(std::string, device, "cpu",
+          "what ranks that are started here compute with: cpu, or cuda, each "
+          "rank of a job its own GPU");
 ABSL_FLAG(int, threads, 0,
           "CPU threads of each rank; 0: an equal share of the cores");
 ABSL_FLAG(double, collect_seconds, 60,
@@ -161,6 +164,7 @@ int Main() {
   options.listen = absl::GetFlag(FLAGS_listen);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.port_file = absl::GetFlag(FLAGS_port_file);
+  options.device = absl::GetFlag(FLAGS_device);
   options.threads = absl::GetFlag(FLAGS_threads);
   options.gap_timeout_seconds = absl::GetFlag(FLAGS_gap_timeout_seconds);
   options.result_retention_seconds =

@@ -121,6 +121,7 @@ void Job::StartRanks() {
     options.rank_binary = environment_->rank_binary;
   }
   options.rank_address = environment_->rank_address;
+  options.device = environment_->device;
   options.threads =
       spec_.threads() > 0 ? spec_.threads() : environment_->threads;
   options.rank_timeout = environment_->rank_timeout;

@@ -40,6 +40,8 @@ struct JobEnvironment {
   SessionTable* sessions = nullptr;
   Metrics* metrics = nullptr;
   std::string rank_binary;
+  // As in RankGroupOptions.
+  std::string device = "cpu";
   // Ranks are started by somebody else, and know this token.
   bool external = false;
   std::string join_token;

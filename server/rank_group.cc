@@ -80,6 +80,8 @@ void RankGroup::StartProcess(int rank) {
       "--job_id=" + options_.job_id,
       "--rank=" + std::to_string(rank),
       "--world_size=" + std::to_string(options_.world_size),
+      "--device=" + options_.device +
+          (options_.device == "cuda" ? ":" + std::to_string(rank) : ""),
       "--threads=" + std::to_string(threads),
       "--dial_timeout_seconds=0"};
   if (!own.empty()) argv.push_back("--cpus=" + FormatCpus(own));

@@ -43,6 +43,8 @@ struct RankGroupOptions {
   std::string rank_binary;
   // Where ranks that are started here dial: "unix:...".
   std::string rank_address;
+  // Of a rank that is started here: "cpu", or "cuda", each its own GPU.
+  std::string device = "cpu";
   // 0: an equal share of the CPUs.
   int threads = 0;
   // How long a rank may be silent.

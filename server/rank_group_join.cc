@@ -13,9 +13,8 @@
 
 #include "base/error.h"
 #include "base/status.h"
-#include "device/stream.h"
+#include "device/device.h"
 #include "server/host_port.h"
-#include "sharding/gloo/gloo_collectives.h"
 #include "sharding/replicated_collectives.h"
 #include "xxhash.h"
 
@@ -24,12 +23,6 @@ namespace {
 
 // The meshes of a job.
 enum Mesh { kWorld, kShards, kReplicas };
-
-// Of a rank's work nothing is on its way yet.
-class IdleStream : public Stream {
- protected:
-  void Synchronize() override {}
-};
 
 // The ranks of one mesh, which this one is of.
 absl::StatusOr<std::unique_ptr<Collectives>> Connect(
@@ -40,7 +33,7 @@ absl::StatusOr<std::unique_ptr<Collectives>> Connect(
       std::find(ranks.begin(), ranks.end(), join.rank) - ranks.begin());
   options.bind_address = join.address;
   options.timeout = join.timeout;
-  return NewGlooCollectives(
+  return join.backend->connect(
       options,
       [&](const std::string& mine) -> absl::StatusOr<std::vector<std::string>> {
         GW_ASSIGN_OR_RETURN(std::vector<std::string> all,
@@ -65,14 +58,21 @@ int64_t HostId() {
   return static_cast<int64_t>(XXH3_64bits(id.data(), id.size()));
 }
 
-absl::StatusOr<int> RanksOnHost(Collectives& world) {
+absl::StatusOr<int> RanksOnHost(Device& device, Collectives& world) {
   const int64_t mine = HostId();
   std::vector<int64_t> all(static_cast<size_t>(world.world()));
-  IdleStream stream;
-  const auto ticket = world.AllGather(
-      stream, Tensor(const_cast<int64_t*>(&mine), DType::kI64, {1}),
-      Tensor(all.data(), DType::kI64, {world.world()}));
-  GW_RETURN_IF_ERROR(world.Wait(stream, ticket));
+  GW_ASSIGN_OR_RETURN(
+      const std::unique_ptr<DeviceBuffer> memory,
+      device.Allocate((1 + world.world()) * DTypeBytes(DType::kI64)));
+  const Tensor tensor(memory->data(), DType::kI64, {1 + world.world()});
+  const Tensor own = tensor.Rows(0, 1);
+  const Tensor gathered = tensor.Rows(1, 1 + world.world());
+  const std::unique_ptr<Stream> stream = device.NewStream();
+  device.CopyFromHost(*stream, &mine, own);
+  GW_RETURN_IF_ERROR(
+      world.Wait(*stream, world.AllGather(*stream, own, gathered)));
+  device.CopyToHost(*stream, gathered, all.data());
+  GW_RETURN_IF_ERROR(stream->Finish());
   return static_cast<int>(std::count(all.begin(), all.end(), mine));
 }
 
@@ -90,12 +90,25 @@ absl::StatusOr<RankGroupMember> JoinRankGroup(const RankGroupJoin& join) {
   }
   GW_ASSIGN_OR_RETURN(member.world, Connect(join, kWorld, all));
   if (join.replicas > 1) {
+    // Sums over replicas are added by the host.
+    if (!join.backend->device->IsHostMemory()) {
+      return ErrorBuilder(absl::StatusCode::kUnimplemented,
+                          "UNSUPPORTED_OPTION")
+          .Server()
+          .With("field", "replicas")
+          .With("value", join.replicas)
+          .With("limit", 1)
+          .Message(
+              "replicas of the model are for CPU ranks only; use 1, with "
+              "which all GPUs hold the model together");
+    }
     GW_ASSIGN_OR_RETURN(auto in_group, Connect(join, kShards, group));
     GW_ASSIGN_OR_RETURN(auto of_groups, Connect(join, kReplicas, across));
     member.shards =
         NewReplicatedCollectives(std::move(in_group), std::move(of_groups));
   }
-  GW_ASSIGN_OR_RETURN(member.ranks_on_host, RanksOnHost(*member.world));
+  GW_ASSIGN_OR_RETURN(member.ranks_on_host,
+                      RanksOnHost(*join.backend->device, *member.world));
   return member;
 }
 

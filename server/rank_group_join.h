@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "server/rank_backend.h"
 #include "sharding/collectives.h"
 
 namespace gradwire {
@@ -20,6 +21,7 @@ struct RankGroupJoin {
   // Groups of ranks that each hold all of the model: neighbours are of one. 1:
   // all ranks hold it together. Divides `world`.
   int replicas = 1;
+  const RankBackend* backend = nullptr;
   // How long a rank waits for its peers.
   absl::Duration timeout;
   // An address of this machine at which the others reach it.
@@ -40,7 +42,8 @@ struct RankGroupMember {
   int ranks_on_host = 1;
 };
 
-// Errors: those of the exchange and of NewGlooCollectives.
+// Errors: those of the exchange and of the backend's `connect`; UNIMPLEMENTED
+// UNSUPPORTED_OPTION: replicas on GPUs.
 absl::StatusOr<RankGroupMember> JoinRankGroup(const RankGroupJoin& join);
 
 // The address from which this machine reaches a supervisor ("unix:..." or

@@ -28,6 +28,7 @@ absl::Status RankWorker::JoinGroup(const v1::RankLoad& load) {
   join.replicas = std::max(1, load.spec().replicas());
   join.timeout = absl::Seconds(load.collective_timeout_seconds());
   join.address = address_;
+  join.backend = &backend_;
   join.exchange = [&](int mesh, const std::string& mine) {
     return link_.ExchangeAddresses(mesh, mine, join.timeout);
   };
@@ -52,13 +53,17 @@ bool RankWorker::Load(const v1::RankLoad& load) {
     event.mutable_progress()->set_progress(share);
     return event;
   };
+  auto backend = MakeRankBackend(device_, threads_);
+  if (!backend.ok()) return fail(backend.status());
+  backend_ = *std::move(backend);
+  const std::string kernels = backend_.kernels->description();
   TrainerOptions options;
   options.model_directory = load.spec().base_model();
   const PrecisionChoice choice =
-      ChoosePrecision(load.spec().precision(), kernels_->description());
+      ChoosePrecision(load.spec().precision(), kernels);
   options.precision = choice.precision;
-  spdlog::info("{}, precision {}: {}", kernels_->description(),
-               PrecisionName(choice.precision), choice.reason);
+  spdlog::info("{}, precision {}: {}", kernels, PrecisionName(choice.precision),
+               choice.reason);
   options.moment_precision = load.spec().moment_precision() == "bf16"
                                  ? Precision::kBF16
                                  : Precision::kF32;
@@ -76,7 +81,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   other_bytes_ = ProcessBytes("VmRSS");
   double reported = 0;
   auto trainer = Trainer::Create(
-      options, device_, *kernels_,
+      options, *backend_.device, *backend_.kernels,
       [&](const MemoryPlan& plan) {
         const auto mib = [](int64_t bytes) { return bytes >> 20; };
         spdlog::info(
@@ -141,8 +146,7 @@ absl::StatusOr<v1::Profile> RankWorker::WarmUp(const v1::RankLoad& load) {
   profile.set_mode(load.spec().forward_only() ? "forward_only" : "full");
   profile.set_max_context_length(trainer_->plan().max_context);
   profile.set_world_size(world_);
-  profile.set_device(kernels_->description() + ", " +
-                     std::to_string(device_.pool().num_threads()) + " threads");
+  profile.set_device(backend_.description());
   for (const LossInfo& info : LossTable()) {
     v1::LossProfile& loss = *profile.add_losses();
     loss.set_loss_fn(info.name);

@@ -7,7 +7,6 @@
 
 #include "base/error.h"
 #include "base/status.h"
-#include "kernels/cpu/cpu_kernels.h"
 #include "server/decode_datum.h"
 #include "server/decode_options.h"
 #include "server/grpc_status.h"
@@ -57,11 +56,12 @@ void CopyMetrics(const std::map<std::string, double>& metrics, Map& out) {
 
 }  // namespace
 
-RankWorker::RankWorker(int threads, std::string address, RankLink* link)
+RankWorker::RankWorker(std::string device, int threads, std::string address,
+                       RankLink* link)
     : link_(*link),
       address_(std::move(address)),
-      device_(threads),
-      kernels_(NewCpuKernels()) {}
+      device_(std::move(device)),
+      threads_(threads) {}
 
 bool RankWorker::Execute(v1::RankCommand command) {
   if (command.has_datums()) {

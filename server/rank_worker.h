@@ -7,9 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "device/cpu_device.h"
 #include "gradwire/v1/rank.pb.h"
-#include "kernels/kernels.h"
+#include "server/rank_backend.h"
 #include "server/rank_group_join.h"
 #include "server/rank_link.h"
 #include "trainer/trainer.h"
@@ -19,8 +18,10 @@ namespace gradwire {
 // Thread rule: one thread at a time.
 class RankWorker {
  public:
-  // `address` is where other ranks reach this one; `link` outlives the worker.
-  RankWorker(int threads, std::string address, RankLink* link);
+  // `device` and `threads` are MakeRankBackend's, `address` is where other
+  // ranks reach this one; `link` outlives the worker.
+  RankWorker(std::string device, int threads, std::string address,
+             RankLink* link);
 
   // False: the rank is of no use and should exit (a load that failed).
   bool Execute(v1::RankCommand command);
@@ -55,8 +56,9 @@ class RankWorker {
 
   RankLink& link_;
   const std::string address_;
-  CpuDevice device_;
-  std::unique_ptr<Kernels> kernels_;
+  const std::string device_;
+  const int threads_;
+  RankBackend backend_;  // made by Load
   int rank_ = 0;
   int world_ = 1;
   RankGroupMember group_;

@@ -11,7 +11,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
-#include "kernels/cpu/cpu_kernels.h"
+#include "server/describe_device.h"
 #include "server/host_port.h"
 #include "server/rank_hello.h"
 
@@ -124,6 +124,7 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   environment.sessions = &server->sessions_;
   environment.metrics = &server->registry_;
   environment.rank_binary = options.rank_binary;
+  environment.device = options.device;
   environment.rank_address = "unix:" + server->state_dir_->socket();
   environment.threads = options.threads;
   environment.rank_timeout = absl::Seconds(options.rank_timeout_seconds);
@@ -148,7 +149,8 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
       health->Set(name, job.ready());
     }
   };
-  server->context_.device = NewCpuKernels()->description();
+  GW_ASSIGN_OR_RETURN(server->context_.device,
+                      DescribeDevice(options.rank_binary, options.device));
   server->context_.jobs = &server->jobs_;
   server->context_.sessions = &server->sessions_;
   server->context_.environment = &environment;

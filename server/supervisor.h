@@ -29,6 +29,8 @@ struct SupervisorOptions {
   std::string metrics_listen = "127.0.0.1:9700";
   std::string port_file;
   std::string rank_binary;
+  // As in RankGroupOptions.
+  std::string device = "cpu";
   int threads = 0;
   double gap_timeout_seconds = 600;
   double result_retention_seconds = 3600;
