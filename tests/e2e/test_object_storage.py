@@ -131,23 +131,28 @@ def test_a_training_goes_on_after_its_disk_is_lost(bucket, models, tmp_path):
 def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
     with serving(tmp_path / "one") as (server, service):
         client = service.create_training_client(models["llama"], job_id="job")
-        # In the order of names, deltas come first.
-        client.save_weights_for_sampler("z", type="base").result()
-        for name in "yxw":
-            train(client, 1)
-            saved = client.save_weights_for_sampler(name, type="delta")
-            path = saved.result().path
+        # All are there before the first is stored; in the order of names,
+        # deltas come first.
+        bucket.stop()
+        try:
+            client.save_weights_for_sampler("z", type="base").result()
+            for name in "yxw":
+                train(client, 1)
+                saved = client.save_weights_for_sampler(name, type="delta")
+                path = saved.result().path
+        finally:
+            bucket.go_on()
+        # A copy is made of parents first.
+        seen = ""
+        while "w" not in seen:
+            prefix = "team/a/jobs/job/snapshots/"
+            keys = bucket.keys(prefix)
+            seen = "".join(
+                name for name in "zyxw" if f"{prefix}{name}/commit.json" in keys
+            )
+            assert "zyxw".startswith(seen)
         stored(service, path)
         weight_id = service.verify_checkpoint(path).weight_id
-        # A copy is made of parents first.
-        order = [
-            bucket.s3.head_object(
-                Bucket=BUCKET,
-                Key=f"team/a/jobs/job/snapshots/{name}/commit.json",
-            )["LastModified"]
-            for name in "zyxw"
-        ]
-        assert order == sorted(order)
     shutil.rmtree(tmp_path / "one")
     with serving(tmp_path / "two") as (server, service):
         base = "gradwire://jobs/job/snapshots/z"
