@@ -107,10 +107,11 @@ if tools/format.sh --check; then add 1 0; else add 0 1; fi
 stage "build and test"
 bazel_test plain //...
 
-# Compiled and linked with nvcc, CUDA and NCCL, where these are; run on a GPU,
-# and skipped with a word where there is none.
+# Compiled and linked with nvcc, cuBLAS and NCCL, where these are, programs and
+# benchmarks, too; run on a GPU, and skipped with a word where there is none.
 stage "CUDA"
-bazel_test cuda --config=cuda --build_tests_only --test_tag_filters=gpu //...
+bazel_test cuda --config=cuda --build_tag_filters=cuda --test_tag_filters=gpu \
+  //...
 
 stage "Python"
 mapfile -t suites < <(for suite in client/python/tests tests tools; do

@@ -54,7 +54,8 @@ ABSL_FLAG(int64_t, snapshot_shard_bytes, gradwire::kShardBytes,
           "most tensor data of one file of a base snapshot or a promoted "
           "model; what is larger is in several, with an index");
 ABSL_FLAG(std::string, rank_binary, "",
-          "the rank's program; default: gradwire_rank beside this one");
+          "the rank's program; default: gradwire_rank beside this one, or "
+          "gradwire_rank_cuda with --device=cuda");
 ABSL_FLAG(double, rank_timeout_seconds, 30,
           "how long a rank may give no sign of life");
 ABSL_FLAG(double, collective_timeout_seconds, 120,
@@ -184,7 +185,7 @@ int Main() {
     options.rank_binary =
         (std::filesystem::read_symlink("/proc/self/exe", ignored)
              .parent_path() /
-         "gradwire_rank")
+         (options.device == "cuda" ? "gradwire_rank_cuda" : "gradwire_rank"))
             .string();
   }
   options.launch = absl::GetFlag(FLAGS_launch);

@@ -13,9 +13,9 @@ absl::StatusOr<RankBackend> MakeCudaBackend(int index) {
       .With("field", "device")
       .With("value", "cuda:" + std::to_string(index))
       .Message(
-          "this gradwire_rank was built without CUDA; build it with bazel "
-          "build --config=cuda //server:gradwire_rank where there is a CUDA "
-          "toolkit, or use --device=cpu");
+          "this program was built without CUDA; use gradwire_rank_cuda (bazel "
+          "build --config=cuda //server:gradwire_rank_cuda, where there is a "
+          "CUDA toolkit), or --device=cpu");
 }
 
 }  // namespace gradwire

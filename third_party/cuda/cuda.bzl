@@ -14,6 +14,7 @@ _NEVER = ["//third_party/cuda:never"]
 CUDA_HEADERS = [] if TOOLKIT else _NEVER
 CUBLAS_HEADERS = [] if TOOLKIT and CUBLAS else _NEVER
 NCCL_HEADERS = [] if TOOLKIT and NCCL else _NEVER
+CUBLAS_AND_NCCL_HEADERS = [] if TOOLKIT and CUBLAS and NCCL else _NEVER
 
 def _enabled(found):
     return select({
@@ -25,6 +26,7 @@ def _enabled(found):
 CUDA = _enabled(TOOLKIT)
 CUDA_AND_CUBLAS = _enabled(TOOLKIT and CUBLAS)
 CUDA_AND_NCCL = _enabled(TOOLKIT and NCCL)
+CUDA_CUBLAS_AND_NCCL = _enabled(TOOLKIT and CUBLAS and NCCL)
 
 _ARCHITECTURES = ["80", "90a"]
 
