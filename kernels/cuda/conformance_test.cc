@@ -3,33 +3,34 @@
 #include "kernels/conformance.h"
 
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
-#include "device/cuda/cuda_device.h"
+#include "device/cuda/test_device.h"
 #include "kernels/cuda/cuda_kernels.h"
 
 namespace gradwire {
 namespace {
 
-std::unique_ptr<CudaDevice> MakeDevice() {
-  auto device = CudaDevice::Create(0);
-  GW_CHECK(device.ok());
-  return *std::move(device);
-}
-
 std::unique_ptr<Kernels> MakeKernels() {
-  auto kernels = NewCudaKernels(*MakeDevice());
+  auto kernels = NewCudaKernels(*MakeTestDevice());
   GW_CHECK(kernels.ok());
   return *std::move(kernels);
 }
 
+// None on a machine without a GPU.
+std::vector<KernelsBackend> Backends() {
+  if (MakeTestDevice() == nullptr) return {};
+  return {{"Cuda", MakeTestDevice, MakeKernels, DType::kF32},
+          {"Cuda", MakeTestDevice, MakeKernels, DType::kBF16}};
+}
+
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(KernelsConformanceTest);
 INSTANTIATE_TEST_SUITE_P(
-    Cuda, KernelsConformanceTest,
-    testing::Values(
-        KernelsBackend{"Cuda", MakeDevice, MakeKernels, DType::kF32},
-        KernelsBackend{"Cuda", MakeDevice, MakeKernels, DType::kBF16}),
+    All, KernelsConformanceTest, testing::ValuesIn(Backends()),
     [](const testing::TestParamInfo<KernelsBackend>& info) {
-      return std::string(info.param.name) + DTypeName(info.param.act);
+      return info.param.name + DTypeName(info.param.act);
     });
 
 }  // namespace

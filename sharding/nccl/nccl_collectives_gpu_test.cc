@@ -8,23 +8,17 @@
 #include <vector>
 
 #include "base/check.h"
+#include "device/cuda/test_device.h"
 #include "sharding/conformance.h"
 #include "sharding/nccl/nccl_collectives.h"
 
 namespace gradwire {
 namespace {
 
-// Null, and why, on a machine without a GPU.
+// Null on a machine without a GPU.
 const std::shared_ptr<CudaDevice>& TheDevice() {
-  static const auto* const device = [] {
-    auto made = CudaDevice::Create(0);
-    if (!made.ok()) {
-      std::printf("skipped: %s\n",
-                  std::string(made.status().message()).c_str());
-      return new std::shared_ptr<CudaDevice>;
-    }
-    return new std::shared_ptr<CudaDevice>(*std::move(made));
-  }();
+  static const auto* const device =
+      new std::shared_ptr<CudaDevice>(MakeTestDevice());
   return *device;
 }
 
