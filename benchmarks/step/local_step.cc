@@ -2,18 +2,25 @@
 #include "benchmarks/step/local_step.h"
 
 #include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <random>
 #include <string>
 #include <utility>
 
 #include "absl/flags/flag.h"
 #include "base/status.h"
+#include "trainer/memory_plan.h"
 
 ABSL_FLAG(std::string, model, "", "a Hugging Face directory");
 ABSL_FLAG(std::string, precision, "f32", "f32 or bf16");
 ABSL_FLAG(int, threads, 0, "threads; 0: one for each core");
 ABSL_FLAG(int64_t, sequences, 8, "sequences in the batch");
 ABSL_FLAG(int64_t, length, 256, "tokens of a sequence");
+ABSL_FLAG(int64_t, micro_batch, 0, "tokens of a micro-batch; 0: the planner's");
+ABSL_FLAG(int64_t, max_context, 0, "longest sequence; 0: the planner's");
+ABSL_FLAG(int64_t, retained_tokens, 0,
+          "tokens to keep activations of; 0: the planner's");
 ABSL_FLAG(int64_t, shared, 0, "first tokens that all sequences share");
 ABSL_FLAG(int64_t, prompt, 0, "first positions without a gradient");
 
@@ -43,6 +50,26 @@ std::vector<TrainDatum> RandomBatch(int64_t vocab) {
   return batch;
 }
 
+// Of one micro-batch of --retained_tokens, all layers in full; 0: the planner
+// chooses.
+absl::StatusOr<int64_t> ActivationBytesOfFlags(const TrainerOptions& options) {
+  const int64_t tokens = absl::GetFlag(FLAGS_retained_tokens);
+  if (tokens == 0) return 0;
+  std::ifstream file(options.model_directory + "/config.json");
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  GW_ASSIGN_OR_RETURN(const ModelConfig config, ParseModelConfig(text));
+  return ActivationBytesOf(config, options.precision, tokens, tokens)
+      .Kept(config.layers, config.layers);
+}
+
+double SumOf(const std::vector<std::vector<float>>& logprobs) {
+  double sum = 0;
+  for (const std::vector<float>& datum : logprobs) {
+    for (const float logprob : datum) sum += double{logprob};
+  }
+  return sum;
+}
+
 }  // namespace
 
 std::unique_ptr<CpuDevice> LocalStep::NewDevice() {
@@ -53,8 +80,7 @@ DType LocalStep::Act() {
   return absl::GetFlag(FLAGS_precision) == "bf16" ? DType::kBF16 : DType::kF32;
 }
 
-absl::StatusOr<LocalStep> LocalStep::Create(CpuDevice& device,
-                                            Kernels& kernels) {
+absl::StatusOr<LocalStep> LocalStep::Create(Device& device, Kernels& kernels) {
   const std::string precision = absl::GetFlag(FLAGS_precision);
   if (precision != "f32" && precision != "bf16") {
     return absl::InvalidArgumentError("--precision must be f32 or bf16");
@@ -63,6 +89,10 @@ absl::StatusOr<LocalStep> LocalStep::Create(CpuDevice& device,
   options.model_directory = absl::GetFlag(FLAGS_model);
   options.precision =
       Act() == DType::kBF16 ? Precision::kBF16 : Precision::kF32;
+  options.micro_batch_tokens = absl::GetFlag(FLAGS_micro_batch);
+  options.max_context = absl::GetFlag(FLAGS_max_context);
+  GW_ASSIGN_OR_RETURN(options.activation_bytes,
+                      ActivationBytesOfFlags(options));
   GW_ASSIGN_OR_RETURN(
       std::unique_ptr<Trainer> trainer,
       Trainer::Create(
@@ -74,20 +104,50 @@ LocalStep::LocalStep(std::unique_ptr<Trainer> trainer)
     : trainer_(std::move(trainer)),
       batch_(RandomBatch(trainer_->config().vocab)) {}
 
+absl::StatusOr<std::vector<std::vector<float>>> LocalStep::Forward(
+    const ForwardOptions& options) {
+  std::vector<std::vector<float>> logprobs(batch_.size());
+  GW_ASSIGN_OR_RETURN(
+      const ForwardOutcome outcome,
+      trainer_->Forward(batch_, options, [&](DatumLogprobs datum) {
+        logprobs[static_cast<size_t>(datum.index)] = std::move(datum.logprobs);
+      }));
+  if (!options.activation_id.empty() && !outcome.retained) {
+    return absl::InternalError(
+        "activations were not kept: raise --retained_tokens");
+  }
+  return logprobs;
+}
+
 absl::StatusOr<double> LocalStep::ForwardBackward() {
   ForwardOptions options;
   options.backward = true;
-  double sum = 0;
-  GW_RETURN_IF_ERROR(trainer_
-                         ->Forward(batch_, options,
-                                   [&](const DatumLogprobs& datum) {
-                                     for (const float logprob :
-                                          datum.logprobs) {
-                                       sum += double{logprob};
-                                     }
-                                   })
-                         .status());
-  return sum;
+  GW_ASSIGN_OR_RETURN(const auto logprobs, Forward(options));
+  return SumOf(logprobs);
+}
+
+absl::StatusOr<double> LocalStep::CustomStep() {
+  ForwardOptions options;
+  options.activation_id = "custom";
+  GW_ASSIGN_OR_RETURN(const auto logprobs, Forward(options));
+  // Cross entropy again, so that both ways have the same gradient.
+  std::vector<std::vector<float>> d_logprobs;
+  for (const TrainDatum& datum : batch_) {
+    d_logprobs.push_back(datum.weights);
+    for (float& weight : d_logprobs.back()) weight = -weight;
+  }
+  GW_ASSIGN_OR_RETURN(const BackwardOutcome outcome,
+                      trainer_->Backward(options.activation_id, d_logprobs,
+                                         /*allow_stale=*/false));
+  if (outcome.recomputed) {
+    return absl::InternalError("the forward was computed again");
+  }
+  return SumOf(logprobs);
+}
+
+absl::StatusOr<double> LocalStep::TwoForwardStep() {
+  GW_RETURN_IF_ERROR(Forward(ForwardOptions()).status());
+  return ForwardBackward();
 }
 
 absl::Status LocalStep::OptimStep() {

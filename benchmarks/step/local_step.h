@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A training step in this process, without a server around it. Its flags:
-// --model, --precision, --threads, --sequences, --length, --shared, --prompt.
+// --model, --precision, --threads, --sequences, --length, --shared, --prompt,
+// --micro_batch, --max_context, --retained_tokens.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "device/cpu_device.h"
+#include "device/device.h"
 #include "kernels/kernels.h"
 #include "trainer/trainer.h"
 
@@ -18,14 +20,22 @@ namespace gradwire {
 class LocalStep {
  public:
   // Loads the model of the flags and draws a batch of random tokens, the same
-  // in every run. `device`, of NewDevice, and `kernels` outlive it.
-  static absl::StatusOr<LocalStep> Create(CpuDevice& device, Kernels& kernels);
+  // in every run. `device` and `kernels` outlive it.
+  static absl::StatusOr<LocalStep> Create(Device& device, Kernels& kernels);
+  // The host, with the threads of the flags.
   static std::unique_ptr<CpuDevice> NewDevice();
   // The activation type of --precision.
   static DType Act();
 
   // One forward and backward of cross entropy; the sum of the logprobs.
   absl::StatusOr<double> ForwardBackward();
+  // The same by a loss of the caller's: a forward that keeps its activations,
+  // then the backward of d_logprobs that come from the host. An error if it had
+  // to compute the forward again.
+  absl::StatusOr<double> CustomStep();
+  // What a custom loss takes where nothing is kept: a forward, then
+  // ForwardBackward.
+  absl::StatusOr<double> TwoForwardStep();
   absl::Status OptimStep();
   Trainer& trainer() { return *trainer_; }
 
@@ -33,12 +43,16 @@ class LocalStep {
   // weights of all products, the head's among them, and attention is causal.
   double UsefulFlops() const;
 
+  const std::vector<TrainDatum>& batch() const { return batch_; }
   int64_t sequences() const { return static_cast<int64_t>(batch_.size()); }
   int64_t length() const;
   int64_t tokens() const { return sequences() * length(); }
 
  private:
   explicit LocalStep(std::unique_ptr<Trainer> trainer);
+  // The logprobs of each datum.
+  absl::StatusOr<std::vector<std::vector<float>>> Forward(
+      const ForwardOptions& options);
 
   std::unique_ptr<Trainer> trainer_;
   std::vector<TrainDatum> batch_;
