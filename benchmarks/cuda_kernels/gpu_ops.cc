@@ -18,18 +18,32 @@ GpuOps::GpuOps(CudaDevice& device, Kernels& kernels, Stream& stream,
       stream_(stream),
       shape_(shape),
       act_(act) {
+  for (int64_t at = 0; at <= shape.tokens; at += shape.length) {
+    cu_seqlens_.push_back(static_cast<int32_t>(at));
+  }
+  const int64_t q = shape.heads * shape.head_dim;
+  AddMatmuls("qkv", Heads().QkvWidth(), shape.hidden);
+  AddMatmuls("attention_out", shape.hidden, q);
+  AddMatmuls("gate_up", 2 * shape.ffn, shape.hidden);
+  AddMatmuls("down", shape.hidden, shape.ffn);
+  AddAttention();
+  AddHead();
+  AddEmbedding();
+  AddNorms();
+  AddRope();
+  AddBias();
   AddRows();
   AddSwiGlu();
   AddOptimizer();
 }
 
 GpuOps::Copies GpuOps::New(DType dtype, int64_t rows, int64_t columns,
-                           int copies) {
+                           int copies, float deviation) {
   Copies tensors;
   const int64_t bytes = rows * columns * DTypeBytes(dtype);
   std::vector<char> host(static_cast<size_t>(bytes));
   if (dtype == DType::kF32 || dtype == DType::kBF16) {
-    FillNormal(Tensor(host.data(), dtype, {rows, columns}), 0.02f);
+    FillNormal(Tensor(host.data(), dtype, {rows, columns}), deviation);
   }
   for (int i = 0; i < copies; ++i) {
     auto buffer = device_.Allocate(bytes);
@@ -49,48 +63,60 @@ GpuOps::Copies GpuOps::New(DType dtype, int64_t rows, int64_t columns,
   return tensors;
 }
 
+Tensor GpuOps::Vector(DType dtype, int64_t n) {
+  const Tensor t = New(dtype, n, 1, 1)[0];
+  return t.is_null() ? t : t.Reshape({n});
+}
+
 // Distinct, if 7919 and the limit have no common factor and n <= limit.
-GpuOps::Copies GpuOps::Ids(int64_t n, int64_t limit) {
+Tensor GpuOps::Ids(int64_t n, int64_t limit) {
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < n; ++i) {
     ids.push_back(static_cast<int32_t>(i * 7919 % limit));
   }
-  Copies copies = New(DType::kI32, n, 1, 1);
-  if (!stream_.ok()) return {Tensor()};
-  copies[0] = copies[0].Reshape({n});
-  device_.CopyFromHost(stream_, ids.data(), copies[0]);
+  const Tensor tensor = Vector(DType::kI32, n);
+  if (!stream_.ok()) return tensor;
+  device_.CopyFromHost(stream_, ids.data(), tensor);
   static_cast<CudaStream&>(stream_).Check(
       cudaStreamSynchronize(static_cast<CudaStream&>(stream_).get()),
       "filling operands");
-  return copies;
+  return tensor;
 }
 
 void GpuOps::Add(const std::string& name, const Work& work,
-                 std::function<void(size_t copy)> run, int copies) {
-  ops_.push_back({name, work, [copies, run = std::move(run)](int call) {
+                 std::function<void(size_t copy)> run,
+                 const std::vector<Tensor>& outputs, int copies) {
+  ops_.push_back({name, work,
+                  [copies, run = std::move(run)](int call) {
                     run(static_cast<size_t>(call % copies));
-                  }});
+                  },
+                  outputs});
 }
 
 void GpuOps::AddRows() {
   const int64_t tokens = shape_.tokens, hidden = shape_.hidden;
   const Copies x = New(act_, tokens, hidden), y = New(act_, tokens, hidden);
   const Copies wide = New(DType::kF32, tokens, hidden);
-  const Tensor ids = Ids(tokens, tokens)[0];
+  const Tensor ids = Ids(tokens, tokens);
   if (!stream_.ok()) return;
   Add("gather_rows", PassWork(x[0], y[0]),
-      [=, this](size_t i) { kernels_.GatherRows(stream_, x[i], ids, y[i]); });
+      [=, this](size_t i) { kernels_.GatherRows(stream_, x[i], ids, y[i]); },
+      {y[0]});
   Add("scatter_rows", PassWork(x[0], y[0]),
-      [=, this](size_t i) { kernels_.ScatterRows(stream_, x[i], ids, y[i]); });
-  Add("scatter_add_rows", PassWork(x[0], y[0]), [=, this](size_t i) {
-    kernels_.ScatterAddRows(stream_, x[i], ids, y[i]);
-  });
+      [=, this](size_t i) { kernels_.ScatterRows(stream_, x[i], ids, y[i]); },
+      {y[0]});
+  Add("scatter_add_rows", PassWork(x[0], y[0]),
+      [=, this](size_t i) {
+        kernels_.ScatterAddRows(stream_, x[i], ids, y[i]);
+      },
+      {y[0]});
   Add("add", PassWork(x[0], y[0], y[0]),
-      [=, this](size_t i) { kernels_.Add(stream_, x[i], y[i]); });
+      [=, this](size_t i) { kernels_.Add(stream_, x[i], y[i]); }, {y[0]});
   Add("cast_from_f32", PassWork(wide[0], y[0]),
-      [=, this](size_t i) { kernels_.Cast(stream_, wide[i], y[i]); });
+      [=, this](size_t i) { kernels_.Cast(stream_, wide[i], y[i]); }, {y[0]});
   Add("cast_to_f32", PassWork(x[0], wide[0]),
-      [=, this](size_t i) { kernels_.Cast(stream_, x[i], wide[i]); });
+      [=, this](size_t i) { kernels_.Cast(stream_, x[i], wide[i]); },
+      {wide[0]});
 }
 
 void GpuOps::AddSwiGlu() {
@@ -101,13 +127,14 @@ void GpuOps::AddSwiGlu() {
   if (!stream_.ok()) return;
   Add(
       "swiglu_forward", PassWork(x[0], y[0]),
-      [=, this](size_t i) { kernels_.SwiGluForward(stream_, x[i], y[i]); }, 2);
+      [=, this](size_t i) { kernels_.SwiGluForward(stream_, x[i], y[i]); },
+      {y[0]}, 2);
   Add(
       "swiglu_backward", PassWork(x[0], d_y[0], d_x[0], y[0]),
       [=, this](size_t i) {
         kernels_.SwiGluBackward(stream_, x[i], d_y[i], d_x[i], y[i]);
       },
-      2);
+      {d_x[0], y[0]}, 2);
 }
 
 // Of the embedding, which no cache holds.
@@ -138,26 +165,32 @@ void GpuOps::AddOptimizer() {
                             .eps = 1e-8f,
                             .step = 10},
                            t);
-          });
+          },
+          {t.weight, t.m, t.v});
     }
     Add("state_digest" + suffix, StateDigestWork(t),
-        [=, this](size_t) { kernels_.StateDigest(stream_, t); });
+        [=, this](size_t) { kernels_.StateDigest(stream_, t); }, {});
   }
   const Tensor squares =
       New(DType::kF64, shape_.vocab, SquareBlocks(shape_.hidden), 1)[0];
   if (!stream_.ok()) return;
   const Tensor matrix = grad.Reshape({shape_.vocab, shape_.hidden});
   Add("row_squares", PassWork(matrix, squares),
-      [=, this](size_t) { kernels_.RowSquares(stream_, matrix, squares); });
+      [=, this](size_t) { kernels_.RowSquares(stream_, matrix, squares); },
+      {squares});
   // Ends with a synchronisation, which is in its time.
-  Add("sum", PassWork(squares), [=, this](size_t) {
-    kernels_.Sum(stream_, squares.Reshape({squares.num_elements()}));
-  });
+  Add("sum", PassWork(squares),
+      [=, this](size_t) {
+        kernels_.Sum(stream_, squares.Reshape({squares.num_elements()}));
+      },
+      {});
   if (low.is_null()) return;
   Add("split_master", PassWork(grad, weight, low),
-      [=, this](size_t) { kernels_.SplitMaster(stream_, grad, weight, low); });
+      [=, this](size_t) { kernels_.SplitMaster(stream_, grad, weight, low); },
+      {weight});
   Add("join_master", PassWork(weight, low, grad),
-      [=, this](size_t) { kernels_.JoinMaster(stream_, weight, low, grad); });
+      [=, this](size_t) { kernels_.JoinMaster(stream_, weight, low, grad); },
+      {grad});
 }
 
 }  // namespace gradwire

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -23,7 +24,9 @@
 
 ABSL_FLAG(std::string, dtype, "bf16", "f32, bf16 or both");
 ABSL_FLAG(int, rounds, 15, "timed rounds of each op");
+ABSL_FLAG(std::string, model, "Qwen3-1.7B", "its geometry; or tiny, for tests");
 ABSL_FLAG(int64_t, tokens, 4096, "tokens of a micro-batch");
+ABSL_FLAG(int64_t, length, 0, "tokens of a sequence; 0: all of them");
 ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
 ABSL_FLAG(std::string, only, "", "run only ops whose name contains this");
 
@@ -32,6 +35,13 @@ namespace {
 
 // Of a round: what the clock can tell apart, and launches can be queued ahead.
 constexpr int kCalls = 12;
+
+constexpr GpuShape kTiny = {.hidden = 64,
+                            .ffn = 96,
+                            .heads = 4,
+                            .kv_heads = 2,
+                            .head_dim = 32,
+                            .vocab = 256};
 
 Timing TimeOnDevice(CudaStream& stream,
                     const std::function<void(int call)>& run, int rounds) {
@@ -70,19 +80,49 @@ double CopyBandwidth(CudaDevice& device, CudaStream& stream) {
   return t.median > 0 ? 2.0 * static_cast<double>(kBytes) / t.median : 0;
 }
 
+bool IsFinite(const Tensor& host) {
+  for (int64_t i = 0; i < host.num_elements(); ++i) {
+    const double value = host.dtype() == DType::kBF16
+                             ? static_cast<float>(host.data<BFloat16>()[i])
+                         : host.dtype() == DType::kF64 ? host.data<double>()[i]
+                                                       : host.data<float>()[i];
+    if (!std::isfinite(value)) return false;
+  }
+  return true;
+}
+
+// What an op gave, that it may not have been timed for nothing.
+absl::Status CheckOutputs(CudaDevice& device, CudaStream& stream,
+                          const GpuOp& op) {
+  for (const Tensor& output : op.outputs) {
+    std::vector<char> host(static_cast<size_t>(output.bytes()));
+    device.CopyToHost(stream, output, host.data());
+    if (absl::Status status = stream.Finish(); !status.ok()) return status;
+    if (!IsFinite(
+            Tensor(host.data(), output.dtype(), {output.num_elements()}))) {
+      return absl::InternalError(op.name + " gave numbers that are not finite");
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunAll(CudaDevice& device, Kernels& kernels, DType act) {
   const std::unique_ptr<Stream> owned = device.NewStream();
   auto& stream = static_cast<CudaStream&>(*owned);
   const double copy = CopyBandwidth(device, stream);
   GpuShape shape;
+  if (absl::GetFlag(FLAGS_model) == "tiny") shape = kTiny;
   shape.tokens = absl::GetFlag(FLAGS_tokens);
+  shape.length = absl::GetFlag(FLAGS_length);
+  if (shape.length == 0) shape.length = shape.tokens;
   const auto line = [&](const std::string& op) {
     nlohmann::ordered_json json;
     json["bench"] = "cuda_kernels";
     json["commit"] = absl::GetFlag(FLAGS_commit);
     json["device"] = kernels.description();
-    json["model"] = "Qwen3-1.7B";
+    json["model"] = absl::GetFlag(FLAGS_model);
     json["dtype"] = DTypeName(act);
+    json["T"] = shape.length;
     json["tokens"] = shape.tokens;
     json["op"] = op;
     return json;
@@ -95,6 +135,9 @@ absl::Status RunAll(CudaDevice& device, Kernels& kernels, DType act) {
     if (!stream.ok()) break;
     if (op.name.find(absl::GetFlag(FLAGS_only)) == std::string::npos) continue;
     const Timing t = TimeOnDevice(stream, op.run, absl::GetFlag(FLAGS_rounds));
+    if (absl::Status status = CheckOutputs(device, stream, op); !status.ok()) {
+      return status;
+    }
     nlohmann::ordered_json json = line(op.name);
     json["us"] = {t.median * 1e6, t.min * 1e6, t.max * 1e6};
     json["gbps"] = op.work.bytes / t.median * 1e-9;
@@ -136,6 +179,17 @@ int main(int argc, char** argv) {
   const std::string dtype = absl::GetFlag(FLAGS_dtype);
   if (dtype != "f32" && dtype != "bf16" && dtype != "both") {
     std::fprintf(stderr, "--dtype must be f32, bf16 or both\n");
+    return 2;
+  }
+  const std::string model = absl::GetFlag(FLAGS_model);
+  if (model != "Qwen3-1.7B" && model != "tiny") {
+    std::fprintf(stderr, "--model must be Qwen3-1.7B or tiny\n");
+    return 2;
+  }
+  const int64_t tokens = absl::GetFlag(FLAGS_tokens);
+  const int64_t length = absl::GetFlag(FLAGS_length);
+  if (tokens < 1 || length < 0 || (length > 0 && tokens % length != 0)) {
+    std::fprintf(stderr, "--tokens must be a multiple of --length\n");
     return 2;
   }
   return gradwire::Main();
