@@ -31,14 +31,22 @@ def print_line(bench: str, **values: object) -> None:
 
 
 def commit() -> str | None:
-    """The tree's commit, "-dirty" if it has changes; None outside git."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The tree's commit, "-dirty" if it has changes; None outside git.
+
+    Of packed programs (tests/gpu/pack.sh) it is theirs.
+    """
+    if os.environ.get("GRADWIRE_COMMIT"):
+        return os.environ["GRADWIRE_COMMIT"]
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None
 
 

@@ -1,16 +1,33 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Builds the tests that need a GPU, and puts them with the libraries that they
-# are linked with into tests/gpu/bin, for a machine that has a GPU, but not what
-# they are built with. cuBLAS and NCCL, which are large, are left out:
-# tests/gpu/run.sh looks for that machine's own.
+# Builds the tests that need a GPU, and the programs of benchmarks/gpu.sh, and
+# puts them with the libraries that they are linked with into tests/gpu/bin, for
+# a machine that has a GPU, but not what they are built with. cuBLAS and NCCL,
+# which are large, are left out: tests/gpu/libraries.sh finds that machine's own.
+#
+#   tests/gpu/pack.sh              all of them
+#   tests/gpu/pack.sh tests        one half
+#   tests/gpu/pack.sh benchmarks   the other
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-readonly out=tests/gpu/bin
-mapfile -t targets < <(bazel query --noshow_progress \
-  'attr(tags, "\bgpu\b", tests(//...))' 2>/dev/null)
+readonly out=tests/gpu/bin what=${1:-all}
+targets=()
+case "$what" in
+  all | tests)
+    mapfile -t targets < <(bazel query --noshow_progress \
+      'attr(tags, "\bgpu\b", tests(//...))' 2>/dev/null)
+    ;;&
+  all | benchmarks)
+    targets+=(//benchmarks/gpu:gpu_step //benchmarks/cuda_kernels:cuda_kernels)
+    ;;
+  tests) ;;
+  *)
+    echo "pack.sh: unknown argument '$what'; use tests, benchmarks or nothing" >&2
+    exit 2
+    ;;
+esac
 bazel build --noshow_progress --config=cuda "${targets[@]}"
 bin=$(bazel info bazel-bin 2>/dev/null)
 rm -rf "$out"
@@ -22,9 +39,11 @@ for target in "${targets[@]}"; do
     echo "pack.sh: $target was not built: is there a CUDA toolkit, and NCCL?" >&2
     exit 1
   fi
-  cp "$binary" "$out/"
+  # Kernels have their own symbols, which this leaves.
+  strip -o "$out/$(basename "$binary")" "$binary"
   ldd "$binary" | awk '$2 == "=>" { print $3 }' |
     { grep -v '/\(libnccl\|libcublasLt\|libcuda\|libc\|libm\|libdl\|librt\|libpthread\)\.so' || true; } |
     xargs -r cp -n -t "$out/lib"
 done
-echo "packed $(ls "$out" | grep -c _test) tests, $(du -sm "$out" | cut -f1) MiB: $out"
+git describe --always --dirty '--exclude=*' >"$out/commit" 2>/dev/null || true
+echo "packed ${#targets[@]} programs, $(du -sm "$out" | cut -f1) MiB: $out"

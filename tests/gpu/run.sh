@@ -3,10 +3,8 @@
 #
 # Runs the tests that need a GPU: those in tests/gpu/bin, which are packed first
 # if they are not there (tests/gpu/pack.sh). Then again under compute-sanitizer,
-# where there is one.
+# where there is one. cuBLAS and NCCL: tests/gpu/libraries.sh.
 #
-# cuBLAS and NCCL: $NCCL_HOME, what tools/setup.sh has installed, the toolkit's,
-# or PyTorch's.
 # The last line is "N passed, N failed"; without a GPU it is "0 passed, 0 failed".
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -26,35 +24,13 @@ if ! nvidia-smi -L 2>/dev/null | grep -q .; then
   finish
 fi
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader
-if [[ ! -d $bin ]] && ! tests/gpu/pack.sh; then
+if ! compgen -G "$bin/*_test" >/dev/null && ! tests/gpu/pack.sh; then
   failed=1
   finish
 fi
 
-# python_package NAME: where it lies, if it is there.
-python_package() {
-  python3 -c "import $1; print(list($1.__path__)[0])" 2>/dev/null
-}
-
-libraries=
-# find_library FILE PLACE...: in the first of the places that has it.
-find_library() {
-  local file=$1 place
-  shift
-  for place in "$@"; do
-    if [[ -n $place && -e $place/$file ]]; then
-      libraries+=:$place
-      return
-    fi
-  done
-  echo "run.sh: $file was not found; tests that need it will fail"
-}
-find_library libnccl.so.2 "${NCCL_HOME:+$NCCL_HOME/lib}" \
-  .cache/cuda/nvidia/nccl/lib "$(python_package nvidia.nccl)/lib"
-find_library libcublasLt.so.13 .cache/cuda/nvidia/cu13/lib \
-  "${CUDA_HOME:-/usr/local/cuda}/lib64" "$(python_package nvidia.cu13)/lib" \
-  "$(python_package nvidia.cublas)/lib"
-export LD_LIBRARY_PATH=$PWD/$bin/lib$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+source tests/gpu/libraries.sh
+export LD_LIBRARY_PATH=$gpu_libraries
 
 export GRADWIRE_NEEDS_GPU=1
 run() { # run NAME COMMAND...

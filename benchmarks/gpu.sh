@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What one NVIDIA GPU makes of gradwire, beside PyTorch: JSON lines and tables.
+#
+#   benchmarks/gpu.sh                      all parts, one after the other
+#   benchmarks/gpu.sh step [ARGUMENTS]     a full step (benchmarks/gpu/step.py)
+#   benchmarks/gpu.sh ops                  every op of a step
+#
+# Needs a GPU, and PyTorch with CUDA in $PYTHON (python3). The programs are those
+# of tests/gpu/bin, which tests/gpu/pack.sh builds if they are not there. Ends
+# with a status other than 0 if a part has failed, or without a GPU.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly bin=tests/gpu/bin part=${1:-all}
+case "$part" in
+  all | step | ops) ;;
+  *)
+    echo "gpu.sh: unknown part '$part'; use all, step or ops" >&2
+    exit 2
+    ;;
+esac
+shift $(($# > 0))
+
+if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+  echo "gpu.sh: this machine has no GPU (nvidia-smi -L lists none)" >&2
+  exit 1
+fi
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm \
+  --format=csv,noheader
+if [[ ! -x $bin/gpu_step || ! -x $bin/cuda_kernels ]]; then
+  tests/gpu/pack.sh benchmarks || exit 1
+fi
+source tests/gpu/libraries.sh
+export GRADWIRE_GPU_LIBRARIES=$gpu_libraries
+if [[ -s $bin/commit ]]; then
+  GRADWIRE_COMMIT=$(<"$bin/commit")
+  export GRADWIRE_COMMIT
+fi
+readonly python=${PYTHON:-python3}
+
+status=0
+run() { # run COMMAND...
+  echo "=== $*" >&2
+  if ! "$@"; then
+    echo "FAILED: $*" >&2
+    status=1
+  fi
+}
+
+step() { run "$python" benchmarks/gpu/step.py "$@"; }
+
+ops() { run "$python" benchmarks/gpu/torch_ops.py; }
+
+case "$part" in
+  step) step "$@" ;;
+  ops) ops ;;
+  all)
+    for model in Qwen3-0.6B Qwen3-1.7B Qwen3-4B; do
+      step --model="$model" --shape=1x4096
+      step --model="$model" --shape=4x1024
+    done
+    ops
+    ;;
+esac
+exit "$status"

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks of a GPU, on the emulator and on PyTorch's CPU build."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from common import FIELDS  # noqa: E402
+from gpu import sides, step  # noqa: E402
+
+BIN = ROOT / "bazel-bin" / "benchmarks"
+STEP = BIN / "gpu" / "gpu_step_emulated"
+OPS = BIN / "cuda_kernels" / "cuda_kernels_emulated"
+
+
+def need(binary):
+    if not binary.exists():
+        pytest.skip(f"{binary.name} was not built: there is no CUDA toolkit")
+    return binary
+
+
+def run(*command, **options):
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        **options,
+    )
+
+
+def lines_of(output):
+    return [
+        json.loads(line) for line in output.splitlines() if line.startswith("{")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("precision", "way"), [("f32", "f32"), ("bf16", "master head=16")]
+)
+def test_a_step_of_the_gpu_kernels_is_that_of_pytorch(precision, way):
+    done = run(
+        sys.executable,
+        ROOT / "benchmarks/gpu/step.py",
+        *("--device=cpu", "--model=tiny", "--shape=3x16"),
+        *("--rounds=1", "--warm=0", f"--precision={precision}"),
+        *(f"--way={way}", f"--binary={need(STEP)}"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line["mode"]: line for line in lines_of(done.stdout)}
+    assert set(lines) == set(step.MODE_NAMES.values())
+    for line in lines.values():
+        assert set(FIELDS) <= set(line)
+        assert line["dloss"] <= step.MAX_LOSS_DIFFERENCE[precision]
+        assert line["grad_cos"] >= step.MIN_COSINE
+        assert line["tokens"] == 48
+        assert line["tok_s"] > 0
+    assert lines["torch_ft"]["ratio"] == 1
+    assert lines["double_forward"]["ratio"] == 1
+
+
+class Told:
+    """A side that answers with a sum and writes a gradient."""
+
+    def __init__(self, total, gradient):
+        self._total, self._gradient = total, gradient
+
+    def ask(self, command):
+        word, *arguments = command.split()
+        if word == "gradient":
+            pathlib.Path(arguments[0]).write_bytes(
+                self._gradient.numpy().tobytes()
+            )
+        return {"logprob_sum": self._total}
+
+
+@pytest.fixture
+def parity(tmp_path):
+    """A run that has asked gradwire's side, which said this."""
+    # Threads that wait for each other take long on a machine that is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    told = object.__new__(step.Run)
+    told.geometry = step.GEOMETRIES["tiny"]
+    told.scratch = tmp_path
+    told.args = type("Args", (), {"precision": "bf16"})
+    shapes = told.geometry.shapes()
+    size = sum(math.prod(shapes[n]) for n in told.geometry.sampled())
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    told.total = -100.0
+    told.gradients = told.gradient(Told(-100.0, gradient))
+    yield told, gradient
+    torch.set_num_threads(threads)
+
+
+def test_equal_sides_have_parity(parity):
+    run, gradient = parity
+    run.check("the same", Told(-100.5, 2 * gradient))
+    assert run.cosine == pytest.approx(1)
+    assert run.dloss == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("total", [-102.0, math.nan])
+def test_another_loss_ends_the_benchmark(parity, total):
+    run, gradient = parity
+    with pytest.raises(SystemExit, match="logprobs sum to"):
+        run.check("another", Told(total, gradient))
+
+
+def test_another_gradient_ends_the_benchmark(parity):
+    run, gradient = parity
+    wrong = gradient.clone()
+    wrong[: len(wrong) // 2] *= 0.8
+    with pytest.raises(SystemExit, match="cosine of gradients"):
+        run.check("another", Told(-100.0, wrong))
+
+
+class Timed:
+    """A side whose every step takes this long."""
+
+    def __init__(self, name, seconds, started):
+        self.about = {"attention": "FLASH"}
+        self._name, self._seconds, self._started = name, seconds, started
+
+    def seconds(self, mode):
+        self._started.append((self._name, mode))
+        return self._seconds * (1.5 if mode == "double" else 1.0)
+
+    def close(self):
+        self._started.append((self._name, "close"))
+
+
+@pytest.mark.parametrize(("total", "together"), [(400, True), (200, False)])
+def test_sides_that_do_not_fit_at_once_run_after_each_other(
+    monkeypatch, capsys, total, together
+):
+    gib = 2**30
+    monkeypatch.setattr(step.machine, "total_bytes", lambda: total * gib)
+    monkeypatch.setattr(step.machine, "query", lambda *_: ["NVIDIA H200", "1"])
+    calls = []
+    run = object.__new__(step.Run)
+    run.geometry = step.GEOMETRIES["Qwen3-4B"]
+    run.args = step.arguments(["--rounds=2", "--warm=1", "--shape=4x1024"])
+    run.gpu, run.idle = True, gib
+    run.peaks = {"gradwire": 80 * gib, "a way": 100 * gib}
+    run.dloss = run.cosine = run.least_cosine = 1.0
+    run.start_ours = lambda: Timed("gradwire", 0.25, calls)
+    run.start_theirs = lambda way: Timed("torch", 0.5, calls)
+    seconds, about = step.alternate(run, "a way")
+    turns = [name for name, mode in calls if mode == "close"]
+    assert about["alternating"] is together
+    assert turns == (
+        ["gradwire", "torch"] if together else ["gradwire", "torch", "gradwire"]
+    )
+    assert len(seconds["step"]) == (2 if together else 4)
+    assert len(seconds["torch_step"]) == 2
+    step.report(run, "a way", {"gemm": 8e14, "copy": 4e12}, seconds, about)
+    lines = {x["mode"]: x for x in lines_of(capsys.readouterr().out)}
+    assert lines["ft"]["ratio"] == pytest.approx(2)
+    assert lines["custom"]["ratio"] == pytest.approx(1.5)
+    useful = run.geometry.useful_flops(4, 1024)
+    assert lines["ft"]["mfu_c"] == pytest.approx(useful / 0.25 / 989.4e12)
+    assert lines["ft"]["mcu"] == pytest.approx(useful / 0.25 / 8e14)
+    assert lines["ft"]["hfu"] > lines["ft"]["mfu_c"]
+    assert lines["ft"]["peak_mem"] == 80 * gib
+    assert lines["torch_ft"]["peak_mem"] == 100 * gib
+
+
+def test_the_work_of_a_step_is_that_of_the_specification():
+    # GFLOP a token of a full fine-tune, at 1k and 4k tokens.
+    for name, length, gflop in [
+        ("Qwen3-0.6B", 1024, 3.93),
+        ("Qwen3-0.6B", 4096, 4.99),
+        ("Qwen3-1.7B", 4096, 11.7),
+        ("Qwen3-4B", 4096, 27.8),
+    ]:
+        flops = step.GEOMETRIES[name].useful_flops(1, length) / length
+        assert flops == pytest.approx(1e9 * gflop, rel=0.01)
+
+
+def test_a_side_that_ends_says_why(tmp_path):
+    binary = need(STEP)
+    with pytest.raises(sides.SideEnded, match="config.json"):
+        sides.gradwire(binary, tmp_path / "nowhere", 1, 16, "bf16")
+
+
+def test_every_op_of_the_table_gives_finite_numbers():
+    done = run(need(OPS), "--model=tiny", "--tokens=48", "--length=16",
+               "--rounds=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ops = {line["op"] for line in lines_of(done.stdout)}
+    assert {
+        "copy",
+        "matmul_backward_weight_down",
+        "attention_backward",
+        "logprob_head_backward",
+        "embedding_backward",
+        "rmsnorm_backward",
+        "qk_norm_rope_backward",
+        "bias_backward",
+        "adamw",
+    } <= ops
+
+
+@pytest.mark.parametrize("part", ["step", "ops", "all"])
+def test_a_machine_without_a_gpu_is_told_so(tmp_path, part):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    fake.chmod(0o755)
+    done = run(
+        ROOT / "benchmarks/gpu.sh",
+        part,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.returncode != 0
+    assert "no GPU" in done.stdout + done.stderr
+    assert not lines_of(done.stdout)
