@@ -30,6 +30,15 @@ cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
   return cudaGetLastError();
 }
 
+// As Launch, of a kernel whose threads neither wait for each other nor share
+// memory: the emulator needs no fiber for each of them then.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchIndependent(void (*kernel)(Parameters...), dim3 grid,
+                              dim3 block, cudaStream_t stream,
+                              Arguments... arguments) {
+  return Launch(kernel, grid, block, 0, stream, arguments...);
+}
+
 // Elements in shared memory. What is read has been written before.
 template <typename T>
 class SharedArray {

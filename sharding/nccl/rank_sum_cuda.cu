@@ -43,8 +43,8 @@ cudaError_t SumInRankOrder(const RankParts<T>& parts, int64_t n, T* out,
   const int64_t wanted = (n + kThreads - 1) / kThreads;
   const auto blocks =
       static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-  return Launch(SumKernel<T>, dim3(blocks), dim3(kThreads), 0, stream, parts, n,
-                out, accumulate);
+  return LaunchIndependent(SumKernel<T>, dim3(blocks), dim3(kThreads), stream,
+                           parts, n, out, accumulate);
 }
 
 template cudaError_t SumInRankOrder<float>(const RankParts<float>&, int64_t,

@@ -302,6 +302,13 @@ const std::byte* Block::Exchange(const void* value, std::size_t bytes,
   return warp.taken;
 }
 
+Block& Running() {
+  if (running == nullptr) {
+    Refuse("a kernel of LaunchIndependent waits, or shares memory");
+  }
+  return *running;
+}
+
 }  // namespace
 
 void Refuse(const std::string& what, const std::source_location* where) {
@@ -341,25 +348,44 @@ void RunGrid(dim3 grid, dim3 block, std::size_t shared_bytes,
   }
 }
 
-int ThreadNumber() { return running->current(); }
+void RunIndependentGrid(dim3 grid, dim3 block,
+                        const std::function<void()>& thread) {
+  gridDim = grid;
+  blockDim = block;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+        for (threadIdx.z = 0; threadIdx.z < block.z; ++threadIdx.z) {
+          for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y) {
+            for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
+              thread();
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+int ThreadNumber() { return Running().current(); }
 
 void WaitForBlock(const std::source_location& where) {
-  running->WaitForBlock(where);
+  Running().WaitForBlock(where);
 }
 
 const std::byte* ExchangeInWarp(const void* value, std::size_t bytes,
                                 const std::source_location& where) {
-  return running->Exchange(value, bytes, where);
+  return Running().Exchange(value, bytes, where);
 }
 
 void WaitForWarp(const std::source_location& where) {
   const char nothing = 0;
-  running->Exchange(&nothing, 1, where);
-  running->AdvanceWarpEpoch();
+  Running().Exchange(&nothing, 1, where);
+  Running().AdvanceWarpEpoch();
 }
 
-SharedState& Shared() { return running->shared(); }
-uint32_t BlockEpoch() { return running->epoch(); }
-uint32_t WarpEpoch() { return running->warp_epoch(); }
+SharedState& Shared() { return Running().shared(); }
+uint32_t BlockEpoch() { return Running().epoch(); }
+uint32_t WarpEpoch() { return Running().warp_epoch(); }
 
 }  // namespace gradwire::cuda_emulator

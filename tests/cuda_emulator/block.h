@@ -43,6 +43,10 @@ bool Fits(dim3 grid, dim3 block);
 void RunGrid(dim3 grid, dim3 block, std::size_t shared_bytes,
              const std::function<void()>& thread);
 
+// The same for threads that do not wait for each other: one after another.
+void RunIndependentGrid(dim3 grid, dim3 block,
+                        const std::function<void()>& thread);
+
 // Whether `address` is of memory that cudaMalloc gave (runtime.cc).
 bool IsDeviceMemory(const void* address);
 

@@ -359,6 +359,22 @@ TEST(CudaEmulatorTest, NoMistakeIsFoundWhereNoneIs) {
   RunNeighbours(Mistake::kNone);
 }
 
+void RunTreeSumAsIndependent() {
+  cudaStream_t stream;
+  cudaStreamCreateWithFlags(&stream, 0);
+  const OnDevice<float> in(Counting(32));
+  const OnDevice<float> out(Counting(1));
+  LaunchIndependent(TreeSum, dim3(1), dim3(32), stream,
+                    static_cast<const float*>(in.data()), out.data());
+  cudaStreamSynchronize(stream);
+}
+
+TEST(CudaEmulatorTest, ThreadsThatAreIndependentDoNotWait) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_DEATH(RunTreeSumAsIndependent(),
+               "LaunchIndependent waits, or shares memory");
+}
+
 struct Seeded {
   const char* name;
   Mistake mistake;

@@ -171,7 +171,22 @@ cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
   return cudaSuccess;
 }
 
-// As in device/cuda/tensor_core.h.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchIndependent(void (*kernel)(Parameters...), dim3 grid,
+                              dim3 block, cudaStream_t stream,
+                              Arguments... arguments) {
+  if (!cuda_emulator::Fits(grid, block)) return cudaErrorInvalidConfiguration;
+  if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
+    return cudaErrorIllegalAddress;
+  }
+  cuda_emulator::StreamOf(stream).Add([=] {
+    cuda_emulator::RunIndependentGrid(grid, block,
+                                      [&] { kernel(arguments...); });
+  });
+  return cudaSuccess;
+}
+
+// As in device/cuda/kernel.h.
 inline void LoadMatrix(uint32_t& r, const std::byte* slots, int matrix,
                        bool transposed) {
   // Lane l's row of matrix m is what lane 8 m + l gave the address of.
