@@ -5,7 +5,7 @@ it are left out of wildcards by what they are compatible with.
 """
 
 load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
-load("@cuda//:defs.bzl", "CUBLAS", "NCCL", "TOOLKIT")
+load("@cuda//:defs.bzl", "ARCHITECTURES", "CUBLAS", "NCCL", "TOOLKIT")
 
 _NEVER = ["//third_party/cuda:never"]
 
@@ -28,8 +28,6 @@ CUDA_AND_CUBLAS = _enabled(TOOLKIT and CUBLAS)
 CUDA_AND_NCCL = _enabled(TOOLKIT and NCCL)
 CUDA_CUBLAS_AND_NCCL = _enabled(TOOLKIT and CUBLAS and NCCL)
 
-_ARCHITECTURES = ["80", "90a"]
-
 def _flags():
     flags = [
         "-std=c++20",
@@ -44,8 +42,12 @@ def _flags():
         "-diag-suppress=2810",
         "-Xcompiler=-fPIC,-Wall,-Wextra,-fno-omit-frame-pointer,-ffp-contract=off",
     ]
-    for arch in _ARCHITECTURES:
+    for arch in ARCHITECTURES:
         flags.append("-gencode=arch=compute_{0},code=sm_{0}".format(arch))
+
+    # For what is newer than all of these: the driver compiles it.
+    if ARCHITECTURES:
+        flags.append("-gencode=arch=compute_80,code=compute_80")
     return flags
 
 def _cuda_library_impl(ctx):

@@ -9,6 +9,7 @@ there all the same, and says so in defs.bzl.
 _DEFS = """\"\"\"What this machine has.\"\"\"
 
 TOOLKIT = "{toolkit}"
+ARCHITECTURES = {architectures}
 CUBLAS = {cublas}
 NCCL = {nccl}
 """
@@ -61,6 +62,18 @@ def _first(repository_ctx, places, file):
             return place
     return ""
 
+# Of those that kernels are written for, what the compiler knows.
+def _architectures(repository_ctx, toolkit):
+    if not toolkit:
+        return []
+    known = repository_ctx.execute([toolkit + "/bin/nvcc", "--list-gpu-arch"])
+    names = known.stdout.split("\n")
+    return [
+        arch
+        for arch in ["80", "90a", "100"]
+        if "compute_" + arch.replace("a", "") in names
+    ]
+
 def _cuda_configure_impl(repository_ctx):
     root = str(repository_ctx.path(Label("@//:WORKSPACE")).dirname)
     env = repository_ctx.os.environ
@@ -86,6 +99,7 @@ def _cuda_configure_impl(repository_ctx):
     if nccl and nccl != "/usr":
         repository_ctx.symlink(nccl, "nccl")
     repository_ctx.file("defs.bzl", _DEFS.format(
+        architectures = _architectures(repository_ctx, toolkit),
         cublas = bool(cublas),
         nccl = bool(nccl),
         toolkit = toolkit,
