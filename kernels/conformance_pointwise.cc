@@ -104,6 +104,7 @@ const RopeCase kRopeCases[] = {
     {5, {4, 2, 128, 1}, true, true},  {6, {2, 2, 6, 1}, false, false},
     {4, {2, 1, 96, 1}, true, false},  {1100, {2, 1, 16, 1}, true, true},
     {3, {40, 2, 128, 1}, true, true}, {2, {2, 1, 512, 1}, false, true},
+    {2, {2, 1, 1024, 1}, true, true},
 };
 
 TEST_P(KernelsConformanceTest, QkNormRope) {

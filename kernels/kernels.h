@@ -47,10 +47,10 @@ struct SequenceLayout {
 struct AttentionShape {
   int64_t heads = 0;
   int64_t kv_heads = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;  // even, at most 1024
   // Row width of packed [q | k | v]: (heads + 2 * kv_heads) * head_dim.
   int64_t QkvWidth() const { return (heads + 2 * kv_heads) * head_dim; }
-  // Factor on q . k before the softmax; 1 / sqrt(head_dim) as a rule.
+  // Positive factor on q . k before the softmax; 1 / sqrt(head_dim) as a rule.
   float scale = 0.0f;
 };
 

@@ -29,7 +29,7 @@ constexpr int64_t kMaxBackwardBlocks = int64_t{132} * 4;
 constexpr int kPack = 4;
 // Packs of half a head that a lane holds where one is not enough, and what
 // they bound. Such heads are wide, or not whole packs: no model's that we know.
-constexpr int kManyHeld = 8;
+constexpr int kManyHeld = 16;
 constexpr int64_t kMaxHeadDim = 2 * kWarpSize * kManyHeld;
 
 template <typename T>
@@ -76,7 +76,7 @@ __device__ inline void ForHeads(int heads, int lanes, const Visit& visit) {
 
 template <typename T, int kN, int kHeld>
 __global__ void __launch_bounds__(kThreads) ForwardKernel(Rotation<T> args) {
-  using Pair = Halves<kN, kHeld>;
+  using Pair = HeldPair<kN, kHeld>;
   const int dim = args.head_dim;
   const int64_t width = (args.heads + int64_t{2} * args.kv_heads) * dim;
   const Head<T, kN, kHeld> head(static_cast<int>(threadIdx.x) % args.lanes,
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) ForwardKernel(Rotation<T> args) {
 
 template <typename T, int kN, int kHeld>
 __global__ void __launch_bounds__(kThreads) BackwardKernel(Rotation<T> args) {
-  using Pair = Halves<kN, kHeld>;
+  using Pair = HeldPair<kN, kHeld>;
   const int dim = args.head_dim;
   const int64_t width = (args.heads + int64_t{2} * args.kv_heads) * dim;
   const Head<T, kN, kHeld> head(static_cast<int>(threadIdx.x) % args.lanes,

@@ -16,7 +16,7 @@ struct Held {
   float value[kHeld][kN];
 };
 template <int kN, int kHeld>
-struct Halves {
+struct HeldPair {
   Held<kN, kHeld> a, b;
 };
 
@@ -25,7 +25,7 @@ struct Halves {
 template <typename T, int kN, int kHeld>
 class Head {
  public:
-  using Pair = Halves<kN, kHeld>;
+  using Pair = HeldPair<kN, kHeld>;
 
   __device__ Head(int lane, int lanes, int head_dim)
       : lane_(lane), lanes_(lanes), half_(head_dim / 2) {}
