@@ -194,7 +194,11 @@ def git(*arguments):
 
 
 def take_over_generated(tree):
-    """The client's messages, which git does not have."""
+    """What git does not have: the client's messages, and cuBLAS and NCCL."""
+    libraries = ROOT / ".cache" / "cuda"
+    if libraries.exists() and not (tree / ".cache" / "cuda").exists():
+        (tree / ".cache").mkdir(exist_ok=True)
+        (tree / ".cache" / "cuda").symlink_to(libraries)
     folder = pathlib.Path("client/python/gradwire/_proto")
     if not (tree / folder).exists():
         shutil.copytree(ROOT / folder, tree / folder)

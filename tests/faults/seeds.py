@@ -2,21 +2,8 @@
 """Bugs that would cost somebody a step, a result or a checkpoint, one change
 each, and the tests that must see them. seeded_bugs.py plants them in turn."""
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Seed:
-    """`before` stands once in `file`; `tests` are Bazel targets, and files or
-    node ids of pytest. One that fails is enough."""
-
-    name: str
-    meaning: str
-    file: str
-    before: str
-    after: str
-    tests: tuple[str, ...]
-
+from kernel_seeds import KERNEL_SEEDS
+from seed import Seed
 
 RECOVERY = "tests/e2e/test_recovery.py"
 RANKS = "tests/e2e/test_ranks.py"
@@ -1213,4 +1200,5 @@ SEEDS = (
     *_CLIENT,
     *_REMOTE,
     *_WHOLE_SERVER,
+    *KERNEL_SEEDS,
 )
