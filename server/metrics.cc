@@ -293,7 +293,7 @@ void Metrics::SetMemory(const std::string& job_id, const v1::MemoryPlan& plan) {
   for (const auto& [kind, bytes] : kinds) {
     state_
         ->OfJob(state_->device_memory, job_id,
-                {{"device", "cpu"}, {"kind", kind}})
+                {{"device", device_}, {"kind", kind}})
         .Set(static_cast<double>(bytes));
   }
 }
@@ -309,7 +309,7 @@ void Metrics::SetMemoryUse(const std::string& job_id,
   for (const auto& [kind, bytes] : kinds) {
     state_
         ->OfJob(state_->memory_used, job_id,
-                {{"device", "cpu"}, {"kind", kind}})
+                {{"device", device_}, {"kind", kind}})
         .Set(static_cast<double>(bytes));
   }
 }

@@ -17,6 +17,9 @@ class Metrics {
   Metrics();
   ~Metrics();
 
+  // What jobs compute with, "cpu" at first: a label. Before any thread's use.
+  void SetDevice(const std::string& device) { device_ = device; }
+
   // Text exposition format 0.0.4.
   std::string Scrape();
 
@@ -62,6 +65,7 @@ class Metrics {
 
  private:
   struct State;
+  std::string device_ = "cpu";
   std::unique_ptr<State> state_;
 };
 

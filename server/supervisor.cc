@@ -122,6 +122,7 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   environment.auto_checkpoint_steps = options.auto_checkpoint_steps;
   environment.max_replay_seconds = options.max_replay_seconds;
   environment.sessions = &server->sessions_;
+  server->registry_.SetDevice(options.device);
   environment.metrics = &server->registry_;
   environment.rank_binary = options.rank_binary;
   environment.device = options.device;

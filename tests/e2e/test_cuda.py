@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import urllib.request
 
 import gradwire
 import oracle
@@ -162,6 +163,10 @@ def test_bf16_is_what_gpus_compute_in(emulated, models, tmp_path):
     ):
         client = create(service, models, "llama")
         assert client.info().precision == "bf16"
+        with urllib.request.urlopen(
+            f"http://{server.metrics_address}/metrics"
+        ) as page:
+            assert 'device="cuda",job_id' in page.read().decode()
         assert service.get_server_info().device == "cuda sm_80"
 
 
