@@ -5,6 +5,7 @@
 #include <cctype>
 #include <cstdlib>
 #include <deque>
+#include <fstream>
 #include <functional>
 #include <future>
 #include <string>
@@ -388,6 +389,11 @@ absl::StatusOr<std::unique_ptr<ObjectStore>> OpenS3(const S3Options& options) {
     return Invalid("object_store_endpoint", options.endpoint,
                    "object_store_endpoint must be https://host[:port] or "
                    "http://host[:port].");
+  }
+  // Later, it would look like a store that is away.
+  if (!options.ca_file.empty() && !std::ifstream(options.ca_file).good()) {
+    return Invalid("object_store_ca", options.ca_file,
+                   "object_store_ca is no file that can be read.");
   }
   return std::make_unique<S3ObjectStore>(options, endpoint, bucket, prefix);
 }

@@ -79,6 +79,7 @@ TEST(S3OptionsTest, AreChecked) {
   }
   EXPECT_TRUE(refused([](S3Options& o) { o.secret_key = ""; }));
   EXPECT_TRUE(refused([](S3Options& o) { o.region = "a b"; }));
+  EXPECT_TRUE(refused([](S3Options& o) { o.ca_file = "/none.pem"; }));
 }
 
 TEST(S3Test, ANetworkWithoutAnAnswerIsSaid) {

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real server, tiny random models and jobs on them, shared by the tests."""
 
+import subprocess
+
 import calls
 import gradwire
 import pytest
@@ -191,3 +193,35 @@ def sequences(vocab, lengths, seed=0, prompt_length=3):
 @pytest.fixture
 def data():
     return sequences(MODELS["llama"][1]["vocab_size"], (9, 17, 5, 12, 2))
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory):
+    """ca, server, rank and a stranger's rank (of the authority other), as PEM
+    files."""
+    folder = tmp_path_factory.mktemp("pki")
+
+    def openssl(*arguments):
+        subprocess.run(
+            ["openssl", *map(str, arguments)], check=True, capture_output=True
+        )
+
+    new = ("req", "-newkey", "rsa:2048", "-nodes", "-days", "2")
+    for ca in ("ca", "other"):
+        out = ("-keyout", folder / f"{ca}.key", "-out", folder / f"{ca}.pem")
+        openssl(*new, "-x509", "-subj", f"/CN={ca}", *out)
+    names = folder / "names"
+    names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for name, ca in (("server", "ca"), ("rank", "ca"), ("stranger", "other")):
+        request = folder / f"{name}.csr"
+        key = folder / f"{name}.key"
+        openssl(
+            *new[:4], "-subj", f"/CN={name}", "-keyout", key, "-out", request
+        )
+        openssl(
+            *("x509", "-req", "-days", "2", "-in", request),
+            *("-CA", folder / f"{ca}.pem", "-CAkey", folder / f"{ca}.key"),
+            *("-CAcreateserial", "-extfile", names),
+            *("-out", folder / f"{name}.pem"),
+        )
+    return folder

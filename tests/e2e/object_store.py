@@ -1,75 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An S3 API of its own: moto, which checks every signature with botocore."""
+"""An S3 API of its own: moto, which checks every signature with botocore, in a
+process that checks that what was signed is what came (s3_server.py)."""
 
 import json
 import os
+import pathlib
 import signal
+import ssl
 import subprocess
 import sys
-import threading
 import urllib.request
 
 import boto3
 
 BUCKET = "weights"
-_POLICY = {
-    "Version": "2012-10-17",
-    "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}],
-}
+_SERVER = pathlib.Path(__file__).with_name("s3_server.py")
+
+
+def _allow(action, **more):
+    statement = {"Effect": "Allow", "Action": action, **more}
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+
+
+def _user(anybody):
+    iam = boto3.client("iam", **anybody)
+    iam.create_user(UserName="gradwire")
+    iam.put_user_policy(
+        UserName="gradwire",
+        PolicyName="all",
+        PolicyDocument=_allow("s3:*", Resource="*"),
+    )
+    return iam.create_access_key(UserName="gradwire")["AccessKey"]
+
+
+def _role(anybody):
+    iam = boto3.client("iam", **anybody)
+    role = iam.create_role(
+        RoleName="gradwire",
+        AssumeRolePolicyDocument=_allow("sts:AssumeRole", Principal="*"),
+    )
+    iam.put_role_policy(
+        RoleName="gradwire",
+        PolicyName="all",
+        PolicyDocument=_allow("s3:*", Resource="*"),
+    )
+    sts = boto3.client("sts", **anybody)
+    return sts.assume_role(
+        RoleArn=role["Role"]["Arn"], RoleSessionName="training"
+    )["Credentials"]
 
 
 class ObjectStore:
-    """A bucket, keys that may use it, and a process that can be stopped."""
+    """A bucket, keys that may use it, and a process that can be stopped.
 
-    def __init__(self):
+    pki: a folder with server.pem, server.key and their ca.pem: it is reached by
+    TLS alone. temporary: its keys have a session token.
+    """
+
+    def __init__(self, pki=None, temporary=False):
+        files = [pki / "server.pem", pki / "server.key"] if pki else []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            [sys.executable, _SERVER, *files],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
-        while "Running on" not in (line := self.process.stderr.readline()):
-            assert line, f"moto ended with {self.process.wait()}"
-        self.endpoint = line.split()[-1].removesuffix("\x1b[0m")
-        # Its later lines must not fill the pipe.
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
-        any_key = {
+        self.endpoint = self.process.stdout.readline().strip()
+        assert self.endpoint, f"it ended with {self.process.wait()}"
+        where = {
             "endpoint_url": self.endpoint,
             "region_name": "us-east-1",
+            "verify": str(pki / "ca.pem") if pki else None,
+        }
+        anybody = {
+            **where,
             "aws_access_key_id": "anybody",
             "aws_secret_access_key": "anybody",
         }
-        boto3.client("s3", **any_key).create_bucket(Bucket=BUCKET)
-        iam = boto3.client("iam", **any_key)
-        iam.create_user(UserName="gradwire")
-        iam.put_user_policy(
-            UserName="gradwire",
-            PolicyName="all",
-            PolicyDocument=json.dumps(_POLICY),
-        )
-        key = iam.create_access_key(UserName="gradwire")["AccessKey"]
-        self.key, self.secret = key["AccessKeyId"], key["SecretAccessKey"]
+        boto3.client("s3", **anybody).create_bucket(Bucket=BUCKET)
+        keys = (_role if temporary else _user)(anybody)
+        self.key, self.secret = keys["AccessKeyId"], keys["SecretAccessKey"]
+        self.token = keys.get("SessionToken")
         # From now on nobody comes in without a valid signature.
         urllib.request.urlopen(
             urllib.request.Request(
                 f"{self.endpoint}/moto-api/reset-auth",
                 data=b"0",
                 headers={"Content-Type": "text/plain"},
-            )
+            ),
+            context=ssl.create_default_context(cafile=pki / "ca.pem")
+            if pki
+            else None,
         ).close()
         self.s3 = boto3.client(
             "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
+            **where,
             aws_access_key_id=self.key,
             aws_secret_access_key=self.secret,
+            aws_session_token=self.token,
         )
 
     def environment(self):
+        token = {"AWS_SESSION_TOKEN": self.token} if self.token else {}
         return {
             "AWS_ACCESS_KEY_ID": self.key,
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_ENDPOINT_URL": self.endpoint,
+            **token,
         }
 
     def keys(self, prefix=""):

@@ -731,37 +731,6 @@ def test_a_server_that_would_be_open_does_not_start(tmp_path, token_file):
         assert server.rank_address.startswith("0.0.0.0:")
 
 
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory):
-    """ca, server, rank and a stranger's rank, as PEM files."""
-    folder = tmp_path_factory.mktemp("pki")
-
-    def openssl(*arguments):
-        subprocess.run(
-            ["openssl", *map(str, arguments)], check=True, capture_output=True
-        )
-
-    new = ("req", "-newkey", "rsa:2048", "-nodes", "-days", "2")
-    for ca in ("ca", "other"):
-        out = ("-keyout", folder / f"{ca}.key", "-out", folder / f"{ca}.pem")
-        openssl(*new, "-x509", "-subj", f"/CN={ca}", *out)
-    names = folder / "names"
-    names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-    for name, ca in (("server", "ca"), ("rank", "ca"), ("stranger", "other")):
-        request = folder / f"{name}.csr"
-        key = folder / f"{name}.key"
-        openssl(
-            *new[:4], "-subj", f"/CN={name}", "-keyout", key, "-out", request
-        )
-        openssl(
-            *("x509", "-req", "-days", "2", "-in", request),
-            *("-CA", folder / f"{ca}.pem", "-CAkey", folder / f"{ca}.key"),
-            *("-CAcreateserial", "-extfile", names),
-            *("-out", folder / f"{name}.pem"),
-        )
-    return folder
-
-
 def tls_flags(pki, name):
     return (
         f"--rank_tls_cert={pki / name}.pem",

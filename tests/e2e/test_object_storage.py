@@ -406,6 +406,7 @@ def run_server(tmp_path, *flags, **environment):
         ([FLAG, "--object_store_endpoint=ftp://x"], "must be https://"),
         ([FLAG, "--object_store_endpoint=http://10.0.0.1:9"], "without TLS"),
         ([FLAG, "--object_store_part_mib=1"], "from 5 to 5120"),
+        ([FLAG, "--object_store_ca=/none.pem"], "no file that can be read"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_at_the_start(tmp_path, flags, said):
@@ -429,6 +430,59 @@ def test_wrong_keys_and_buckets_are_refused_at_the_start(bucket, tmp_path):
     done = run_server(tmp_path, "--object_store=s3://nobodys", **right)
     assert done.returncode == 2
     assert "NoSuchBucket" in done.stdout + done.stderr
+
+
+def there_and_back(service, model):
+    client = service.create_training_client(model, job_id="job")
+    path = client.save_state("state").result().path
+    row = stored(service, path)
+    shutil.rmtree(row.local_path)
+    service.fetch_checkpoint(path)
+    assert service.get_checkpoint(path).local_path == row.local_path
+
+
+def test_a_store_behind_tls(pki, models, tmp_path, monkeypatch):
+    with ObjectStore(pki) as bucket:
+        for name, value in bucket.environment().items():
+            monkeypatch.setenv(name, value)
+        ca = f"--object_store_ca={pki}/ca.pem"
+        with serving(tmp_path / "known", ca) as (_, service):
+            there_and_back(service, models["llama"])
+        # Whoever has another's certificate gets no weights.
+        before = bucket.keys()
+        other = f"--object_store_ca={pki}/other.pem"
+        with serving(tmp_path / "other", other) as (_, service):
+            client = service.create_training_client(
+                models["llama"], job_id="another"
+            )
+            path = client.save_state("state").result().path
+
+            def told():
+                row = service.get_checkpoint(path)
+                return row.HasField("upload_error") and row.upload_error
+
+            error = until(told)
+            assert error.reason == "STORAGE_UNREACHABLE"
+            assert "certificate" in error.message
+        assert bucket.keys() == before
+
+
+def test_keys_for_a_session(models, tmp_path, monkeypatch):
+    with ObjectStore(temporary=True) as bucket:
+        right = bucket.environment()
+        for name, value in right.items():
+            monkeypatch.setenv(name, value)
+        with serving(tmp_path / "one") as (_, service):
+            there_and_back(service, models["llama"])
+        for token, said in (
+            ("of another session", "InvalidToken"),
+            ("", "InvalidAccessKeyId"),
+        ):
+            done = run_server(
+                tmp_path / "two", FLAG, **{**right, "AWS_SESSION_TOKEN": token}
+            )
+            assert done.returncode == 2
+            assert said in done.stdout + done.stderr
 
 
 def test_without_a_store_that_is_said(models, tmp_path, capsys, monkeypatch):

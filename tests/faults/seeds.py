@@ -1096,6 +1096,22 @@ _REMOTE = (
         ("tests/e2e/test_object_storage.py",),
     ),
     Seed(
+        "any_authority_may_vouch_for_the_store",
+        "weights go to whoever has some certificate",
+        "checkpoint/remote/s3_request.cc",
+        "CURLOPT_CAINFO, options_.ca_file.c_str());",
+        "CURLOPT_SSL_VERIFYPEER, 0L);",
+        ("tests/e2e/test_object_storage.py::test_a_store_behind_tls",),
+    ),
+    Seed(
+        "session_token_is_not_sent",
+        "keys that were lent are refused",
+        "checkpoint/remote/s3_request.cc",
+        "if (!options_.session_token.empty()) {",
+        "if (false) {",
+        ("tests/e2e/test_object_storage.py::test_keys_for_a_session",),
+    ),
+    Seed(
         "delta_stored_before_its_parent",
         "a delta is seen whose chain is not there",
         "server/remote_store.cc",
