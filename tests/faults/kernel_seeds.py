@@ -18,9 +18,9 @@ KERNEL_SEEDS = (
         "gpu_barrier_before_writing_left_out",
         "sums of warps are written over while others read the last ones",
         "kernels/cuda/reduce.h",
-        "value = WarpMax(value);\n  if (warps == 1) return value;\n"
+        "value = WarpSum(value);\n  if (warps == 1) return value;\n"
         "  __syncthreads();",
-        "value = WarpMax(value);\n  if (warps == 1) return value;",
+        "value = WarpSum(value);\n  if (warps == 1) return value;",
         _SUITE,
     ),
     Seed(
