@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/status.h"
 #include "server/decode_datum.h"
 #include "server/job.h"
 #include "server/operation.h"
@@ -45,6 +46,10 @@ class DatumUpload {
   absl::Status Add(v1::DatumChunk chunk);
   // Errors: INVALID_ARGUMENT EMPTY_BATCH, COMMIT_MISMATCH.
   absl::Status Commit(const v1::CommitRecord& commit);
+  // Moves a batch out of the header that it has come with. False if there is
+  // none. Errors: those of Add and Commit; INVALID_ARGUMENT MISSING_COMMIT.
+  template <typename Header>
+  absl::StatusOr<bool> TakeFrom(Header& header);
 
   // After Commit: datums, counts and the payload's digest.
   OperationRequest TakeRequest();
@@ -84,6 +89,17 @@ class GradientUpload {
 
 // INVALID_ARGUMENT MISSING_COMMIT: the stream ended without its last message.
 absl::Status CommitMissing();
+
+template <typename Header>
+absl::StatusOr<bool> DatumUpload::TakeFrom(Header& header) {
+  if (!header.has_datums() && !header.has_datums_commit()) return false;
+  if (!header.has_datums_commit()) return CommitMissing();
+  GW_RETURN_IF_ERROR(Add(std::move(*header.mutable_datums())));
+  GW_RETURN_IF_ERROR(Commit(header.datums_commit()));
+  header.clear_datums();
+  header.clear_datums_commit();
+  return true;
+}
 
 // Tells requests apart: kind, the header's fields, the payload's digest.
 std::string RequestDigest(v1::OperationKind kind,

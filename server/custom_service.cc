@@ -99,7 +99,7 @@ class CustomCall {
   absl::Status ReceiveDatums() {
     DatumUpload upload(LossSpec{}, target_.limits, context_.limits);
     v1::CustomRequest message;
-    bool committed = false;
+    GW_ASSIGN_OR_RETURN(bool committed, upload.TakeFrom(header_));
     while (!committed) {
       if (!stream_.Read(&message)) return CommitMissing();
       if (message.has_datums()) {

@@ -165,6 +165,9 @@ class Job {
   // Reads arrays that are in the log alone. Errors: FAILED_PRECONDITION
   // RESULT_EXPIRED; those of Journal.
   absl::Status LoadItems(const OperationPtr& op);
+  // Of an operation that is done; false if they are gone, or take more bytes.
+  bool CopyItems(const OperationPtr& op, int64_t most,
+                 v1::LogprobChunk* to) const;
   v1::CommitRecord ItemsCommit(const OperationPtr& op) const;
   v1::Operation Cancel(const OperationPtr& op);
   void Acknowledge(const OperationPtr& op);

@@ -312,6 +312,18 @@ absl::Status Job::LoadItems(const OperationPtr& op) {
   return absl::OkStatus();
 }
 
+bool Job::CopyItems(const OperationPtr& op, int64_t most,
+                    v1::LogprobChunk* to) const {
+  absl::MutexLock lock(&mu_);
+  if (op->stored || op->expired) return false;
+  for (const v1::LogprobItem& item : op->logprobs) {
+    most -= static_cast<int64_t>(item.ByteSizeLong());
+    if (most < 0) return false;
+    *to->add_items() = item;
+  }
+  return true;
+}
+
 v1::CommitRecord Job::ItemsCommit(const OperationPtr& op) const {
   absl::MutexLock lock(&mu_);
   return op->logprobs_commit;

@@ -13,6 +13,27 @@ namespace {
 constexpr absl::Duration kPoll = absl::Milliseconds(500);
 constexpr int kChunkBytes = 1 << 20;
 
+bool HasArrays(v1::OperationKind kind) {
+  return kind == v1::OPERATION_KIND_FORWARD ||
+         kind == v1::OPERATION_KIND_FORWARD_BACKWARD;
+}
+
+// The arrays of an operation that is done, if they are there and take at most
+// `most` bytes.
+void AddArrays(const JobPtr& job, const OperationPtr& op, int64_t most,
+               v1::Operation* reply) {
+  most = std::min<int64_t>(most, kChunkBytes);
+  const v1::CommitRecord commit = job->ItemsCommit(op);
+  // Large ones are not brought back from the log for nothing.
+  if (!HasArrays(op->kind) || commit.byte_count() > most) return;
+  if (!job->LoadItems(op).ok()) return;
+  if (job->CopyItems(op, most, reply->mutable_logprobs())) {
+    *reply->mutable_logprobs_commit() = commit;
+  } else {
+    reply->clear_logprobs();
+  }
+}
+
 }  // namespace
 
 grpc::Status OperationServiceImpl::GetOperation(
@@ -41,6 +62,9 @@ grpc::Status OperationServiceImpl::WaitOperation(
     const absl::Duration left = deadline - absl::Now();
     *reply = found->first->Wait(found->second, std::min(left, kPoll));
     const v1::OperationState state = reply->state();
+    if (state == v1::OPERATION_STATE_DONE && request->array_bytes() > 0) {
+      AddArrays(found->first, found->second, request->array_bytes(), reply);
+    }
     if (found->first->stopping()) {
       // What has ended is told; the rest is in the log, for the next server.
       return reply->has_error() || state == v1::OPERATION_STATE_DONE
@@ -77,8 +101,7 @@ grpc::Status OperationServiceImpl::FetchResult(
   auto found = context_.jobs->OfOperation(request->op_id());
   if (!found.ok()) return ToGrpcStatus(found.status());
   const auto& [job, op] = *found;
-  if (op->kind != v1::OPERATION_KIND_FORWARD &&
-      op->kind != v1::OPERATION_KIND_FORWARD_BACKWARD) {
+  if (!HasArrays(op->kind)) {
     return ToGrpcStatus(
         ErrorBuilder(absl::StatusCode::kInvalidArgument, "RESULT_HAS_NO_ARRAYS")
             .With("field", "op_id")

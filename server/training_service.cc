@@ -26,10 +26,11 @@ absl::Status HeaderMissing() {
 }
 
 // Reads chunks and the commit record of a streamed request into `upload`.
+// `committed`: that record has come before.
 template <typename Request, typename Upload>
-absl::Status Receive(grpc::ServerReader<Request>* reader, Upload& upload) {
+absl::Status Receive(grpc::ServerReader<Request>* reader, Upload& upload,
+                     bool committed = false) {
   Request message;
-  bool committed = false;
   while (reader->Read(&message)) {
     if (committed) {
       return ErrorBuilder(absl::StatusCode::kInvalidArgument,
@@ -47,6 +48,15 @@ absl::Status Receive(grpc::ServerReader<Request>* reader, Upload& upload) {
     }
   }
   return committed ? absl::OkStatus() : CommitMissing();
+}
+
+// What comes with a header, or behind it. Takes it out of the header, so that
+// both ways are the same request.
+template <typename Request, typename Header>
+absl::Status ReceiveBatch(grpc::ServerReader<Request>* reader, Header& header,
+                          DatumUpload& upload) {
+  GW_ASSIGN_OR_RETURN(const bool whole, upload.TakeFrom(header));
+  return Receive(reader, upload, whole);
 }
 
 // The reply to a request whose outcome is `status`; a final refusal ends its
@@ -310,7 +320,7 @@ grpc::Status TrainingServiceImpl::Forward(
   if (!reader->Read(&first) || !first.has_header()) {
     return ToGrpcStatus(HeaderMissing());
   }
-  const v1::ForwardHeader& header = first.header();
+  v1::ForwardHeader& header = *first.mutable_header();
   const auto run = [&]() -> absl::Status {
     GW_ASSIGN_OR_RETURN(Target target,
                         FindTarget(context_, header.model_id(), header.seq_id(),
@@ -328,7 +338,7 @@ grpc::Status TrainingServiceImpl::Forward(
           .Message("retain_ttl_seconds must be from 0 to 86400.");
     }
     DatumUpload upload(std::move(loss), target.limits, context_.limits);
-    GW_RETURN_IF_ERROR(Receive(reader, upload));
+    GW_RETURN_IF_ERROR(ReceiveBatch(reader, header, upload));
     OperationRequest request = upload.TakeRequest();
     v1::RankForward& command = *request.command.mutable_forward();
     *command.mutable_loss() = header.loss();
@@ -362,14 +372,14 @@ grpc::Status TrainingServiceImpl::ForwardBackward(
   if (!reader->Read(&first) || !first.has_header()) {
     return ToGrpcStatus(HeaderMissing());
   }
-  const v1::ForwardBackwardHeader& header = first.header();
+  v1::ForwardBackwardHeader& header = *first.mutable_header();
   const auto run = [&]() -> absl::Status {
     GW_ASSIGN_OR_RETURN(Target target,
                         FindTarget(context_, header.model_id(), header.seq_id(),
                                    v1::OPERATION_KIND_FORWARD_BACKWARD));
     GW_ASSIGN_OR_RETURN(LossSpec loss, DecodeLoss(header.loss(), nullptr));
     DatumUpload upload(std::move(loss), target.limits, context_.limits);
-    GW_RETURN_IF_ERROR(Receive(reader, upload));
+    GW_RETURN_IF_ERROR(ReceiveBatch(reader, header, upload));
     OperationRequest request = upload.TakeRequest();
     *request.command.mutable_forward()->mutable_loss() = header.loss();
     request.command.mutable_forward()->set_backward(true);

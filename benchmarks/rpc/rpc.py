@@ -6,7 +6,9 @@
 The same forward and backward, in turns: in a process that has the trainer and
 no server, and through the Python client, whose batch goes up and whose
 logprobs come down over gRPC. The cost is the difference of the medians as a
-share of the step in the process alone.
+share of the step in the process alone. Where a process's memory happens to lie
+changes its speed by more than that, so both are started anew several times, and
+the median of all starts is what counts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import common
 import gradwire
 from gradwire.local_server import LocalServer
-from step.models import MODELS
+from step.models import MODELS, Model
 
 BINARY = (
     pathlib.Path(__file__).parents[2]
@@ -38,9 +40,55 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="bf16")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=15, help="of each start")
+    parser.add_argument("--starts", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
+
+
+def measure(
+    args: argparse.Namespace, model: Model, directory: str
+) -> dict[str, list[float]]:
+    """Seconds of each way, of processes that are started for it."""
+    alone = subprocess.Popen(
+        [
+            str(BINARY),
+            f"--model={directory}",
+            f"--precision={args.precision}",
+            f"--threads={args.threads}",
+            f"--sequences={model.sequences}",
+            f"--length={model.length}",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def in_process() -> float:
+        assert alone.stdin and alone.stdout
+        alone.stdin.write("step\n")
+        alone.stdin.flush()
+        return float(alone.stdout.readline().split()[0])
+
+    with LocalServer(threads=args.threads) as server:
+        service = gradwire.ServiceClient(server.address)
+        policy = service.create_training_client(
+            base_model=directory, precision=args.precision
+        )
+        data = [gradwire.Datum.from_tokens(row.tolist()) for row in model.ids()]
+
+        def through_client() -> float:
+            return common.timed(
+                lambda: policy.forward_backward(data, "cross_entropy").result()
+            )
+
+        ways = {"in_process": in_process, "client": through_client}
+        common.alternate(ways, 5)
+        seconds = common.alternate(ways, args.rounds)
+    assert alone.stdin
+    alone.stdin.close()
+    alone.wait()
+    return seconds
 
 
 def main() -> None:
@@ -50,55 +98,21 @@ def main() -> None:
             "build it first: bazel build //benchmarks/rpc:in_process"
         )
     model = MODELS[args.model]
-    ids = model.ids()
+    medians: dict[str, list[float]] = {"in_process": [], "client": []}
     with tempfile.TemporaryDirectory() as folder:
-        scratch = pathlib.Path(folder)
-        directory = model.save(scratch / "model")
-        alone = subprocess.Popen(
-            [
-                str(BINARY),
-                f"--model={directory}",
-                f"--precision={args.precision}",
-                f"--threads={args.threads}",
-                f"--sequences={model.sequences}",
-                f"--length={model.length}",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        directory = model.save(pathlib.Path(folder) / "model")
+        for _ in range(args.starts):
+            for name, values in measure(args, model, directory).items():
+                medians[name].append(statistics.median(values))
+    median = {n: statistics.median(values) for n, values in medians.items()}
+    extra = sorted(
+        client - own
+        for own, client in zip(
+            medians["in_process"], medians["client"], strict=True
         )
-
-        def in_process() -> float:
-            assert alone.stdin and alone.stdout
-            alone.stdin.write("step\n")
-            alone.stdin.flush()
-            return float(alone.stdout.readline().split()[0])
-
-        with LocalServer(
-            state_dir=scratch / "state", threads=args.threads
-        ) as server:
-            service = gradwire.ServiceClient(server.address)
-            policy = service.create_training_client(
-                base_model=directory, precision=args.precision
-            )
-            data = [gradwire.Datum.from_tokens(row.tolist()) for row in ids]
-
-            def through_client() -> float:
-                return common.timed(
-                    lambda: policy.forward_backward(
-                        data, "cross_entropy"
-                    ).result()
-                )
-
-            ways = {"in_process": in_process, "client": through_client}
-            common.alternate(ways, 5)
-            seconds = common.alternate(ways, args.rounds)
-        alone.stdin.close()
-        alone.wait()
-    median = {n: statistics.median(values) for n, values in seconds.items()}
-    extra = median["client"] - median["in_process"]
+    )
     tokens = model.sequences * model.length
-    for name, values in seconds.items():
+    for name, values in medians.items():
         common.print_line(
             "rpc",
             model=args.model,
@@ -108,7 +122,7 @@ def main() -> None:
             tokens=tokens,
             packing=True,
             threads=args.threads,
-            rounds=args.rounds,
+            rounds=args.starts * args.rounds,
             ms=common.milliseconds(values),
             tok_s=tokens / median[name],
             baseline={
@@ -118,11 +132,13 @@ def main() -> None:
             },
             ratio=median["in_process"] / median[name],
         )
+    middle = statistics.median(extra)
     print(
         f"\n{args.model} {args.precision}, {tokens} tokens: "
-        f"{1e3 * median['in_process']:.1f} ms in the process, "
-        f"{1e3 * median['client']:.1f} ms through the client; the way costs "
-        f"{1e3 * extra:.1f} ms = {extra / median['in_process']:.1%}"
+        f"{1e3 * median['in_process']:.1f} ms in the process; the way through "
+        f"the client costs {1e3 * middle:.1f} ms (of {args.starts} starts "
+        f"{1e3 * extra[0]:.1f} to {1e3 * extra[-1]:.1f}) = "
+        f"{middle / median['in_process']:.1%}"
     )
 
 

@@ -135,14 +135,16 @@ class CustomStep:
 
     def _requests(self, seq: int, outgoing: Any) -> Any:
         request = training_pb2.CustomRequest
-        yield request(
-            header=training_pb2.CustomHeader(
-                model_id=self._client.model_id,
-                forward_seq_id=seq,
-                backward_seq_id=seq + 1,
-            )
+        header = training_pb2.CustomHeader(
+            model_id=self._client.model_id,
+            forward_seq_id=seq,
+            backward_seq_id=seq + 1,
         )
-        for part in wire.datum_stream(self._datums):
+        parts = wire.datum_stream(self._datums)
+        if wire.fits_header(self._datums):
+            wire.fill_header(header, parts)
+        yield request(header=header)
+        for part in parts:
             if isinstance(part, data_pb2.CommitRecord):
                 yield request(datums_commit=part)
             else:

@@ -26,6 +26,8 @@ _WAIT_SECONDS = 30.0
 # For what may wait behind a request that was lost.
 _MOMENT_SECONDS = 1.0
 _MOST_LOSSES = 8  # of one request, in a row
+# What of a result comes with the answer to the wait for it.
+_ARRAY_BYTES = 1 << 20
 _log = logging.getLogger("gradwire")
 
 Started = Callable[[str], None]
@@ -158,7 +160,11 @@ class Handle:
         header: Any,
         datums: list[Any],
     ) -> str:
-        """Streams a batch; the name of its operation."""
+        """Sends a batch; the name of its operation."""
+        if wire.fits_header(datums):
+            wire.fill_header(header, wire.datum_stream(datums))
+            whole = request(header=header)
+            return self.send(self.service.send_whole[request], whole)
 
         def messages() -> Any:
             yield request(header=header)
@@ -179,7 +185,9 @@ class Handle:
         def attempt() -> Any:
             calm = self.service.patience.outages == outages
             request = operations_pb2.WaitOperationRequest(
-                op_id=op_id, timeout_seconds=hold if calm else _MOMENT_SECONDS
+                op_id=op_id,
+                timeout_seconds=hold if calm else _MOMENT_SECONDS,
+                array_bytes=_ARRAY_BYTES,
             )
             wait = self.service.operations.WaitOperation
             return self.service.attempt(wait, request, 2 * _WAIT_SECONDS)
@@ -196,13 +204,14 @@ class Handle:
                 hold = _MOMENT_SECONDS
                 self._send_lost()
 
-    def fetch(self, op_id: str, count: int, done: Any) -> ForwardBackwardResult:
-        """The arrays of a finished operation, checked against the commit."""
+    def result(self, operation: Any, count: int) -> ForwardBackwardResult:
+        """Of a finished operation, whose arrays are fetched if they have not
+        come with it, and checked against their commit record."""
 
-        def attempt() -> wire.LogprobReader:
+        def fetch() -> wire.LogprobReader:
             reader = wire.LogprobReader(count)
             for message in self.service.operations.FetchResult(
-                operations_pb2.FetchResultRequest(op_id=op_id),
+                operations_pb2.FetchResultRequest(op_id=operation.op_id),
                 metadata=self.service.call_metadata,
             ):
                 if message.HasField("chunk"):
@@ -210,10 +219,16 @@ class Handle:
                 else:
                     reader.commit(message.commit)
             if not reader.complete:
-                raise stream_ended(f"the result of {op_id}")
+                raise stream_ended(f"the result of {operation.op_id}")
             return reader
 
-        return wire.to_result(self.repeat(attempt), done)
+        if operation.HasField("logprobs_commit"):
+            reader = wire.LogprobReader(count)
+            reader.add(operation.logprobs)
+            reader.commit(operation.logprobs_commit)
+        else:
+            reader = self.repeat(fetch)
+        return wire.to_result(reader, operation.forward)
 
     def raise_if_final(self, *seqs: int) -> None:
         """Raises the failure that is recorded for one of the numbers."""

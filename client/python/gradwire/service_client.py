@@ -107,6 +107,19 @@ class ServiceClient:
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._sessions = sessions_pb2_grpc.SessionServiceStub(self._channel)
         self.training = training_pb2_grpc.TrainingServiceStub(self._channel)
+        # A stream of one message is, on the wire, a unary call; a thread that
+        # feeds it would take longer than the way to the server.
+        self.send_whole = {
+            request: self._channel.unary_unary(
+                f"/gradwire.v1.TrainingService/{name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=training_pb2.OperationRef.FromString,
+            )
+            for name, request in (
+                ("Forward", training_pb2.ForwardRequest),
+                ("ForwardBackward", training_pb2.ForwardBackwardRequest),
+            )
+        }
         self.operations = operations_pb2_grpc.OperationServiceStub(
             self._channel
         )

@@ -71,7 +71,7 @@ class TrainingClient(Handle):
             )
 
         def read(done: Any) -> ForwardResult:
-            return self.fetch(done.op_id, len(datums), done.forward)
+            return self.result(done, len(datums))
 
         call = Sequenced(self, send, read, wire.size(datums))
         return self.submit("forward", call)
@@ -105,7 +105,7 @@ class TrainingClient(Handle):
             )
 
         def read(done: Any) -> ForwardBackwardResult:
-            result = self.fetch(done.op_id, len(datums), done.forward)
+            result = self.result(done, len(datums))
             result.loss = result.metrics.get("loss:sum", 0.0)
             return result
 

@@ -53,14 +53,13 @@ def encode_datum(datum: Datum) -> data_pb2.Datum:
                     field=name,
                     value=str(array.dtype),
                 )
-        message.loss_fn_inputs[name].CopyFrom(
-            encode_tensor(
-                values,
-                data_pb2.DATA_TYPE_INT64
-                if integer
-                else data_pb2.DATA_TYPE_FLOAT32,
-            )
+        tensor = message.loss_fn_inputs[name]
+        tensor.dtype = (
+            data_pb2.DATA_TYPE_INT64 if integer else data_pb2.DATA_TYPE_FLOAT32
         )
+        array = to_array(values, _DTYPES[tensor.dtype])
+        tensor.shape.extend(array.shape)
+        tensor.data = array.tobytes()
     return message
 
 
@@ -130,6 +129,17 @@ def datum_stream(datums: Sequence[Any]) -> Iterator[Any]:
             digest.add_datum(datum)
         yield data_pb2.DatumChunk(datums=chunk)
     yield digest.commit()
+
+
+def fits_header(datums: Sequence[Any]) -> bool:
+    """Whether a batch may travel with its header."""
+    return bool(datums) and size(datums) <= CHUNK_BYTES
+
+
+def fill_header(header: Any, parts: Iterator[Any]) -> None:
+    """Puts all of a datum_stream, one chunk and its record, into a header."""
+    header.datums.CopyFrom(next(parts))
+    header.datums_commit.CopyFrom(next(parts))
 
 
 def gradient_stream(gradients: Sequence[np.ndarray]) -> Iterator[Any]:

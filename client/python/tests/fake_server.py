@@ -33,9 +33,15 @@ CANCELLED = operations_pb2.OPERATION_STATE_CANCELLED
 BLOCKED = operations_pb2.OPERATION_STATE_BLOCKED_ON_GAP
 
 
-def read_batch(messages, chunk, commit):
-    """The datums of a stream whose commit record is right."""
+def read_batch(header, messages, chunk, commit):
+    """The datums that came with a header or behind it, if their commit record
+    is right."""
     digest, datums = wire.Digest(), []
+    if header.HasField("datums_commit"):
+        for datum in header.datums.datums:
+            digest.add_datum(datum)
+        assert header.datums_commit == digest.commit()
+        return list(header.datums.datums)
     for message in messages:
         if message.WhichOneof("message") == commit:
             assert getattr(message, commit) == digest.commit()
@@ -311,7 +317,7 @@ class Training(training_pb2_grpc.TrainingServiceServicer):
 
     def _batch(self, requests, context, kind):
         header = next(requests).header
-        datums = read_batch(requests, "chunk", "commit")
+        datums = read_batch(header, requests, "chunk", "commit")
         self._server.cut(context, f"before {kind}")
         ref = self._server.submit(
             context,
@@ -349,7 +355,7 @@ class Training(training_pb2_grpc.TrainingServiceServicer):
         header = next(requests).header
         model_id, seq = header.model_id, header.forward_seq_id
         server.cut(context, "custom header")
-        datums = read_batch(requests, "datums", "datums_commit")
+        datums = read_batch(header, requests, "datums", "datums_commit")
         content = [d.SerializeToString(deterministic=True) for d in datums]
         ref = server.submit(context, model_id, seq, "forward", content, datums)
         server.cut(context, "custom datums")

@@ -39,7 +39,7 @@ class Training(training_pb2_grpc.TrainingServiceServicer):
 
     def ForwardBackward(self, requests, context):
         header = next(requests).header
-        datums = read_batch(requests, "chunk", "commit")
+        datums = read_batch(header, requests, "chunk", "commit")
         self.log[header.seq_id] = ("forward_backward", datums)
         self.results[f"arrays-op-{header.seq_id}"] = logprobs_of(datums)
         forward = operations_pb2.ForwardResult(metrics={"loss:sum": 5})
@@ -56,7 +56,7 @@ class Training(training_pb2_grpc.TrainingServiceServicer):
         header = next(requests).header
         seq = header.forward_seq_id
         assert header.backward_seq_id == seq + 1
-        datums = read_batch(requests, "datums", "datums_commit")
+        datums = read_batch(header, requests, "datums", "datums_commit")
         self.log[seq] = ("forward", datums)
         chunk, commit = logprobs_of(datums)
         answer = training_pb2.CustomResponse
