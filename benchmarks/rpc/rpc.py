@@ -8,22 +8,26 @@ no server, and through the Python client, whose batch goes up and whose
 logprobs come down over gRPC. The cost is the difference of the medians as a
 share of the step in the process alone. Where a process's memory happens to lie
 changes its speed by more than that, so both are started anew several times, and
-the median of all starts is what counts.
+the median of all starts is what counts. What of the way lies before the server
+has the operation in its queue, and what after its end, is free of that.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import common
 import gradwire
+from gradwire._proto.gradwire.v1 import operations_pb2
 from gradwire.local_server import LocalServer
 from step.models import MODELS, Model
 
@@ -49,7 +53,8 @@ def arguments() -> argparse.Namespace:
 def measure(
     args: argparse.Namespace, model: Model, directory: str
 ) -> dict[str, list[float]]:
-    """Seconds of each way, of processes that are started for it."""
+    """Seconds of each way, and of the client's of what comes before the queue
+    and after the end, of processes that are started for it."""
     alone = subprocess.Popen(
         [
             str(BINARY),
@@ -77,14 +82,28 @@ def measure(
         )
         data = [gradwire.Datum.from_tokens(row.tolist()) for row in model.ids()]
 
+        spans = []
+
         def through_client() -> float:
-            return common.timed(
-                lambda: policy.forward_backward(data, "cross_entropy").result()
-            )
+            begin = time.time()
+            policy.forward_backward(data, "cross_entropy").result()
+            spans.append((begin, time.time()))
+            return spans[-1][1] - begin
 
         ways = {"in_process": in_process, "client": through_client}
         common.alternate(ways, 5)
         seconds = common.alternate(ways, args.rounds)
+        seconds |= {"before": [], "after": []}
+        for seq, (begin, end) in list(enumerate(spans, 1))[-args.rounds :]:
+            operation = service.operations.GetOperation(
+                operations_pb2.GetOperationRequest(
+                    model_id=policy.model_id, seq_id=seq
+                )
+            )
+            queued = operation.create_time.ToNanoseconds() / 1e9
+            ended = operation.end_time.ToNanoseconds() / 1e9
+            seconds["before"].append(queued - begin)
+            seconds["after"].append(end - ended)
     assert alone.stdin
     alone.stdin.close()
     alone.wait()
@@ -98,7 +117,7 @@ def main() -> None:
             "build it first: bazel build //benchmarks/rpc:in_process"
         )
     model = MODELS[args.model]
-    medians: dict[str, list[float]] = {"in_process": [], "client": []}
+    medians: dict[str, list[float]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         directory = model.save(pathlib.Path(folder) / "model")
         for _ in range(args.starts):
@@ -112,7 +131,8 @@ def main() -> None:
         )
     )
     tokens = model.sequences * model.length
-    for name, values in medians.items():
+    for name in ("in_process", "client"):
+        values = medians[name]
         common.print_line(
             "rpc",
             model=args.model,
@@ -138,7 +158,9 @@ def main() -> None:
         f"{1e3 * median['in_process']:.1f} ms in the process; the way through "
         f"the client costs {1e3 * middle:.1f} ms (of {args.starts} starts "
         f"{1e3 * extra[0]:.1f} to {1e3 * extra[-1]:.1f}) = "
-        f"{middle / median['in_process']:.1%}"
+        f"{middle / median['in_process']:.1%}; "
+        f"{1e3 * median['before']:.1f} ms before it is queued, "
+        f"{1e3 * median['after']:.1f} ms after it has ended"
     )
 
 
