@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a seeded bug is; seeds.py and kernel_seeds.py have them."""
+"""What a seeded bug is; the modules of seeds.py have them."""
 
 import dataclasses
 
