@@ -103,6 +103,17 @@ void CpuDevice::CopyFromHost(Stream& stream, const void* from,
   std::memcpy(to.raw(), from, static_cast<size_t>(to.bytes()));
 }
 
+void CpuDevice::Copy(Stream& stream, const Tensor& from, const Tensor& to) {
+  GW_CHECK(from.bytes() == to.bytes());
+  if (!stream.ok() || to.bytes() == 0) return;
+  const char* source = static_cast<const char*>(from.raw());
+  char* target = static_cast<char*>(to.raw());
+  pool_.ParallelFor(to.bytes(), 1 << 20, [&](int64_t begin, int64_t end) {
+    std::memcpy(target + begin, source + begin,
+                static_cast<size_t>(end - begin));
+  });
+}
+
 void CpuDevice::Zero(Stream& stream, const Tensor& tensor) {
   if (!stream.ok() || tensor.bytes() == 0) return;
   char* data = static_cast<char*>(tensor.raw());

@@ -37,6 +37,7 @@ class CpuDevice : public Device {
   void CopyToHost(Stream& stream, const Tensor& from, void* to) override;
   void CopyFromHost(Stream& stream, const void* from,
                     const Tensor& to) override;
+  void Copy(Stream& stream, const Tensor& from, const Tensor& to) override;
   void Zero(Stream& stream, const Tensor& tensor) override;
 
   bool IsHostMemory() const override { return true; }

@@ -43,6 +43,9 @@ class Device {
   virtual void CopyToHost(Stream& stream, const Tensor& from, void* to) = 0;
   virtual void CopyFromHost(Stream& stream, const void* from,
                             const Tensor& to) = 0;
+  // Copies between tensors of as many bytes that do not overlap, in stream
+  // order.
+  virtual void Copy(Stream& stream, const Tensor& from, const Tensor& to) = 0;
   // Fills with zero bytes, in stream order.
   virtual void Zero(Stream& stream, const Tensor& tensor) = 0;
 

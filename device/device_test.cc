@@ -43,6 +43,24 @@ TEST(ThreadPoolTest, ParallelItemsRunsEachItemOnceOnAKnownThread) {
   }
 }
 
+TEST(CpuDeviceTest, CopiesAndZeroes) {
+  CpuDevice device(3);
+  const auto stream = device.NewStream();
+  // One thread's share, and all threads'.
+  for (const int64_t n : {int64_t{5}, int64_t{1} << 20}) {
+    const auto buffer = device.Allocate(2 * n * 4);
+    ASSERT_TRUE(buffer.ok());
+    const Tensor all((*buffer)->data(), DType::kF32, {2 * n});
+    std::iota(all.data<float>(), all.data<float>() + n, 1.0f);
+    device.Copy(*stream, all.Rows(0, n), all.Rows(n, 2 * n));
+    device.Zero(*stream, all.Rows(0, n));
+    for (int64_t i = 0; i < n; ++i) {
+      ASSERT_EQ(all.data<float>()[i], 0.0f);
+      ASSERT_EQ(all.data<float>()[n + i], static_cast<float>(i + 1));
+    }
+  }
+}
+
 TEST(ArenaTest, TensorsAreAlignedDisjointAndZero) {
   CpuDevice device(1);
   auto arena = Arena::Create(device, 4096);

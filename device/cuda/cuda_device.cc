@@ -152,6 +152,16 @@ void CudaDevice::CopyFromHost(Stream& stream, const void* from,
       "a copy from the host");
 }
 
+void CudaDevice::Copy(Stream& stream, const Tensor& from, const Tensor& to) {
+  GW_CHECK(from.bytes() == to.bytes());
+  if (!stream.ok() || to.bytes() == 0) return;
+  MakeCurrent();
+  static_cast<CudaStream&>(stream).Check(
+      cudaMemcpyAsync(to.raw(), from.raw(), static_cast<size_t>(to.bytes()),
+                      cudaMemcpyDeviceToDevice, Of(stream)),
+      "a copy");
+}
+
 void CudaDevice::Zero(Stream& stream, const Tensor& tensor) {
   if (!stream.ok() || tensor.bytes() == 0) return;
   MakeCurrent();

@@ -55,6 +55,7 @@ class CudaDevice : public Device {
   void CopyToHost(Stream& stream, const Tensor& from, void* to) override;
   void CopyFromHost(Stream& stream, const void* from,
                     const Tensor& to) override;
+  void Copy(Stream& stream, const Tensor& from, const Tensor& to) override;
   void Zero(Stream& stream, const Tensor& tensor) override;
 
   int index() const { return index_; }

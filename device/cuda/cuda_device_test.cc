@@ -43,6 +43,12 @@ TEST_F(CudaDeviceTest, MemoryIsZeroAlignedAndCopied) {
     std::vector<float> back(values.size());
     device_->CopyToHost(*stream_, tensor, back.data());
     EXPECT_EQ(back, values);
+    const auto other = device_->Allocate(n * 4);
+    ASSERT_TRUE(other.ok());
+    const Tensor copy((*other)->data(), DType::kF32, {n});
+    device_->Copy(*stream_, tensor, copy);
+    device_->CopyToHost(*stream_, copy, back.data());
+    EXPECT_EQ(back, values);
     device_->Zero(*stream_, tensor.Rows(0, n / 2));
     device_->CopyToHost(*stream_, tensor, back.data());
     std::fill(values.begin(), values.begin() + n / 2, 0.0f);
