@@ -236,6 +236,24 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
     ExpectSame("d_weight, kept, " + name, Fetch(d_weight_alone.device),
                Fetch(d_weight_kept.device));
 
+    // Rows of the weight's gradient by themselves, the last first.
+    const Operand by_rows = Normal(DType::kF32, {c.vocab, c.hidden}, 0.0f);
+    const Operand row_squares =
+        Unwritten(DType::kF64, {c.vocab, SquareBlocks(c.hidden)});
+    for (int64_t end = c.vocab;
+         end > 0 && kernels().LogprobHeadKeptBytes(act(), 1, 1, 1) > 0;) {
+      const int64_t begin = (end - 1) / Kernels::kHeadRows * Kernels::kHeadRows;
+      kernels().LogprobHeadBackwardWeight(
+          stream(), head(&Operand::device),
+          {d_logprobs.device, lse.device, workspace.device, kept.device}, begin,
+          end, {by_rows.device, begin % 1024 == 0, row_squares.device});
+      end = begin;
+      if (end > 0) continue;
+      ExpectSame("d_weight by rows, " + name, Fetch(d_weight_alone.device),
+                 Fetch(by_rows.device));
+      ExpectSquares("d_weight by rows, " + name, by_rows, row_squares);
+    }
+
     // Some of the forward's rows, in another order.
     std::vector<int32_t> some;
     for (int64_t t = c.tokens - 1; t >= 0; t -= 2) {

@@ -316,6 +316,16 @@ class Kernels {
                                    const LogprobHeadGrad& grad,
                                    const Tensor& d_hidden,
                                    const WeightGrad& d_weight) = 0;
+  // Rows [begin, end) of d_weight alone, with the bits that LogprobHeadBackward
+  // gives them. REQUIRES: LogprobHeadKeptBytes is not 0, and grad.kept not
+  // null; begin is a multiple of kHeadRows, and end, too, or the vocabulary's
+  // size.
+  static constexpr int64_t kHeadRows = 512;
+  virtual void LogprobHeadBackwardWeight(Stream& stream,
+                                         const LogprobHead& args,
+                                         const LogprobHeadGrad& grad,
+                                         int64_t begin, int64_t end,
+                                         const WeightGrad& d_weight) = 0;
 
   // ---- Rows, casts, sums ---------------------------------------------------
 

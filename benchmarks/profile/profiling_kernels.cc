@@ -190,6 +190,20 @@ void ProfilingKernels::LogprobHeadBackward(Stream& stream,
   });
 }
 
+void ProfilingKernels::LogprobHeadBackwardWeight(Stream& stream,
+                                                 const LogprobHead& args,
+                                                 const LogprobHeadGrad& grad,
+                                                 int64_t begin, int64_t end,
+                                                 const WeightGrad& d_weight) {
+  LogprobHead some = args;
+  some.weight = args.weight.Rows(begin, end);
+  // A forward's product.
+  Measure("logprob_head_backward_weight", LogprobHeadWork(some), [&] {
+    kernels_->LogprobHeadBackwardWeight(stream, args, grad, begin, end,
+                                        d_weight);
+  });
+}
+
 void ProfilingKernels::GatherRows(Stream& stream, const Tensor& x,
                                   const Tensor& rows, const Tensor& out) {
   Measure("gather_rows", PassWork(out, out),

@@ -86,6 +86,10 @@ class ProfilingKernels : public Kernels {
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
                            const WeightGrad& d_weight) override;
+  void LogprobHeadBackwardWeight(Stream& stream, const LogprobHead& args,
+                                 const LogprobHeadGrad& grad, int64_t begin,
+                                 int64_t end,
+                                 const WeightGrad& d_weight) override;
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
                   const Tensor& out) override;
   void ScatterRows(Stream& stream, const Tensor& x, const Tensor& rows,

@@ -86,6 +86,10 @@ class CpuKernels : public Kernels {
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
                            const WeightGrad& d_weight) override;
+  void LogprobHeadBackwardWeight(Stream& stream, const LogprobHead& args,
+                                 const LogprobHeadGrad& grad, int64_t begin,
+                                 int64_t end,
+                                 const WeightGrad& d_weight) override;
 
   // rows.cc
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,

@@ -30,7 +30,7 @@ namespace {
 // A chunk of logits, kBlock x kChunk floats, takes half of a common 1 MiB
 // second-level cache.
 constexpr int64_t kBlock = 256;
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunk = Kernels::kHeadRows;
 // Tokens whose d_logit chunk is kept at once: long enough that reading and
 // writing d_weight is small beside the product.
 constexpr int64_t kTokens = 2048;
@@ -302,6 +302,30 @@ class LogitGrad {
   const float* const lse_;
 };
 
+// Rows [id, id + cols) of d_weight, from d_logit of tokens [first, first +
+// rows).
+void RunWeightGrad(Gemm& gemm, ThreadPool& pool, const LogprobHead& args,
+                   int64_t first, int64_t rows, int64_t id, int64_t cols,
+                   const void* d_logit, const Kernels::WeightGrad& d_weight) {
+  const int64_t hidden = args.hidden.dim(1);
+  double* squares = nullptr;
+  if (!d_weight.squares.is_null()) {
+    squares = d_weight.squares.data<double>() + id * SquareBlocks(hidden);
+  }
+  gemm.Run(pool,
+           {.m = cols,
+            .n = hidden,
+            .k = rows,
+            .a_row = 1,
+            .a_col = RoundUp(cols, kRowPadding),
+            .b_row = hidden,
+            .c_row = hidden,
+            .ab = args.hidden.dtype(),
+            .accumulate = first > 0 || d_weight.accumulate},
+           d_logit, args.hidden.Rows(first, first + rows).raw(),
+           d_weight.d_w.Rows(id, id + cols).raw(), squares);
+}
+
 }  // namespace
 
 int64_t CpuKernels::LogprobHeadWorkspaceBytes(DType act, int64_t tokens,
@@ -371,19 +395,8 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
   gemm_->Prepare(pool.num_threads());
   scratch_.Reserve(pool.num_threads(), f32 ? 0 : kBlock * kChunk * 4);
   const LogitGrad logit_grad(args, grad);
-  const auto squares_of = [&](int64_t id) {
-    return d_weight.squares.is_null()
-               ? nullptr
-               : d_weight.squares.data<double>() + id * SquareBlocks(hidden);
-  };
   if (tokens == 0 && !d_weight.d_w.is_null()) {
-    gemm_->Run(pool,
-               {.m = vocab,
-                .n = hidden,
-                .c_row = hidden,
-                .ab = act,
-                .accumulate = d_weight.accumulate},
-               nullptr, nullptr, d_weight.d_w.raw(), squares_of(0));
+    RunWeightGrad(*gemm_, pool, args, 0, 0, 0, vocab, nullptr, d_weight);
   }
 
   for (int64_t first = 0; first < tokens; first += kTokens) {
@@ -421,18 +434,8 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                           d_logit, weight.raw(), hidden_sums + begin * hidden);
           });
       if (d_weight.d_w.is_null()) continue;
-      gemm_->Run(pool,
-                 {.m = cols,
-                  .n = hidden,
-                  .k = rows,
-                  .a_row = 1,
-                  .a_col = width,
-                  .b_row = hidden,
-                  .c_row = hidden,
-                  .ab = act,
-                  .accumulate = first > 0 || d_weight.accumulate},
-                 workspace, args.hidden.Rows(first, first + rows).raw(),
-                 d_weight.d_w.Rows(id, id + cols).raw(), squares_of(id));
+      RunWeightGrad(*gemm_, pool, args, first, rows, id, cols, workspace,
+                    d_weight);
     }
     if (f32) continue;
     const Tensor out = d_hidden.Rows(first, first + rows);
@@ -441,6 +444,45 @@ void CpuKernels::LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                       .from = hidden_sums + begin * hidden,
                       .to = out.Rows(begin, end).raw()});
     });
+  }
+}
+
+void CpuKernels::LogprobHeadBackwardWeight(Stream& stream,
+                                           const LogprobHead& args,
+                                           const LogprobHeadGrad& grad,
+                                           int64_t begin, int64_t end,
+                                           const WeightGrad& d_weight) {
+  if (!stream.ok()) return;
+  const int64_t tokens = args.hidden.dim(0), vocab = args.weight.dim(0);
+  GW_CHECK(!grad.kept.is_null());
+  GW_CHECK(begin % kChunk == 0 && (end % kChunk == 0 || end == vocab));
+  ThreadPool& pool = Pool(stream);
+  gemm_->Prepare(pool.num_threads());
+  scratch_.Reserve(pool.num_threads(), kBlock * kChunk * 4);
+  const LogitGrad logit_grad(args, grad);
+  if (tokens == 0) {
+    RunWeightGrad(*gemm_, pool, args, 0, 0, begin, end - begin, nullptr,
+                  d_weight);
+  }
+  char* const d_logit = static_cast<char*>(grad.workspace.raw());
+  for (int64_t first = 0; first < tokens; first += kTokens) {
+    const int64_t rows = std::min(kTokens, tokens - first);
+    const int64_t block = BlockTokens(rows, pool.num_threads());
+    for (int64_t id = begin; id < end; id += kChunk) {
+      const int64_t cols = std::min(kChunk, end - id);
+      const int64_t row_bytes =
+          RoundUp(cols, kRowPadding) * DTypeBytes(args.hidden.dtype());
+      pool.ParallelItems(
+          (rows + block - 1) / block, [&](int64_t item, int thread) {
+            const int64_t at = item * block;
+            logit_grad.Run(*gemm_, thread, first + at,
+                           std::min(block, rows - at), id, cols,
+                           reinterpret_cast<float*>(scratch_.part(thread)),
+                           d_logit + at * row_bytes);
+          });
+      RunWeightGrad(*gemm_, pool, args, first, rows, id, cols, d_logit,
+                    d_weight);
+    }
   }
 }
 

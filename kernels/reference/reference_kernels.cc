@@ -175,6 +175,12 @@ class ReferenceKernels : public Kernels {
     if (d_weight.squares.is_null()) return;
     RowSquares(stream, d_weight.d_w, d_weight.squares);
   }
+  // Nothing is kept.
+  void LogprobHeadBackwardWeight(Stream&, const LogprobHead&,
+                                 const LogprobHeadGrad&, int64_t, int64_t,
+                                 const WeightGrad&) override {
+    GW_CHECK(false);
+  }
 
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,
                   const Tensor& out) override {
