@@ -93,7 +93,7 @@ Tensor TrainStep::View(int unit, const Tensor& values, int64_t offset,
 }
 
 Tensor TrainStep::HeadView(const Tensor& values) const {
-  return View(tied() ? 0 : last_unit(), values, options_.table->head(),
+  return View(head_unit(), values, options_.table->head(),
               options_.config->vocab);
 }
 
@@ -119,17 +119,21 @@ void TrainStep::VisitForward(
 }
 
 void TrainStep::VisitBackward(
-    bool accumulate,
+    bool accumulate, const std::vector<int32_t>& ids,
     const std::function<void(const Held& weights, const HeldGradient& grad)>&
-        visit) {
+        visit,
+    const std::function<void(int64_t begin, int64_t end)>& make_head) {
   UnitWeights& weights = *options_.weights;
   UnitGradients& gradients = *options_.gradients;
+  EmbeddingRows* const rows = options_.embedding_rows;
+  if (rows != nullptr) rows->Announce(*stream_, ids);
   gradients.Start(accumulate);
   const auto begin = [&](int unit) {
     const UnitGradients::Place place = gradients.Begin(*stream_, unit);
     if (!place.accumulate) ClearSums(unit, place.values);
     return place;
   };
+  bool by_rows = false;
   // Of a tied head, whose gradient the embedding's is added to.
   UnitGradients::Place first;
   if (tied()) first = begin(0);
@@ -141,11 +145,23 @@ void TrainStep::VisitBackward(
     const UnitGradients::Place place = begin(unit);
     visit({unit, held.values(), head ? head->values() : held.values()},
           {place, head ? first : place});
-    gradients.End(*stream_, unit);
+    if (unit == last_unit() && rows != nullptr) {
+      by_rows = rows->Await(*stream_);
+    }
+    const bool in_pieces = unit == last_unit() && by_rows;
+    if (unit == last_unit() && !by_rows) {
+      make_head(0, options_.layout->unit(head_unit()).size());
+    }
+    if (!in_pieces || tied()) gradients.End(*stream_, unit);
+    if (in_pieces) rows->EndHead(*stream_, make_head);
   }
-  if (!tied()) first = begin(0);
-  visit({}, {first, first});
-  gradients.End(*stream_, 0);
+  if (by_rows) {
+    visit({}, {});
+  } else {
+    if (!tied()) first = begin(0);
+    visit({}, {first, first});
+    gradients.End(*stream_, 0);
+  }
   gradients.Finish(*stream_);
 }
 
@@ -314,11 +330,10 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
   return results;
 }
 
-void TrainStep::HeadBackward(const PackedInputs& inputs,
-                             const StoredActivations& stored,
-                             const std::vector<float>& d_logprobs,
-                             const Held& weights,
-                             const UnitGradients::Place& place, Bound& bound) {
+std::optional<TrainStep::HeadWeight> TrainStep::HeadBackward(
+    const PackedInputs& inputs, const StoredActivations& stored,
+    const std::vector<float>& d_logprobs, const Held& weights,
+    const UnitGradients::Place& place, Bound& bound) {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
   Stream& stream = *stream_;
@@ -344,13 +359,35 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
     }
   }
   const auto count = static_cast<int64_t>(rows.size());
+  const auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
+    return scratch_.Alloc("head rows", dtype, shape);
+  };
+  // Other ranks wait for the blocks' weights and sums more than for the head's,
+  // so it is made while they are sent, if that costs no product.
+  const bool later =
+      options_.embedding_rows != nullptr && !stored.head.is_null();
+  const auto backward = [&](const Tensor& d_hidden) {
+    kernels_.LogprobHeadBackward(
+        stream, head, grad, d_hidden,
+        later ? Kernels::WeightGrad{Tensor()} : d_weight);
+  };
+  const auto left = [&]() -> std::optional<HeadWeight> {
+    if (!later) return std::nullopt;
+    const auto pieces = static_cast<size_t>(
+        (config.vocab + Kernels::kHeadRows - 1) / Kernels::kHeadRows);
+    return HeadWeight{head, grad, d_weight, std::vector<bool>(pieces)};
+  };
   // Logits that are made again must have the forward's bits.
   const bool may_leave_out = kernels_.RowsHaveTheirOwnBits(act);
   if (!may_leave_out || count * kLeastSpared > num_rows * (kLeastSpared - 1)) {
     device_.CopyFromHost(stream, d_rows.data(), bound.d_logprobs);
-    kernels_.LogprobHeadBackward(stream, head, grad, bound.scratch.hidden,
-                                 d_weight);
-    return;
+    backward(bound.scratch.hidden);
+    if (later) {
+      // Blocks have use for where it lies.
+      head.hidden = alloc(act, {num_rows, config.hidden});
+      device_.Copy(stream, bound.scratch.normed, head.hidden);
+    }
+    return left();
   }
   // The others' gradients are zero: prompts, as a rule.
   std::vector<float> d_some;
@@ -361,9 +398,6 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
     d_some.insert(d_some.end(), d, d + k);
     targets.insert(targets.end(), target, target + k);
   }
-  const auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
-    return scratch_.Alloc("head rows", dtype, shape);
-  };
   grad.kept_rows = alloc(DType::kI32, {count});
   grad.kept_tokens = num_rows;
   grad.d_logprobs = alloc(DType::kF32, {count, k});
@@ -378,8 +412,30 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
                       head.hidden);
   kernels_.GatherRows(stream, stored.lse.Reshape({num_rows, 1}), grad.kept_rows,
                       grad.lse.Reshape({count, 1}));
-  kernels_.LogprobHeadBackward(stream, head, grad, d_hidden, d_weight);
+  backward(d_hidden);
   kernels_.ScatterRows(stream, d_hidden, grad.kept_rows, bound.scratch.hidden);
+  return left();
+}
+
+void TrainStep::MakeHeadWeight(HeadWeight& weight, int64_t begin, int64_t end) {
+  const int64_t vocab = options_.config->vocab;
+  const int64_t hidden = options_.config->hidden;
+  constexpr int64_t kRows = Kernels::kHeadRows;
+  const int64_t first =
+      options_.table->head() - options_.layout->unit(head_unit()).begin;
+  const auto row = [&](int64_t element) {
+    return std::clamp<int64_t>(element - first, 0, vocab * hidden) / hidden;
+  };
+  if (end <= first || begin >= first + vocab * hidden) return;
+  for (int64_t piece = row(begin) / kRows;
+       piece < std::ssize(weight.made) && piece * kRows * hidden < end - first;
+       ++piece) {
+    if (weight.made[static_cast<size_t>(piece)]) continue;
+    weight.made[static_cast<size_t>(piece)] = true;
+    kernels_.LogprobHeadBackwardWeight(
+        *stream_, weight.head, weight.grad, piece * kRows,
+        std::min(vocab, (piece + 1) * kRows), weight.d_weight);
+  }
 }
 
 void TrainStep::ClearSums(int unit, const Tensor& values) {
@@ -415,14 +471,16 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   const ParamTable& table = *options_.table;
   Bound bound = Bind(inputs, 0);
   Stream& stream = *stream_;
-  VisitBackward(accumulate, [&](const Held& weights, const HeldGradient& grad) {
+  std::optional<HeadWeight> head_weight;
+  const auto visit = [&](const Held& weights, const HeldGradient& grad) {
     const int unit = weights.unit;
     if (unit == last_unit()) {
       const Tensor norm = View(unit, weights.values, table.final_norm(), 1);
       kernels_.RmsNormForward(stream, stored.residual, norm,
                               static_cast<float>(config.rms_eps),
                               bound.scratch.normed, bound.rstd);
-      HeadBackward(inputs, stored, d_logprobs, weights, grad.head, bound);
+      head_weight =
+          HeadBackward(inputs, stored, d_logprobs, weights, grad.head, bound);
       device_.Zero(stream, bound.d_residual);
       kernels_.RmsNormBackward(
           stream, {bound.scratch.hidden, stored.residual, norm, bound.rstd},
@@ -435,6 +493,10 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
         if (inputs.tokens[t] == config.padding_token) {
           device_.Zero(stream, bound.d_residual.Rows(t, t + 1));
         }
+      }
+      if (grad.values.values.is_null()) {
+        options_.embedding_rows->Add(stream, bound.d_residual, accumulate);
+        return;
       }
       kernels_.EmbeddingBackward(
           stream, bound.tokens, bound.d_residual,
@@ -457,7 +519,12 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
                   {BlockParamsAt(config, at, grad.values.values, begin),
                    BlockSquaresAt(config, table, at, options_.squares),
                    bound.d_residual, grad.values.accumulate});
-  });
+  };
+  VisitBackward(accumulate, inputs.tokens, visit,
+                [&](int64_t begin, int64_t end) {
+                  if (!head_weight.has_value()) return;
+                  MakeHeadWeight(*head_weight, begin, end);
+                });
   return stream.Finish();
 }
 
@@ -467,9 +534,19 @@ absl::Status TrainStep::JoinForward() {
 }
 
 absl::Status TrainStep::JoinBackward(bool accumulate) {
-  VisitBackward(accumulate, [&](const Held&, const HeldGradient& grad) {
-    if (!grad.values.accumulate) device_.Zero(*stream_, grad.values.values);
-  });
+  const auto visit = [&](const Held& weights, const HeldGradient& grad) {
+    if (grad.values.values.is_null()) {
+      options_.embedding_rows->Add(*stream_, Tensor(), accumulate);
+      return;
+    }
+    if (grad.values.accumulate) return;
+    device_.Zero(*stream_, grad.values.values);
+    // On its way before the embedding is visited.
+    if (weights.unit == last_unit()) {
+      device_.Zero(*stream_, grad.head.values);
+    }
+  };
+  VisitBackward(accumulate, {}, visit, [](int64_t, int64_t) {});
   return stream_->Finish();
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -17,6 +18,7 @@
 #include "model/param_table.h"
 #include "sharding/layout.h"
 #include "sharding/units.h"
+#include "trainer/embedding_rows.h"
 #include "trainer/memory_plan.h"
 #include "trainer/pack.h"
 
@@ -50,6 +52,8 @@ class TrainStep {
     Precision precision;
     UnitWeights* weights;
     UnitGradients* gradients;
+    // Null: the embedding's gradient is made as others are.
+    EmbeddingRows* embedding_rows;
     // f64 [table->num_squares()], or null: not kept.
     Tensor squares;
     int64_t max_tokens;
@@ -107,21 +111,42 @@ class TrainStep {
   // reduce in it.
   void VisitForward(const std::function<void(const Held& weights)>& visit);
   struct HeldGradient {
+    // Null values: of the embedding, whose rows are added by embedding_rows.
     UnitGradients::Place values, head;
   };
+  // `ids`: the tokens of this rank's rows. `make_head` makes elements
+  // [begin, end) of the gradient of the head's unit, if the visit of the last
+  // unit has left any.
   void VisitBackward(
-      bool accumulate,
+      bool accumulate, const std::vector<int32_t>& ids,
       const std::function<void(const Held& weights, const HeldGradient& grad)>&
-          visit);
+          visit,
+      const std::function<void(int64_t begin, int64_t end)>& make_head);
   bool tied() const {
     return options_.table->head() == options_.table->embedding();
   }
   int last_unit() const { return options_.layout->num_units() - 1; }
 
+  // What the gradient of the head's weight is made of, and of which kHeadRows
+  // rows each it has been made.
+  struct HeadWeight {
+    LogprobHead head;
+    Kernels::LogprobHeadGrad grad;
+    Kernels::WeightGrad d_weight;
+    std::vector<bool> made;
+  };
   // The head's backward, over the rows that have a gradient: -> scratch.hidden.
-  void HeadBackward(const PackedInputs& inputs, const StoredActivations& stored,
-                    const std::vector<float>& d_logprobs, const Held& weights,
-                    const UnitGradients::Place& grad, Bound& bound);
+  // Returns what is left to do if the weight's gradient is better made later,
+  // piece by piece as it is sent; there are no pieces then that were made.
+  std::optional<HeadWeight> HeadBackward(const PackedInputs& inputs,
+                                         const StoredActivations& stored,
+                                         const std::vector<float>& d_logprobs,
+                                         const Held& weights,
+                                         const UnitGradients::Place& grad,
+                                         Bound& bound);
+  // Makes what covers elements [begin, end) of the gradient of the head's unit.
+  void MakeHeadWeight(HeadWeight& weight, int64_t begin, int64_t end);
+  int head_unit() const { return tied() ? 0 : last_unit(); }
   // Zeroes what a backward only ever adds to in a unit's gradient, and the gaps
   // between parameters.
   void ClearSums(int unit, const Tensor& values);

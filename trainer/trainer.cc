@@ -28,6 +28,17 @@ UnitPlaces TrainerImpl::Places() const {
                                         : PlacesForAll(layout_);
 }
 
+EmbeddingRows::Options TrainerImpl::RowOptions() const {
+  EmbeddingRows::Options rows;
+  rows.layout = &layout_;
+  rows.vocab = config_.vocab;
+  rows.hidden = config_.hidden;
+  rows.act = options_.precision == Precision::kF32 ? DType::kF32 : DType::kBF16;
+  rows.max_tokens = PlannedMicroBatch(config_, options_);
+  rows.tied = table_.head() == table_.embedding();
+  return rows;
+}
+
 absl::Status TrainerImpl::Plan() {
   MemoryInputs inputs;
   inputs.flat_elements = layout_.shard_elements();
@@ -37,7 +48,11 @@ absl::Status TrainerImpl::Plan() {
     const int64_t act = options_.precision == Precision::kBF16 ? 2 : 4;
     gathered_bytes_ = Places().total() * act;
     if (!options_.forward_only) {
-      gathered_bytes_ += PlacesInTurns(layout_).total() * 4;
+      gathered_bytes_ +=
+          ReducedGradients::Bytes(layout_, PlacesInTurns(layout_), SlowUnit());
+      if (adds_embedding_rows()) {
+        gathered_bytes_ += EmbeddingRows::Bytes(RowOptions());
+      }
     }
     inputs.gathered_bytes = gathered_bytes_;
   }
@@ -86,6 +101,7 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
   step.precision = options_.precision;
   step.weights = unit_weights_.get();
   step.gradients = unit_gradients_.get();
+  step.embedding_rows = embedding_rows_.get();
   if (alone()) step.squares = state_.squares;
   step.max_tokens = PlannedMicroBatch(config_, options_);
   step.max_positions = plan_.max_context;
@@ -117,9 +133,17 @@ absl::Status TrainerImpl::CreateUnits() {
                       GatheredWeights::Create(layout_, Places(), state_.weight,
                                               *shards_, device_));
   if (options_.forward_only) return absl::OkStatus();
-  GW_ASSIGN_OR_RETURN(unit_gradients_, ReducedGradients::Create(
-                                           layout_, PlacesInTurns(layout_),
-                                           state_.gradient, *shards_, device_));
+  GW_ASSIGN_OR_RETURN(
+      std::unique_ptr<ReducedGradients> gradients,
+      ReducedGradients::Create(layout_, PlacesInTurns(layout_), state_.gradient,
+                               SlowUnit(), *shards_, device_));
+  if (adds_embedding_rows()) {
+    GW_ASSIGN_OR_RETURN(
+        embedding_rows_,
+        EmbeddingRows::Create(RowOptions(), state_.gradient, *gradients,
+                              *shards_, device_, kernels_));
+  }
+  unit_gradients_ = std::move(gradients);
   return absl::OkStatus();
 }
 

@@ -22,6 +22,7 @@
 #include "trainer/activation_store.h"
 #include "trainer/agreement.h"
 #include "trainer/batch_plan.h"
+#include "trainer/embedding_rows.h"
 #include "trainer/flat_weights.h"
 #include "trainer/losses.h"
 #include "trainer/optimizer.h"
@@ -150,6 +151,16 @@ class TrainerImpl : public Trainer {
     return options_.collectives == nullptr ? 1 : options_.collectives->world();
   }
   UnitPlaces Places() const;
+  // Ranks hand each other rows of the embedding's gradient. Not between groups
+  // that each hold all of the model: gathers stay within one.
+  bool adds_embedding_rows() const {
+    return !alone() && shards_->world() == world();
+  }
+  EmbeddingRows::Options RowOptions() const;
+  // Whose gradient is summed in pieces, or -1.
+  int SlowUnit() const {
+    return adds_embedding_rows() ? EmbeddingRows::HeadUnit(RowOptions()) : -1;
+  }
   absl::Status CreateUnits();
   // A parameter whose pieces `read` reads on the ranks that hold them.
   absl::StatusOr<std::vector<float>> Collect(
@@ -218,6 +229,7 @@ class TrainerImpl : public Trainer {
   std::unique_ptr<DeviceBuffer> activations_;
   std::unique_ptr<UnitWeights> unit_weights_;
   std::unique_ptr<UnitGradients> unit_gradients_;  // null: forward only
+  std::unique_ptr<EmbeddingRows> embedding_rows_;  // null: not used
   int64_t gathered_bytes_ = 0;
   std::unique_ptr<RangeAllocator> ranges_;
   std::unique_ptr<TrainStep> step_;

@@ -39,6 +39,8 @@
 ABSL_FLAG(int, world, 2, "ranks, of one thread each");
 ABSL_FLAG(int, layers, 12, "blocks of the model");
 ABSL_FLAG(int, hidden, 576, "width of the model");
+ABSL_FLAG(int, vocab, 4096, "ids");
+ABSL_FLAG(bool, tied, true, "the head and the embedding are one");
 ABSL_FLAG(int64_t, sequences, 4, "sequences of a step");
 ABSL_FLAG(int64_t, length, 256, "tokens of a sequence");
 ABSL_FLAG(int, rounds, 3, "timed steps for each speed");
@@ -127,12 +129,12 @@ std::string WriteModel() {
       {"num_hidden_layers", absl::GetFlag(FLAGS_layers)},
       {"num_attention_heads", hidden / 64},
       {"num_key_value_heads", hidden / 64},
-      {"vocab_size", 4096},
+      {"vocab_size", absl::GetFlag(FLAGS_vocab)},
       {"max_position_embeddings", 8192},
       {"rms_norm_eps", 1e-5},
       {"rope_theta", 10000.0},
       {"hidden_act", "silu"},
-      {"tie_word_embeddings", true}};
+      {"tie_word_embeddings", absl::GetFlag(FLAGS_tied)}};
   std::ofstream(directory + "/config.json") << json.dump();
   const auto config = ParseModelConfig(json.dump());
   GW_CHECK(config.ok());
@@ -171,6 +173,7 @@ void OnAll(std::vector<Rank>& ranks, const std::function<void(Rank&)>& body) {
 
 void Step(std::vector<Rank>& ranks) {
   const int64_t length = absl::GetFlag(FLAGS_length);
+  const auto vocab = static_cast<uint32_t>(absl::GetFlag(FLAGS_vocab));
   const auto world = static_cast<int>(ranks.size());
   ForwardOptions options;
   options.backward = true;
@@ -184,8 +187,8 @@ void Step(std::vector<Rank>& ranks) {
     for (const int owner : options.share.rank_of) {
       TrainDatum datum;
       for (int64_t t = 0; t < length; ++t) {
-        datum.tokens.push_back(static_cast<int32_t>(random() % 4096));
-        datum.targets.push_back(static_cast<int32_t>(random() % 4096));
+        datum.tokens.push_back(static_cast<int32_t>(random() % vocab));
+        datum.targets.push_back(static_cast<int32_t>(random() % vocab));
         datum.weights.push_back(1.0f);
       }
       if (owner == rank.collectives->rank()) data.push_back(std::move(datum));
@@ -249,6 +252,8 @@ void Main() {
         {"commit", absl::GetFlag(FLAGS_commit)},
         {"world", world},
         {"layers", absl::GetFlag(FLAGS_layers)},
+        {"vocab", absl::GetFlag(FLAGS_vocab)},
+        {"tied", absl::GetFlag(FLAGS_tied)},
         {"keep_gathered", absl::GetFlag(FLAGS_keep_gathered)},
         {"gbps", bytes_per_second * 1e-9},
         {"step_ms", m.step * 1e3},

@@ -4,9 +4,11 @@
   python3 benchmarks/sharding/simulate.py      the tables of docs/sharding.md
   python3 benchmarks/sharding/simulate.py --model 8B --ranks 64
 
-Plays the schedule of sharding/gathered_weights.h and reduced_gradients.h: one
-queue of collectives beside one of compute, two places for gathered blocks, two
-for gradients that are on their way. Rates are arguments: what a rank computes
+Plays the schedule of sharding/gathered_weights.h, reduced_gradients.h and
+trainer/embedding_rows.h: one queue of collectives beside one of compute, two
+places for gathered blocks, two for gradients that are on their way; rows of the
+embedding's gradient instead of a table where they are less, and the head's in
+pieces then. Rates are arguments: what a rank computes
 with alone (measured), what a link carries (measured, or published: the
 defaults, whose sources docs/sharding.md names).
 """
@@ -191,20 +193,72 @@ class Schedule:
         self.place_free[self.place(head)] = end
         return end
 
-    def reduce(self, unit, ready):
+    def reduce_seconds(self, elements):
         job, cluster = self.job, self.cluster
         seconds = self.move(
-            self.sizes[unit], job.gradient_bytes, cluster.bandwidth, job.shards
+            elements, job.gradient_bytes, cluster.bandwidth, job.shards
         )
         # An all-reduce sends everything twice.
-        seconds += 2 * self.move(
-            self.sizes[unit] / job.shards,
+        return seconds + 2 * self.move(
+            elements / job.shards,
             job.gradient_bytes,
             cluster.replica_bandwidth,
             job.replicas,
         )
+
+    def reduce(self, unit, ready):
+        seconds = self.reduce_seconds(self.sizes[unit])
         if seconds > 0:
             self.reduced[self.place(unit)] = self.links.run(ready, seconds)
+
+    def rows(self):
+        """Elements of all ranks' rows of the embedding's gradient; None if
+        tables are summed."""
+        job = self.job
+        rows = job.shards * job.tokens * job.model.hidden
+        table = job.model.embedding() * job.gradient_bytes
+        if job.replicas > 1 or 2 * rows * job.weight_bytes > table:
+            return None
+        return rows
+
+    def backward(self, now):
+        last = len(self.sizes) - 1
+        rows = self.rows()
+        piece = self.job.model.embedding() / (last - 1)
+        left = 0 if rows is None else last - 1
+
+        def send_piece():
+            nonlocal left
+            if left > 0:
+                left -= 1
+                self.links.run(now, self.reduce_seconds(piece))
+
+        for unit in range(last, 0, -1):
+            following = unit - 1 if unit > 1 else None
+            # Its gradient's place must have been reduced.
+            now = max(now, self.reduced.get(self.place(unit), 0.0))
+            now = self.visit(unit, following, 2, now)
+            if rows is None or unit < last:
+                self.reduce(unit, now)
+            send_piece()
+            if unit == last:
+                send_piece()
+        if rows is None:
+            self.reduce(0, now)
+            return now
+        while left > 0:
+            send_piece()
+        done = self.links.run(
+            now,
+            self.move(
+                rows,
+                self.job.weight_bytes,
+                self.cluster.bandwidth,
+                self.job.shards,
+            ),
+        )
+        self.reduced[self.place(0)] = done
+        return now
 
     def run(self):
         now = 0.0
@@ -213,13 +267,7 @@ class Schedule:
             for unit in range(last + 1):
                 following = unit + 1 if unit < last else None
                 now = self.visit(unit, following, 1, now)
-            for unit in range(last, 0, -1):
-                following = unit - 1 if unit > 1 else None
-                # Its gradient's place must have been reduced.
-                now = max(now, self.reduced.get(self.place(unit), 0.0))
-                now = self.visit(unit, following, 2, now)
-                self.reduce(unit, now)
-            self.reduce(0, now)
+            now = self.backward(now)
         seconds = max(self.compute.free, self.links.free)
         return Step(seconds, self.compute.busy, self.links.busy)
 
@@ -235,6 +283,8 @@ def memory(job):
         blocks = 2 if job.reshard else model.layers
         gathered = job.weight_bytes * (blocks * model.block() + ends)
         on_their_way = job.gradient_bytes * (2 * model.block() + ends)
+        if job.replicas == 1:  # the head's, in pieces
+            on_their_way += job.gradient_bytes * 2 * ends / model.layers
     return {
         "parameters": 4 * shard,
         "gradients": job.gradient_bytes * shard,

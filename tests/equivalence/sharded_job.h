@@ -26,8 +26,10 @@
 namespace gradwire {
 
 // Models with more blocks than there are places for gathered ones. The first's
-// embedding and head are larger than a block, and share a place; the second's
-// are one, and it has biases.
+// embedding and head are larger than a block, and share a place; the others'
+// are one, and they have biases. The second's embedding is small beside a
+// micro-batch of several ranks: its gradient is summed as a table, not handed
+// round by rows.
 struct Model {
   const char* name;
   const char* config;
@@ -36,7 +38,7 @@ inline constexpr Model kModels[] = {
     {"untied", R"({
       "model_type": "llama", "architectures": ["LlamaForCausalLM"],
       "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
-      "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 301,
+      "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1301,
       "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
       "rope_theta": 10000.0, "hidden_act": "silu",
       "tie_word_embeddings": false})"},
@@ -44,6 +46,13 @@ inline constexpr Model kModels[] = {
       "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
       "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
       "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 61,
+      "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+      "rope_theta": 10000.0, "hidden_act": "silu",
+      "tie_word_embeddings": true})"},
+    {"wide", R"({
+      "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+      "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+      "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 1603,
       "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
       "rope_theta": 10000.0, "hidden_act": "silu",
       "tie_word_embeddings": true})"},
@@ -201,6 +210,8 @@ class Job {
   }
   Values Gradients() { return Collect(&Trainer::Gradient); }
   Values Weights() { return Collect(&Trainer::Weight); }
+  // By the first rank, since the beginning.
+  int64_t BytesSent() const { return collectives_[0]->statistics().bytes_sent; }
 
  private:
   struct Member {

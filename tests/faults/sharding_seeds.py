@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of gradients between ranks, which jobs of several ranks must see."""
+
+from seed import Seed
+
+_RANKS = ("//tests/equivalence:sharded_test",)
+
+SHARDING_SEEDS = (
+    Seed(
+        "embedding_row_at_the_end_of_a_shard_left_out",
+        "of a row that lies on two ranks one half is added",
+        "trainer/embedding_rows.cc",
+        "for (int e = 0; e < 2; ++e) {",
+        "for (int e = 0; e < 1; ++e) {",
+        _RANKS,
+    ),
+    Seed(
+        "embedding_rows_of_the_first_rank_only",
+        "rows of the other ranks are handed out and not added",
+        "trainer/embedding_rows.cc",
+        "for (int r = 0; r < world; ++r) {\n    const auto& ids",
+        "for (int r = 0; r < 1; ++r) {\n    const auto& ids",
+        _RANKS,
+    ),
+    Seed(
+        "embedding_rows_of_before_stay",
+        "the first micro-batch after a step adds to the last step's rows",
+        "trainer/embedding_rows.cc",
+        "if (!options_.tied && !accumulate) {",
+        "if (false) {",
+        _RANKS,
+    ),
+    Seed(
+        "head_rows_sent_before_they_are_made",
+        "the last rows of a piece of the head's gradient are made too late",
+        "trainer/train_step.cc",
+        "piece * kRows * hidden < end - first;",
+        "(piece + 1) * kRows * hidden < end - first;",
+        _RANKS,
+    ),
+    Seed(
+        "pieces_of_a_gradient_share_a_place",
+        "a piece is written over while it is on its way",
+        "sharding/reduced_gradients.cc",
+        "  Settle(stream, piece);\n",
+        "",
+        _RANKS,
+    ),
+    Seed(
+        "last_pieces_of_a_gradient_not_sent",
+        "what is left of the head's gradient when the blocks are done is lost",
+        "sharding/reduced_gradients.cc",
+        "while (slow_unit_ >= 0) SendPiece(stream);\n  Buffer& buffer",
+        "slow_unit_ = -1;\n  Buffer& buffer",
+        _RANKS,
+    ),
+)
