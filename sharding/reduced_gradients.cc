@@ -11,7 +11,8 @@
 namespace gradwire {
 namespace {
 
-// Elements of a shard in a piece of it: as many pieces as there are blocks.
+// Elements of a shard in a piece of it: as many pieces as there are blocks,
+// which end behind it.
 int64_t PieceElements(const ShardLayout& layout, int unit) {
   const int64_t pieces = std::max(1, layout.num_units() - 2);
   constexpr int64_t kTo = ShardLayout::kMinAlignment;
@@ -131,15 +132,14 @@ void ReducedGradients::SendPiece(Stream& stream) {
 }
 
 Tensor ReducedGradients::Spare(Stream& stream, int unit) {
-  while (slow_unit_ >= 0) SendPiece(stream);
   Buffer& buffer = BufferOf(unit);
-  GW_CHECK(!buffer.held);
+  GW_CHECK(!buffer.held && slow_unit_ < 0);
   Settle(stream, buffer);
   return buffer.memory;
 }
 
 void ReducedGradients::Finish(Stream& stream) {
-  while (slow_unit_ >= 0) SendPiece(stream);
+  GW_CHECK(slow_unit_ < 0);
   for (Buffer& buffer : buffers_) Settle(stream, buffer);
   for (Buffer& piece : pieces_) Settle(stream, piece);
 }

@@ -37,14 +37,14 @@ class ReducedGradients : public UnitGradients {
   void Finish(Stream& stream) override;
 
   // As End, of a unit that nobody waits for, sent in pieces: two at once, and
-  // one behind each unit that ends after it, so that no gather has to wait for
-  // all of it. `make` makes elements [begin, end) of the unit's gradient,
-  // before they are sent; what it is called for may overlap.
+  // one behind each block, all of which end after it, so that no gather has to
+  // wait for all of it. `make` makes elements [begin, end) of the unit's
+  // gradient, before they are sent; what it is called for may overlap.
   void EndInPieces(Stream& stream, int unit,
                    std::function<void(int64_t begin, int64_t end)> make);
-  // Sends the pieces that are left. The memory of a unit's gradient, f32 1-D,
-  // for other use in stream order until the next Begin.
-  // REQUIRES: the unit is not held.
+  // The memory of a unit's gradient, f32 1-D, for other use in stream order
+  // until the next Begin. REQUIRES: the unit is not held; all blocks have
+  // ended.
   Tensor Spare(Stream& stream, int unit);
 
   int64_t bytes() const { return buffer_->bytes(); }

@@ -18,6 +18,7 @@
 
 #include "base/error.h"
 #include "model/param_table.h"
+#include "sharding/layout.h"
 #include "tests/equivalence/sharded_job.h"
 #include "trainer/rank_plan.h"
 #include "trainer/trainer.h"
@@ -188,13 +189,18 @@ TEST_P(ShardedTest, SumsItsRanksGradientsInOrder) {
                one->config().tied_embeddings, tokens + 3 * world());
 }
 
-// The same tokens on all ranks, so that every row of the embedding's gradient
-// has terms of all of them.
+// The same tokens on all ranks, so that rows of the embedding's gradient have
+// terms of all of them; also those where a rank's shard ends.
 TEST_P(ShardedTest, AddsEqualTokensInOrder) {
   auto one = Make(1), many = Make(world());
   auto data = Batch(one->config().vocab, 1, std::vector<int64_t>(12, 5));
+  const ParamTable table(one->config());
+  const ShardLayout layout(table.unit_begins(), table.num_elements(), world());
+  const auto end = static_cast<int32_t>(std::min(
+      layout.unit(0).shard / one->config().hidden, one->config().vocab - 1));
   for (TrainDatum& datum : data) {
-    datum.tokens = {3, 1, 3, 0, static_cast<int32_t>(one->config().vocab - 1)};
+    datum.tokens = {end, 1, end, 0,
+                    static_cast<int32_t>(one->config().vocab - 1)};
   }
   const Expected expected = ByHand(*one, world(), kBudget, data);
   many->Forward(data, WithBackward());

@@ -27,7 +27,7 @@ SHARDING_SEEDS = (
         "the first micro-batch after a step adds to the last step's rows",
         "trainer/embedding_rows.cc",
         "if (!options_.tied && !accumulate) {",
-        "if (false) {",
+        "if (!options_.tied && accumulate && rank < 0) {",
         _RANKS,
     ),
     Seed(
@@ -44,14 +44,6 @@ SHARDING_SEEDS = (
         "sharding/reduced_gradients.cc",
         "  Settle(stream, piece);\n",
         "",
-        _RANKS,
-    ),
-    Seed(
-        "last_pieces_of_a_gradient_not_sent",
-        "what is left of the head's gradient when the blocks are done is lost",
-        "sharding/reduced_gradients.cc",
-        "while (slow_unit_ >= 0) SendPiece(stream);\n  Buffer& buffer",
-        "slow_unit_ = -1;\n  Buffer& buffer",
         _RANKS,
     ),
 )
