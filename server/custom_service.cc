@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // ForwardBackwardCustom: Forward(retain) and Backward composed on one stream.
+#include <utility>
+
 #include "base/error.h"
 #include "base/status.h"
 #include "server/batch_upload.h"
@@ -66,7 +68,8 @@ class CustomCall {
     if (!stream_.Read(&message) || !message.has_header()) {
       return Unexpected("the header");
     }
-    header_ = message.header();
+    // Up to 2 MiB, with its datums.
+    header_ = std::move(*message.mutable_header());
     if (header_.backward_seq_id() <= header_.forward_seq_id()) {
       return ErrorBuilder(absl::StatusCode::kInvalidArgument, "SEQ_INVALID")
           .With("field", "backward_seq_id")

@@ -3,7 +3,7 @@
 // micro-batch and zeros for the rest of the vocabulary, so ranks hand each
 // other these rows instead of summing tables, and each adds those that lie in
 // its shard. The head's gradient, which is as large and may be of the same
-// table, is summed bit by bit while the backward goes on. docs/sharding.md.
+// table, is summed in pieces while the backward goes on. docs/sharding.md.
 //
 // Rows are added in float32, behind the head's sum if that is of the table, in
 // the order of ranks, and of a rank in that of its tokens.
