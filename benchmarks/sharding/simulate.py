@@ -8,9 +8,9 @@ Plays the schedule of sharding/gathered_weights.h, reduced_gradients.h and
 trainer/embedding_rows.h: one queue of collectives beside one of compute, two
 places for gathered blocks, two for gradients that are on their way; rows of the
 embedding's gradient instead of a table where they are less, and the head's in
-pieces then. Rates are arguments: what a rank computes
-with alone (measured), what a link carries (measured, or published: the
-defaults, whose sources docs/sharding.md names).
+pieces then. Rates are arguments: what a rank computes with alone (measured),
+what a link carries (measured, or published: the defaults, whose sources
+docs/sharding.md names).
 """
 
 import argparse
@@ -246,8 +246,6 @@ class Schedule:
         if rows is None:
             self.reduce(0, now)
             return now
-        while left > 0:
-            send_piece()
         done = self.links.run(
             now,
             self.move(

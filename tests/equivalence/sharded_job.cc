@@ -16,10 +16,13 @@ std::string Directory(const std::string& name) {
   const std::string directory = testing::TempDir() + "/sharded_" + name;
   if (std::filesystem::exists(directory + "/config.json")) return directory;
   for (const Model& model : kModels) {
-    if (name != model.name && name != std::string(kBroken) + model.name)
-      continue;
+    const bool broken = name == std::string(kBroken) + model.name;
+    const bool untied = name == std::string(kUntied) + model.name;
+    if (name != model.name && !broken && !untied) continue;
     std::filesystem::create_directories(directory);
-    const auto config = ParseModelConfig(model.config);
+    std::string json = model.config;
+    if (untied) json.replace(json.rfind("true"), 4, "false");
+    const auto config = ParseModelConfig(json);
     EXPECT_TRUE(config.ok()) << config.status();
     const ParamTable table(*config);
     std::vector<SafetensorsWriter::Row> rows;
@@ -30,18 +33,21 @@ std::string Directory(const std::string& name) {
                              directory + "/model.safetensors", rows);
     std::mt19937 random(11);
     std::normal_distribution<float> normal(0.0f, 0.15f);
+    std::vector<float> embedding;
     for (const ParamRow& row : table.rows()) {
       std::vector<float> values(static_cast<size_t>(row.num_elements));
       for (float& value : values) {
         value = normal(random) + (row.group == ParamGroup::kNorm ? 1 : 0);
       }
-      if (name != model.name && row.group == ParamGroup::kEmbedding) {
+      if (broken && row.group == ParamGroup::kEmbedding) {
         values[static_cast<size_t>(kBadToken * row.shape[1])] = NAN;
       }
+      if (row.group == ParamGroup::kEmbedding) embedding = values;
+      if (untied && row.group == ParamGroup::kHead) values = embedding;
       writer.Append(values.data(), row.num_elements * 4);
     }
     EXPECT_TRUE(writer.Finish().ok());
-    std::ofstream(directory + "/config.json") << model.config;
+    std::ofstream(directory + "/config.json") << json;
   }
   return directory;
 }

@@ -63,6 +63,10 @@ inline constexpr Model kModels[] = {
 inline constexpr char kBroken[] = "broken ";
 inline constexpr int32_t kBadToken = 7;
 
+// Of a tied model whose name begins with this, the head has a table of its own,
+// of the same values.
+inline constexpr char kUntied[] = "untied ";
+
 // Its directory, with random weights, made once.
 std::string Directory(const std::string& name);
 

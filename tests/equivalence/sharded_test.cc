@@ -208,6 +208,54 @@ TEST_P(ShardedTest, AddsEqualTokensInOrder) {
                one->config().tied_embeddings, 5 * 12 + 3 * world());
 }
 
+class TiedRowsTest : public ShardedTest {};
+
+// Bit for bit: rows of all ranks, behind the sum of the head's gradients. These
+// are known apart by a model of the same values whose head is another table.
+TEST_P(TiedRowsTest, AddsRowsBehindTheHeadsSum) {
+  const auto many = Make(world());
+  Job apart(kUntied + model(), 1, Options(precision()));
+  const ParamTable table(many->config());
+  const ShardLayout layout(table.unit_begins(), table.num_elements(), world());
+  const int64_t vocab = many->config().vocab;
+  // Two micro-batches of a datum for each rank, all of the same tokens, each of
+  // which comes once: the embedding's gradient of a datum is its rows.
+  auto data =
+      Batch(vocab, 1,
+            std::vector<int64_t>(static_cast<size_t>(2 * world()), kBudget));
+  const std::vector<int64_t> tokens(data.size(), kBudget);
+  for (TrainDatum& datum : data) {
+    std::iota(datum.tokens.begin(), datum.tokens.end(), 5);
+    datum.tokens[0] =
+        static_cast<int32_t>(layout.unit(0).shard / many->config().hidden);
+    datum.tokens[1] = static_cast<int32_t>(vocab - 1);
+  }
+  const std::vector<int> rank_of = AssignRanks(tokens, kQuadratic, world());
+  std::vector<std::vector<size_t>> of_rank(static_cast<size_t>(world()));
+  for (size_t i = 0; i < data.size(); ++i) {
+    of_rank[static_cast<size_t>(rank_of[i])].push_back(i);
+  }
+  const ParamTable two_tables(apart.config());
+  size_t head = 0;
+  while (two_tables.rows()[head].group != ParamGroup::kHead) ++head;
+  Values want;  // of the embedding only
+  for (size_t m = 0; m < 2; ++m) {
+    Values heads, rows;
+    for (const auto& indices : of_rank) {
+      ASSERT_EQ(indices.size(), 2u);
+      apart.OnAll([](Rank& rank) { rank.trainer->ZeroGrad(); });
+      apart.Forward({data[indices[m]]}, WithBackward());
+      const Values gradients = apart.Gradients();
+      Add({gradients[head]}, heads.empty(), heads);
+      rows.push_back(gradients[0]);
+    }
+    Add(heads, m == 0, want);
+    for (const auto& row : rows) Add({row}, false, want);
+  }
+  many->Forward(data, WithBackward());
+  EXPECT_EQ(many->Gradients()[0], want[0]);
+}
+
 // Of so many tokens that their rows are more than the table: the sum of tables.
 // Of few the rows, behind it in the same accumulation.
 TEST_P(ShardedTest, SendsTablesOrRowsWhicheverIsLess) {
@@ -578,6 +626,13 @@ std::string Name(
 
 INSTANTIATE_TEST_SUITE_P(All, BrokenModelTest,
                          testing::Combine(testing::Values("untied"),
+                                          testing::Values(Precision::kF32,
+                                                          Precision::kBF16),
+                                          testing::Values(2, 3, 4)),
+                         Name);
+
+INSTANTIATE_TEST_SUITE_P(All, TiedRowsTest,
+                         testing::Combine(testing::Values("wide"),
                                           testing::Values(Precision::kF32,
                                                           Precision::kBF16),
                                           testing::Values(2, 3, 4)),

@@ -23,6 +23,15 @@ SHARDING_SEEDS = (
         _RANKS,
     ),
     Seed(
+        "embedding_rows_added_last_rank_first",
+        "a gradient's sum is in another order than promised",
+        "trainer/embedding_rows.cc",
+        "for (int r = 0; r < world; ++r) {\n    const auto& ids",
+        "for (int r = static_cast<int>(world) - 1; r >= 0; --r) {\n"
+        "    const auto& ids",
+        _RANKS,
+    ),
+    Seed(
         "embedding_rows_of_before_stay",
         "the first micro-batch after a step adds to the last step's rows",
         "trainer/embedding_rows.cc",
