@@ -22,13 +22,29 @@ bool IsWithin(const std::string& path, const std::string& directory) {
 }
 
 bool MovesDirectory(const DiskEvent& event) {
-  return event.kind == DiskEvent::Kind::kRename && event.file < 0;
+  return event.kind == DiskEvent::Kind::kExchange ||
+         (event.kind == DiskEvent::Kind::kRename && event.file < 0);
 }
 
-// The path of what was at `path` before the directory was moved.
+// The path of what was at `path` before directories were moved.
 std::string Moved(const std::string& path, const DiskEvent& move) {
-  if (path != move.path && !IsWithin(path, move.path)) return path;
-  return move.to + path.substr(move.path.size());
+  if (path == move.path || IsWithin(path, move.path)) {
+    return move.to + path.substr(move.path.size());
+  }
+  if (move.kind == DiskEvent::Kind::kExchange &&
+      (path == move.to || IsWithin(path, move.to))) {
+    return move.path + path.substr(move.to.size());
+  }
+  return path;
+}
+
+// Where the directory at `path` was before.
+std::string PlaceBefore(const std::string& path, const DiskEvent& move) {
+  if (path == move.to) return move.path;
+  if (move.kind == DiskEvent::Kind::kExchange && path == move.path) {
+    return move.to;
+  }
+  return path;
 }
 
 }  // namespace
@@ -54,9 +70,15 @@ void CrashDisk::Change(const DiskEvent& event, Names& names) {
     case DiskEvent::Kind::kUnlink:
       names.erase(event.path);
       break;
-    case DiskEvent::Kind::kRename: {
-      names.erase(event.path);
-      names[event.to] = event.file;
+    case DiskEvent::Kind::kRename:
+    case DiskEvent::Kind::kExchange: {
+      if (event.kind == DiskEvent::Kind::kRename) {
+        names.erase(event.path);
+        names[event.to] = event.file;
+      } else {
+        // What is on the disk names both, whether or not their making was.
+        names[event.path] = names[event.to] = -1;
+      }
       if (!MovesDirectory(event)) break;
       // What is in a directory goes with it.
       Names moved;
@@ -90,6 +112,7 @@ void CrashDisk::Apply(const DiskEvent& event) {
     case DiskEvent::Kind::kLink:
     case DiskEvent::Kind::kUnlink:
     case DiskEvent::Kind::kRename:
+    case DiskEvent::Kind::kExchange:
       if (event.kind == DiskEvent::Kind::kLink && event.file == num_files()) {
         files_.emplace_back();
       }
@@ -110,9 +133,7 @@ void CrashDisk::SyncDirectory(const std::string& path) {
   for (size_t i = unsynced_changes_.size(); i-- > 0;) {
     const DiskEvent& change = unsynced_changes_[i];
     is_synced[i] = ChangesNamesOf(change, directory);
-    if (MovesDirectory(change) && change.to == directory) {
-      directory = change.path;
-    }
+    if (MovesDirectory(change)) directory = PlaceBefore(directory, change);
   }
   std::vector<DiskEvent> rest;
   for (size_t i = 0; i < unsynced_changes_.size(); ++i) {

@@ -26,9 +26,10 @@ struct DiskEvent {
     kTruncate,
     kSync,
     kFailedSync,
-    kLink,  // of a new file, or of a directory
+    kLink,  // of a file, new or not, or of a directory
     kUnlink,
     kRename,
+    kExchange,  // of two directories
     kSyncDirectory,
   };
   Kind kind;
@@ -37,7 +38,7 @@ struct DiskEvent {
   int64_t offset = 0;      // of a write; of a truncation the new length
   std::string bytes = {};  // of a write
   std::string path = {};   // of a change of names
-  std::string to = {};     // of a renaming
+  std::string to = {};     // of a renaming or an exchange
 };
 
 // Something on the disk that has been changed and perhaps not yet synced.

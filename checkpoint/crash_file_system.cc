@@ -103,6 +103,16 @@ void CrashFileSystem::TellLie(Lie lie, int64_t call) {
   lie_call_ = call;
 }
 
+void CrashFileSystem::set_can_exchange(bool can_exchange) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  can_exchange_ = can_exchange;
+}
+
+void CrashFileSystem::set_can_link(bool can_link) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  can_link_ = can_link;
+}
+
 void CrashFileSystem::set_before_sync(std::function<void()> before_sync) {
   std::lock_guard<std::mutex> lock(mutex_);
   before_sync_ = std::move(before_sync);
@@ -257,6 +267,35 @@ int CrashFileSystem::CallRename(const std::string& from,
           .file = number == -EISDIR ? -1 : number,
           .path = from,
           .to = to});
+  return 0;
+}
+
+int CrashFileSystem::CallExchange(const std::string& one,
+                                  const std::string& other) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (int error = Begin(Kind::kMake); error < 0) return error;
+  if (!can_exchange_) return -EINVAL;
+  for (const std::string& path : {one, other}) {
+    if (const int number = Find(path); number != -EISDIR) {
+      return number < 0 ? number : -ENOTDIR;
+    }
+  }
+  renamed_ = true;
+  Record({.kind = DiskEvent::Kind::kExchange, .path = one, .to = other});
+  return 0;
+}
+
+int CrashFileSystem::CallLink(const std::string& file,
+                              const std::string& name) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (int error = Begin(Kind::kMake); error < 0) return error;
+  const int number = Find(file);
+  if (number == -ENOENT) return -ENOENT;
+  if (!can_link_ || number < 0) return -EPERM;
+  if (now_.names().contains(name)) return -EEXIST;
+  const std::string directory = DirectoryOf(name);
+  if (directory != "/" && Find(directory) != -EISDIR) return -ENOENT;
+  Record({.kind = DiskEvent::Kind::kLink, .file = number, .path = name});
   return 0;
 }
 

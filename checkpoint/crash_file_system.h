@@ -22,16 +22,17 @@
 //   - a file's length, as at the last sync or after any change since, no matter
 //     which pages came through: those within it that did not are zeros, or what
 //     they held before;
-//   - a directory's entries: each creation, renaming and removal since the last
-//     SyncDirectory has happened or not, in any combination; a renaming is one
-//     change. Syncing a file does not keep its name.
+//   - a directory's entries: each creation, link, renaming, exchange and
+//     removal since the last SyncDirectory has happened or not, in any
+//     combination; a renaming is one change, and so is an exchange. Syncing a
+//     file does not keep its name.
 // A sync that fails promises nothing, and what it was to write the system
 // forgets: the pages and the length remain uncertain, through later syncs that
 // succeed, until they are written again. (A directory's entries do not: a file
 // system whose journal fails stops writing altogether.)
 // Processes see neither: after kKill everything is there that was written.
 //
-// Left out: links, permissions, times.
+// Left out: symbolic links, permissions, times.
 //
 // Thread rule: any method from any thread.
 #pragma once
@@ -67,6 +68,9 @@ class CrashFileSystem : public FileSystem {
   void Revive();
   // Of every call, or of the one call (counted as calls() does).
   void TellLie(Lie lie, int64_t call = 0);
+  // As on a file system that cannot exchange, or give a file two names.
+  void set_can_exchange(bool can_exchange);
+  void set_can_link(bool can_link);
   // Are called in each sync of a file, before it takes effect and after.
   void set_before_sync(std::function<void()> before_sync);
   void set_after_sync(std::function<void()> after_sync);
@@ -97,6 +101,8 @@ class CrashFileSystem : public FileSystem {
                  std::unique_ptr<File>* file) override;
   int CallMakeDirectory(const std::string& path, int mode) override;
   int CallRename(const std::string& from, const std::string& to) override;
+  int CallExchange(const std::string& one, const std::string& other) override;
+  int CallLink(const std::string& file, const std::string& name) override;
   int CallRemove(const std::string& path) override;
   int CallList(const std::string& directory,
                std::vector<std::string>* names) override;
@@ -129,6 +135,7 @@ class CrashFileSystem : public FileSystem {
   bool dead_ = false;  // after kKill
   bool full_ = false;  // after kShortWrite: the next write fails
   bool renamed_ = false;
+  bool can_exchange_ = true, can_link_ = true;
   Lie lie_ = Lie::kNone;
   int64_t lie_call_ = 0;
 };

@@ -141,6 +141,34 @@ TEST(PowerLossTest, ADirectoryMovesWithWhatIsInIt) {
   EXPECT_EQ(Contents(files, "/p/a"), Strings{kAbsent});
 }
 
+TEST(PowerLossTest, DirectoriesChangePlacesWithWhatIsInThem) {
+  CrashFileSystem files;
+  MakeDirectoryWithFile(files);
+  ASSERT_TRUE(files.SyncDirectory("/p").ok());
+  ASSERT_TRUE(files.MakeDirectory("/d").ok());
+  auto file = *files.Create("/d/b");
+  ASSERT_TRUE(file->Append("y").ok());
+  ASSERT_TRUE(file->Sync().ok());
+  ASSERT_TRUE(files.SyncDirectory("/").ok());
+  ASSERT_TRUE(files.Exchange("/p", "/d").value());
+  EXPECT_EQ(files.Latest(), (DiskImage{.files = {{"/d/a", "x"}, {"/p/b", "y"}},
+                                       .directories = {"/d", "/p"}}));
+  // Both or neither; what was not synced in one of them is still not.
+  EXPECT_EQ(Contents(files, "/d/a"), (Strings{kAbsent, "x"}));
+  EXPECT_EQ(Contents(files, "/p/a"), (Strings{kAbsent, "x"}));
+  EXPECT_EQ(Contents(files, "/p/b"), (Strings{kAbsent, "y"}));
+  EXPECT_EQ(Contents(files, "/d/b"), (Strings{kAbsent, "y"}));
+  ASSERT_TRUE(files.SyncDirectory("/p").ok());
+  files.ForEachPowerLoss(
+      files.num_events(), 100, 1, [](const DiskImage& image) {
+        EXPECT_EQ(image.files.size(), 2u);
+        EXPECT_EQ(image.files.contains("/d/a"), image.files.contains("/p/b"));
+      });
+  ASSERT_TRUE(files.SyncDirectory("/").ok());
+  EXPECT_EQ(Contents(files, "/d/a"), Strings{"x"});
+  EXPECT_EQ(Contents(files, "/p/b"), Strings{"y"});
+}
+
 TEST(PowerLossTest, AMovedDirectoryMayBeEmpty) {
   CrashFileSystem files;
   MakeDirectoryWithFile(files);

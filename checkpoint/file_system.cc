@@ -186,6 +186,27 @@ absl::Status FileSystem::Rename(const std::string& from,
   return Outcome(Repeat([&] { return CallRename(from, to); }), to, "rename");
 }
 
+absl::StatusOr<bool> FileSystem::Exchange(const std::string& one,
+                                          const std::string& other) {
+  const int result = Repeat([&] { return CallExchange(one, other); });
+  if (result == -EINVAL || result == -ENOSYS || result == -EOPNOTSUPP) {
+    return false;
+  }
+  GW_RETURN_IF_ERROR(Outcome(result, other, "exchange"));
+  return true;
+}
+
+absl::StatusOr<bool> FileSystem::Link(const std::string& file,
+                                      const std::string& name) {
+  const int result = Repeat([&] { return CallLink(file, name); });
+  if (result == -EPERM || result == -EXDEV || result == -EMLINK ||
+      result == -ENOSYS || result == -EOPNOTSUPP) {
+    return false;
+  }
+  GW_RETURN_IF_ERROR(Outcome(result, name, "link"));
+  return true;
+}
+
 absl::Status FileSystem::Remove(const std::string& path) {
   return Outcome(Repeat([&] { return CallRemove(path); }), path, "remove");
 }

@@ -106,6 +106,13 @@ class FileSystem {
   // Puts a file in the place of another, or of none, at once; a directory, with
   // what is in it, in the place of an empty one, or of none.
   absl::Status Rename(const std::string& from, const std::string& to);
+  // Puts each of two names that are there in the other's place, at once. False:
+  // this file system cannot, and nothing has happened.
+  absl::StatusOr<bool> Exchange(const std::string& one,
+                                const std::string& other);
+  // Gives a file a second name, which keeps it when the first is removed.
+  // False: as in Exchange.
+  absl::StatusOr<bool> Link(const std::string& file, const std::string& name);
   // A file, or an empty directory.
   absl::Status Remove(const std::string& path);
   // Names without "." and "..", in ascending order.
@@ -125,6 +132,11 @@ class FileSystem {
                          std::unique_ptr<File>* file) = 0;
   virtual int CallMakeDirectory(const std::string& path, int mode) = 0;
   virtual int CallRename(const std::string& from, const std::string& to) = 0;
+  // -EINVAL, -ENOSYS, -EOPNOTSUPP or, of links, -EPERM, -EXDEV, -EMLINK: not
+  // here.
+  virtual int CallExchange(const std::string& one,
+                           const std::string& other) = 0;
+  virtual int CallLink(const std::string& file, const std::string& name) = 0;
   virtual int CallRemove(const std::string& path) = 0;
   virtual int CallList(const std::string& directory,
                        std::vector<std::string>* names) = 0;

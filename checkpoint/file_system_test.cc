@@ -162,6 +162,41 @@ TEST_P(FileSystemTest, ListsRenamesAndRemoves) {
   EXPECT_TRUE(files_->List(root_)->empty());
 }
 
+TEST_P(FileSystemTest, TwoDirectoriesChangePlaces) {
+  for (const char* name : {"one", "other"}) {
+    ASSERT_TRUE(files_->MakeDirectory(In(name)).ok());
+  }
+  ASSERT_TRUE(Create("one/a")->Append("of one").ok());
+  ASSERT_TRUE(Create("other/b")->Append("of other").ok());
+  EXPECT_EQ(files_->Exchange(In("one"), In("other")).value(), true);
+  EXPECT_EQ(files_->List(In("one")).value(), std::vector<std::string>{"b"});
+  EXPECT_EQ(ReadAll(**files_->Open(In("other/a"), Access::kRead)), "of one");
+  EXPECT_EQ(ReasonOf(files_->Exchange(In("one"), In("none")).status()),
+            "FILE_NOT_FOUND");
+  EXPECT_EQ(ReasonOf(files_->Exchange(In("none"), In("one")).status()),
+            "FILE_NOT_FOUND");
+  EXPECT_EQ(files_->List(root_).value(),
+            (std::vector<std::string>{"one", "other"}));
+  for (const char* name : {"one", "other"}) {
+    EXPECT_TRUE(RemoveDirectory(*files_, In(name)).ok());
+  }
+}
+
+TEST_P(FileSystemTest, AFileHasTwoNames) {
+  ASSERT_TRUE(Create("a")->Append("of a").ok());
+  EXPECT_EQ(files_->Link(In("a"), In("b")).value(), true);
+  ASSERT_TRUE(files_->Remove(In("a")).ok());
+  EXPECT_EQ(ReadAll(**files_->Open(In("b"), Access::kRead)), "of a");
+  EXPECT_EQ(ReasonOf(files_->Link(In("a"), In("c")).status()),
+            "FILE_NOT_FOUND");
+  EXPECT_EQ(ReasonOf(files_->Link(In("b"), In("b")).status()), "FILE_EXISTS");
+  ASSERT_TRUE(files_->MakeDirectory(In("d")).ok());
+  // Of directories there is one name.
+  EXPECT_EQ(files_->Link(In("d"), In("e")).value(), false);
+  EXPECT_TRUE(files_->Remove(In("b")).ok());
+  EXPECT_TRUE(files_->Remove(In("d")).ok());
+}
+
 TEST_P(FileSystemTest, ADirectoryMovesToNoNameOrToThatOfAnEmptyOne) {
   for (const char* name : {"moved", "empty", "full"}) {
     ASSERT_TRUE(files_->MakeDirectory(In(name)).ok());

@@ -79,6 +79,13 @@ class Posix : public FileSystem {
   int CallRename(const std::string& from, const std::string& to) override {
     return OrErrno(rename(from.c_str(), to.c_str()));
   }
+  int CallExchange(const std::string& one, const std::string& other) override {
+    return OrErrno(renameat2(AT_FDCWD, one.c_str(), AT_FDCWD, other.c_str(),
+                             RENAME_EXCHANGE));
+  }
+  int CallLink(const std::string& file, const std::string& name) override {
+    return OrErrno(link(file.c_str(), name.c_str()));
+  }
   int CallRemove(const std::string& path) override {
     return OrErrno(remove(path.c_str()));
   }

@@ -13,6 +13,8 @@ namespace gradwire {
 namespace {
 
 constexpr int64_t kWindowBytes = int64_t{1} << 20;
+// One that is replaced more often while it is opened.
+constexpr int kMostReplacements = 16;
 
 // Of a directory without a manifest.
 absl::Status WhatIsThere(FileSystem& files, const std::string& directory) {
@@ -43,10 +45,43 @@ struct StateReader::RankFile {
 
 absl::StatusOr<std::unique_ptr<StateReader>> StateReader::Open(
     FileSystem& files, const std::string& directory) {
-  std::unique_ptr<StateReader> reader(new StateReader(files, directory));
-  const absl::Status loaded = reader->Load();
-  if (!loaded.ok()) return reader->WithName(loaded);
-  return reader;
+  for (int tries = 0;; ++tries) {
+    std::unique_ptr<StateReader> reader(new StateReader(files, directory));
+    absl::Status loaded = reader->Load();
+    // Of what was replaced meanwhile, this and that may have been read.
+    if (tries < kMostReplacements && !reader->manifest_digest_.empty()) {
+      const auto there = reader->IsThere();
+      if (there.ok() && !*there) continue;
+      loaded.Update(there.status());
+    }
+    if (!loaded.ok()) return reader->WithName(loaded);
+    return reader;
+  }
+}
+
+absl::StatusOr<bool> StateReader::IsThere() const {
+  auto text =
+      ReadStateFile(files_, directory_, kManifestName, kMaxManifestBytes);
+  // Deleted, or just being replaced: what is open is what there was.
+  if (absl::IsNotFound(text.status())) return true;
+  GW_RETURN_IF_ERROR(text.status());
+  return DigestOf(*text) == manifest_digest_;
+}
+
+absl::Status StateReader::OpenData(RankFile& file, int rank) {
+  GW_ASSIGN_OR_RETURN(std::unique_ptr<File> data,
+                      files_.Open(directory_ + "/" + DataName(rank),
+                                  FileSystem::Access::kRead));
+  GW_ASSIGN_OR_RETURN(const bool there, IsThere());
+  if (!there) {
+    return ErrorBuilder(absl::StatusCode::kAborted, "CHECKPOINT_REPLACED")
+        .With("checkpoint", LastSegment(directory_))
+        .Message(
+            "another checkpoint has taken the place of this one while it was "
+            "read; try again");
+  }
+  file.data = std::move(data);
+  return absl::OkStatus();
 }
 
 StateReader::StateReader(FileSystem& files, std::string directory)
@@ -72,6 +107,7 @@ absl::Status StateReader::Load() {
       ReadStateFile(files_, directory_, kManifestName, kMaxManifestBytes);
   if (absl::IsNotFound(text.status())) return WhatIsThere(files_, directory_);
   GW_RETURN_IF_ERROR(text.status());
+  manifest_digest_ = DigestOf(*text);
   GW_ASSIGN_OR_RETURN(StateManifest manifest, ParseManifest(*text));
   header_ = std::move(manifest.header);
   summary_ = {.bytes = std::ssize(*text), .digest = manifest.digest};
@@ -169,11 +205,7 @@ absl::Status StateReader::Visit(const std::string& vector, int64_t begin,
 absl::Status StateReader::VisitBytes(int rank, int64_t begin, int64_t end,
                                      char* out) {
   RankFile& file = ranks_[static_cast<size_t>(rank)];
-  if (file.data == nullptr) {
-    GW_ASSIGN_OR_RETURN(file.data,
-                        files_.Open(directory_ + "/" + DataName(rank),
-                                    FileSystem::Access::kRead));
-  }
+  if (file.data == nullptr) GW_RETURN_IF_ERROR(OpenData(file, rank));
   const int64_t chunk_bytes = file.table.chunk_bytes;
   while (begin < end) {
     const int64_t chunk = begin / chunk_bytes;

@@ -101,6 +101,67 @@ TEST_F(StateRemoveTest, ThePowerFailsAtAnyTime) {
   EXPECT_TRUE(caught);
 }
 
+TEST_F(StateRemoveTest, OnlyIfItHolds) {
+  CrashFileSystem files(start_);
+  // It is asked where it lies by then.
+  const auto remove = [&](bool holds) {
+    return RemoveStateIf(files, "/s/gone", [&](const std::string& directory) {
+      EXPECT_FALSE(files.Stat("/s/gone").ok());
+      EXPECT_TRUE(ReadStateHeader(files, directory).ok());
+      return holds;
+    });
+  };
+  EXPECT_EQ(remove(false).value(), false);
+  EXPECT_EQ(files.Latest(), start_);
+  EXPECT_EQ(remove(true).value(), true);
+  EXPECT_EQ(files.List("/s").value(), std::vector<std::string>{"kept"});
+  EXPECT_EQ(ReasonOf(remove(true).status()), "CHECKPOINT_NOT_FOUND");
+}
+
+// Another one takes the name while it is asked.
+TEST_F(StateRemoveTest, WhatComesMeanwhileStays) {
+  for (const bool holds : {false, true}) {
+    CrashFileSystem files(start_);
+    const auto come = [&](const std::string&) {
+      EXPECT_TRUE(
+          Save(files, "/s/come", kept_, DealPieces(kept_, 1, 3), 64).ok());
+      EXPECT_TRUE(files.Rename("/s/come", "/s/gone").ok());
+      return holds;
+    };
+    EXPECT_EQ(RemoveStateIf(files, "/s/gone", come).value(), holds);
+    absl::Status status;
+    EXPECT_EQ(Compare(files, "/s/gone", kept_, &status), "");
+    EXPECT_EQ(files.List("/s").value(),
+              (std::vector<std::string>{"gone", "kept"}));
+  }
+}
+
+TEST_F(StateRemoveTest, AnyCallFailsWhereItIsAsked) {
+  int64_t faults = 0;
+  for (const Fault fault : {Fault::kKill, Fault::kIoError}) {
+    for (int64_t call = 1;; ++call) {
+      CrashFileSystem files(start_);
+      files.FailAt(call, fault);
+      const auto removed =
+          RemoveStateIf(files, "/s/gone", [](const auto&) { return false; });
+      if (call > files.calls()) break;
+      if (files.faults() == 0) continue;
+      ++faults;
+      const auto whole = [&](const DiskImage& image) -> std::string {
+        CrashFileSystem next(image);
+        EXPECT_TRUE(RemoveLeftovers(next, "/s").ok());
+        absl::Status status;
+        return Compare(next, "/s/gone", gone_, &status);
+      };
+      ASSERT_EQ(whole(files.Latest()), "") << call;
+      files.ForEachPowerLoss(
+          files.num_events(), 50, 1,
+          [&](const DiskImage& image) { ASSERT_EQ(whole(image), ""); });
+    }
+  }
+  EXPECT_GT(faults, 6);
+}
+
 TEST_F(StateRemoveTest, AnyCallFails) {
   int64_t faults = 0;
   for (const Fault fault : {Fault::kKill, Fault::kIoError}) {

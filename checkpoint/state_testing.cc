@@ -82,9 +82,10 @@ absl::Status WriteRank(FileSystem& files, const std::string& directory,
 
 absl::StatusOr<StateSummary> Save(
     FileSystem& files, const std::string& directory, const TestState& state,
-    const std::vector<std::vector<StatePiece>>& pieces, int64_t chunk_bytes) {
+    const std::vector<std::vector<StatePiece>>& pieces, int64_t chunk_bytes,
+    bool replaces) {
   GW_ASSIGN_OR_RETURN(PendingState pending,
-                      PendingState::Create(files, directory));
+                      PendingState::Create(files, directory, replaces));
   for (size_t rank = 0; rank < pieces.size(); ++rank) {
     GW_RETURN_IF_ERROR(WriteRank(files, PendingPath(directory), state,
                                  static_cast<int>(rank), pieces[rank],

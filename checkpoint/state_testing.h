@@ -39,7 +39,8 @@ absl::Status WriteRank(FileSystem& files, const std::string& directory,
 // All ranks, one after the other.
 absl::StatusOr<StateSummary> Save(
     FileSystem& files, const std::string& directory, const TestState& state,
-    const std::vector<std::vector<StatePiece>>& pieces, int64_t chunk_bytes);
+    const std::vector<std::vector<StatePiece>>& pieces, int64_t chunk_bytes,
+    bool replaces = false);
 
 // Opens it and reads all of it. Says what is not as in `state`; "" if nothing.
 // A status that is not OK goes to `status`.

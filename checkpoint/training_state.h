@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -105,11 +106,15 @@ class StateWriter {
 class PendingState {
  public:
   // Removes what an earlier process has left of a checkpoint of this name.
+  // `replaces`: if there is one, it stays until the new one is on the disk, and
+  // then goes.
   // REQUIRES: one PendingState for a name at a time.
-  // Errors: ALREADY_EXISTS CHECKPOINT_EXISTS; INVALID_ARGUMENT INVALID_NAME:
-  // the last segment of `directory` is empty or begins with a dot.
+  // Errors: ALREADY_EXISTS CHECKPOINT_EXISTS, unless it replaces;
+  // INVALID_ARGUMENT INVALID_NAME: the last segment of `directory` is empty or
+  // begins with a dot.
   static absl::StatusOr<PendingState> Create(FileSystem& files,
-                                             const std::string& directory);
+                                             const std::string& directory,
+                                             bool replaces = false);
   PendingState(PendingState&& other) noexcept;
   PendingState& operator=(PendingState&&) = delete;
   // Without Publish, removes what was written.
@@ -125,7 +130,11 @@ class PendingState {
   //
   // After OK, the checkpoint outlasts a power loss. After an error it is
   // complete or absent; complete only if the last sync failed, and then
-  // RemoveLeftovers has to succeed before anybody relies on it.
+  // RemoveLeftovers has to succeed before anybody relies on it. Where it
+  // replaces another one, that one is there, complete, for as long as it is
+  // absent; but on a file system that cannot exchange two names, there is a
+  // moment without either, and after the end of a process in this moment,
+  // RemoveLeftovers puts the earlier one back.
   //
   // Errors: INVALID_ARGUMENT STATE_HEADER_INVALID; INVALID_ARGUMENT
   // STATE_PIECES_INVALID: elements that no rank or more than one has written,
@@ -135,9 +144,12 @@ class PendingState {
   absl::StatusOr<StateSummary> Publish(const StateHeader& header, int world);
 
  private:
-  PendingState(FileSystem& files, std::string directory);
+  PendingState(FileSystem& files, std::string directory, bool replaces);
+  absl::Status TakeName();
+  absl::Status Replace();
   FileSystem* files_;
   std::string directory_;
+  bool replaces_;
   std::string pending_;  // "" if there is nothing to remove
 };
 
@@ -148,11 +160,29 @@ std::string PendingPath(const std::string& directory);
 // returns. Who has opened it may go on reading.
 // Errors: NOT_FOUND CHECKPOINT_NOT_FOUND.
 absl::Status RemoveState(FileSystem& files, const std::string& directory);
+// The same only if `holds` of it: what has taken its place since somebody
+// looked, stays. It is asked of the directory that it lies in by then. False:
+// it does not hold.
+// REQUIRES: none of this and of a PendingState that replaces goes on beside it
+// on a file system that cannot exchange two names; one of them fails there.
+absl::StatusOr<bool> RemoveStateIf(
+    FileSystem& files, const std::string& directory,
+    const std::function<bool(const std::string& directory)>& holds);
 
-// For the start of a process, while nobody saves in `parent`: removes what
-// earlier ones have left of checkpoints that they did not publish, and syncs
-// the directory, so that those which are there remain.
+// For the start of a process, while nobody saves in `parent`: syncs the
+// directory, so that the checkpoints which are there remain, and removes what
+// earlier processes have left of those that they did not publish, or had
+// replaced.
 absl::Status RemoveLeftovers(FileSystem& files, const std::string& parent);
+
+// Gives a checkpoint a second place, `to`, without a copy of its bytes: what is
+// there stays when the first is deleted or replaced. It appears complete or not
+// at all, and outlasts a power loss when this returns. If there is one already,
+// that is as good. False: the file system cannot.
+// REQUIRES: one of these calls for a `to` at a time.
+// Errors: NOT_FOUND CHECKPOINT_NOT_FOUND.
+absl::StatusOr<bool> LinkState(FileSystem& files, const std::string& directory,
+                               const std::string& to);
 
 // What a checkpoint's manifest says, without a look at the rest.
 // Errors: those of StateReader::Open that the manifest alone can have.
@@ -164,6 +194,8 @@ class StateReader {
  public:
   // Reads manifest and tables, not the elements. What declares a size is
   // compared with the files' sizes before anything of that size is allocated.
+  // All that a reader reads is of one checkpoint, also if it is replaced
+  // meanwhile.
   // Errors, with `checkpoint`, its name:
   //   NOT_FOUND CHECKPOINT_NOT_FOUND;
   //   INVALID_ARGUMENT CHECKPOINT_KIND_MISMATCH: the directory holds something
@@ -184,7 +216,9 @@ class StateReader {
   // That the chunks which hold these elements have their digests. Each chunk is
   // verified once per reader.
   // Errors: DATA_LOSS CHECKPOINT_CORRUPT; INVALID_ARGUMENT
-  // STATE_PIECES_INVALID: there is no such vector or range.
+  // STATE_PIECES_INVALID: there is no such vector or range; ABORTED
+  // CHECKPOINT_REPLACED: it was, before this file was first read; open it
+  // again.
   absl::Status Verify(const std::string& vector, int64_t begin, int64_t count);
   // `out` gets count elements in the vector's dtype. Verifies what was not
   // verified yet, in the same pass. Errors: as Verify; `out` is then undefined.
@@ -200,6 +234,9 @@ class StateReader {
   StateReader(FileSystem& files, std::string directory);
   absl::Status WithName(const absl::Status& status) const;
   absl::Status Load();
+  // Whether the manifest is still the one that was read.
+  absl::StatusOr<bool> IsThere() const;
+  absl::Status OpenData(RankFile& file, int rank);
   absl::StatusOr<StateTable> LoadTable(int rank, int64_t bytes,
                                        const std::string& digest);
   // `out` may be null: to verify only.
@@ -213,6 +250,7 @@ class StateReader {
 
   FileSystem& files_;
   const std::string directory_;
+  std::string manifest_digest_;  // of all of its text
   StateHeader header_;
   StateSummary summary_;
   std::vector<RankFile> ranks_;

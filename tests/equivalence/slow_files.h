@@ -82,6 +82,16 @@ class SlowFiles : public FileSystem {
   int CallRename(const std::string& from, const std::string& to) override {
     return Errno(files_.Rename(from, to));
   }
+  int CallExchange(const std::string& one, const std::string& other) override {
+    const auto exchanged = files_.Exchange(one, other);
+    if (!exchanged.ok()) return Errno(exchanged.status());
+    return *exchanged ? 0 : -EINVAL;
+  }
+  int CallLink(const std::string& file, const std::string& name) override {
+    const auto linked = files_.Link(file, name);
+    if (!linked.ok()) return Errno(linked.status());
+    return *linked ? 0 : -EPERM;
+  }
   int CallRemove(const std::string& path) override {
     return Errno(files_.Remove(path));
   }

@@ -56,8 +56,8 @@ CHECKPOINT_SEEDS = (
         "state_name_not_synced",
         "a checkpoint that everybody was told of goes with the power",
         "checkpoint/pending_state.cc",
-        "GW_RETURN_IF_ERROR(files_->SyncDirectory(DirectoryOf(directory_)));",
-        "",
+        "return files_->SyncDirectory(DirectoryOf(directory_));",
+        "return absl::OkStatus();",
         ("//checkpoint:state_crash_test",),
     ),
     Seed(
@@ -73,7 +73,7 @@ CHECKPOINT_SEEDS = (
         "state_replaced",
         "a save takes the place of another checkpoint",
         "checkpoint/pending_state.cc",
-        "GW_RETURN_IF_ERROR(CheckAbsent(*files_, directory_));",
+        "GW_RETURN_IF_ERROR(absent);",
         "",
         ("//checkpoint:pending_state_test",),
     ),
@@ -81,16 +81,18 @@ CHECKPOINT_SEEDS = (
         "state_leftovers_not_synced",
         "what a dead process has renamed is relied on, and goes",
         "checkpoint/pending_state.cc",
-        "return files.SyncDirectory(parent);",
-        "return absl::OkStatus();",
+        "GW_RETURN_IF_ERROR(files.SyncDirectory(parent));\n"
+        "  GW_ASSIGN_OR_RETURN(const auto names",
+        "GW_ASSIGN_OR_RETURN(const auto names",
         ("//checkpoint:state_crash_test",),
     ),
     Seed(
         "state_removed_in_sight",
         "a checkpoint that is half removed is still there",
         "checkpoint/pending_state.cc",
-        "GW_RETURN_IF_ERROR(files.SyncDirectory(DirectoryOf(directory)));\n",
-        "\n",
+        "GW_RETURN_IF_ERROR(files.Rename(from, hidden));\n"
+        "  GW_RETURN_IF_ERROR(files.SyncDirectory(DirectoryOf(directory)));\n",
+        "GW_RETURN_IF_ERROR(files.Rename(from, hidden));\n",
         ("//checkpoint:state_remove_test",),
     ),
     Seed(

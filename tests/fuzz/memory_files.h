@@ -40,6 +40,12 @@ class MemoryFiles : public FileSystem {
   int CallRename(const std::string&, const std::string&) override {
     return -EROFS;
   }
+  int CallExchange(const std::string&, const std::string&) override {
+    return -EROFS;
+  }
+  int CallLink(const std::string&, const std::string&) override {
+    return -EROFS;
+  }
   int CallRemove(const std::string&) override { return -EROFS; }
   int CallList(const std::string& directory,
                std::vector<std::string>* names) override {
