@@ -22,6 +22,8 @@ namespace gradwire {
 namespace {
 
 constexpr const char* kVectors[] = {"weight", "m", "v"};
+constexpr int kMostReplacements = 16;
+constexpr std::string_view kUserPrefix = kUserAttribute;
 
 // What can be read of a directory; none is as good as empty.
 absl::StatusOr<std::vector<std::string>> NamesIn(const std::string& directory) {
@@ -60,6 +62,18 @@ int64_t ExpiryOf(const StateHeader& header, const v1::Checkpoint& row) {
          static_cast<int64_t>(std::atof(ttl->second.c_str()) * 1e6);
 }
 
+// Of a training's checkpoint, wherever it lies. One that is damaged stays for
+// somebody to look at.
+bool HasExpired(const std::string& directory, int64_t now_micros) {
+  const auto header = ReadStateHeader(PosixFileSystem(), directory);
+  if (!header.ok()) return false;
+  v1::Checkpoint row;
+  row.set_local_path(directory);
+  FillTime(row);
+  const int64_t expiry = ExpiryOf(*header, row);
+  return expiry != 0 && expiry <= now_micros;
+}
+
 void Fill(const StateReader& reader, v1::Checkpoint& row) {
   const StateHeader& header = reader.header();
   row.set_kind("training");
@@ -71,8 +85,13 @@ void Fill(const StateReader& reader, v1::Checkpoint& row) {
   row.set_has_optimizer(reader.dtype("m").has_value());
   row.set_num_parameters(header.num_parameters);
   row.set_world_size(reader.world());
-  row.mutable_attributes()->insert(header.attributes.begin(),
-                                   header.attributes.end());
+  for (const auto& [name, value] : header.attributes) {
+    if (name.starts_with(kUserPrefix)) {
+      (*row.mutable_user_metadata())[name.substr(kUserPrefix.size())] = value;
+    } else {
+      (*row.mutable_attributes())[name] = value;
+    }
+  }
   const int64_t expiry = ExpiryOf(header, row);
   if (expiry != 0) SetTime(expiry, *row.mutable_expire_time());
 }
@@ -256,6 +275,16 @@ absl::StatusOr<v1::Checkpoint> CheckpointCatalogue::Verify(
     GW_RETURN_IF_ERROR(VerifySnapshot(ref));
     return GetSnapshot(ref);
   }
+  auto row = VerifyState(ref);
+  // By a save with `overwrite`: then it is that one which counts.
+  for (int i = 0; i < kMostReplacements && absl::IsAborted(row.status()); ++i) {
+    row = VerifyState(ref);
+  }
+  return row;
+}
+
+absl::StatusOr<v1::Checkpoint> CheckpointCatalogue::VerifyState(
+    const CheckpointRef& ref) const {
   GW_ASSIGN_OR_RETURN(const std::unique_ptr<StateReader> reader,
                       StateReader::Open(PosixFileSystem(), DirectoryOf(ref)));
   for (const char* vector : kVectors) {
@@ -296,15 +325,14 @@ absl::Status CheckpointCatalogue::DeleteExpired(
          states.ok() ? *states : std::vector<std::string>()) {
       if (!CheckName(name, "name").ok()) continue;  // not yet one
       const v1::Checkpoint row = Row({job, name});
-      // One that is damaged stays for somebody to look at.
-      const auto header = ReadStateHeader(PosixFileSystem(), row.local_path());
-      if (!header.ok()) continue;
-      const int64_t expiry = ExpiryOf(*header, row);
-      if (expiry == 0 || expiry > now_micros) continue;
-      const absl::Status removed =
-          RemoveState(PosixFileSystem(), row.local_path());
-      if (removed.ok()) paths.push_back(row.path());
-      if (!absl::IsNotFound(removed)) first.Update(removed);
+      const auto expired = [&](const std::string& directory) {
+        return HasExpired(directory, now_micros);
+      };
+      if (!expired(row.local_path())) continue;
+      const absl::StatusOr<bool> removed =
+          RemoveStateIf(PosixFileSystem(), row.local_path(), expired);
+      if (removed.ok() && *removed) paths.push_back(row.path());
+      if (!absl::IsNotFound(removed.status())) first.Update(removed.status());
     }
     const auto names =
         RemoveExpired(PosixFileSystem(), SnapshotsOf(job), now_micros);

@@ -16,9 +16,11 @@
 
 namespace gradwire {
 
-// The attribute of a training's checkpoint that says how many seconds after it
-// was made it expires.
+// Attributes of a training's checkpoint: how many seconds after it was made it
+// expires; and, with this before their names, what the client has given with
+// it.
 inline constexpr char kTtlAttribute[] = "ttl_seconds";
+inline constexpr char kUserAttribute[] = "user_metadata.";
 
 // Thread rule: any thread.
 class CheckpointCatalogue {
@@ -69,6 +71,7 @@ class CheckpointCatalogue {
   v1::Checkpoint Row(const CheckpointRef& ref) const;
   absl::StatusOr<v1::Checkpoint> GetSnapshot(const CheckpointRef& ref) const;
   absl::Status VerifySnapshot(const CheckpointRef& ref) const;
+  absl::StatusOr<v1::Checkpoint> VerifyState(const CheckpointRef& ref) const;
   absl::Status ListSnapshotsOf(const std::string& job,
                                std::vector<v1::Checkpoint>& rows) const;
   absl::Status ListStatesOf(const std::string& job,

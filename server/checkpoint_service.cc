@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <compare>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "base/error.h"
 #include "base/status.h"
 #include "server/grpc_status.h"
@@ -16,6 +19,35 @@ namespace {
 
 constexpr int kMostRows = 200, kUsualRows = 50;
 constexpr size_t kPartBytes = size_t{1} << 20;
+
+// By age. That of a checkpoint changes when another one takes its name, and
+// then it has another place.
+struct Place {
+  int64_t micros = 0;
+  std::string path;
+  auto operator<=>(const Place&) const = default;
+};
+
+Place PlaceOf(const v1::Checkpoint& row) {
+  return {row.create_time().seconds() * 1'000'000 +
+              row.create_time().nanos() / 1000,
+          row.path()};
+}
+
+std::string TokenOf(const Place& place) {
+  return std::to_string(place.micros) + ":" + place.path;
+}
+
+std::optional<Place> PlaceOf(const std::string& token) {
+  Place place;
+  const size_t colon = token.find(':');
+  if (colon == std::string::npos ||
+      !absl::SimpleAtoi(token.substr(0, colon), &place.micros)) {
+    return std::nullopt;
+  }
+  place.path = token.substr(colon + 1);
+  return place;
+}
 
 absl::Status CheckList(const v1::ListCheckpointsRequest& request) {
   if (request.page_size() < 0 || request.page_size() > kMostRows) {
@@ -63,9 +95,8 @@ absl::StatusOr<std::vector<v1::Checkpoint>> CheckpointServiceImpl::Rows(
   for (v1::Checkpoint& row : there) {
     if (known.count(row.path()) == 0) rows.push_back(std::move(row));
   }
-  std::stable_sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) {
-    return std::pair(a.create_time().seconds(), a.create_time().nanos()) <
-           std::pair(b.create_time().seconds(), b.create_time().nanos());
+  std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) {
+    return PlaceOf(a) < PlaceOf(b);
   });
   return rows;
 }
@@ -118,26 +149,25 @@ absl::StatusOr<v1::ListCheckpointsResponse> CheckpointServiceImpl::List(
   GW_ASSIGN_OR_RETURN(const std::vector<v1::Checkpoint> rows, Rows(request));
   auto next = rows.begin();
   if (!request.page_token().empty()) {
-    // The last row of the page before; rows never change their order.
-    next = std::find_if(rows.begin(), rows.end(), [&](const auto& row) {
-      return row.path() == request.page_token();
-    });
-    if (next == rows.end()) {
+    // Of the last row of the page before, which may have gone since.
+    const std::optional<Place> last = PlaceOf(request.page_token());
+    if (!last.has_value()) {
       return ErrorBuilder(absl::StatusCode::kInvalidArgument,
                           "PAGE_TOKEN_INVALID")
           .With("field", "page_token")
           .With("value", request.page_token().substr(0, 256))
           .Message(
-              "page_token must come from the previous page, whose last "
-              "checkpoint must still be there; begin again.");
+              "page_token must come from the previous page; leave it out to "
+              "begin again.");
     }
-    ++next;
+    next = std::find_if(rows.begin(), rows.end(),
+                        [&](const auto& row) { return *last < PlaceOf(row); });
   }
   const int size = request.page_size() == 0 ? kUsualRows : request.page_size();
   v1::ListCheckpointsResponse reply;
   for (; next != rows.end(); ++next) {
     if (reply.checkpoints_size() == size) {
-      reply.set_next_page_token(reply.checkpoints(size - 1).path());
+      reply.set_next_page_token(TokenOf(PlaceOf(reply.checkpoints(size - 1))));
       break;
     }
     *reply.add_checkpoints() = *next;

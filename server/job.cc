@@ -79,7 +79,10 @@ void Job::Stop() {
     if (stopping_) return;
     stopping_ = true;
     ranks = ranks_;
-    for (const auto& [id, handle] : handles_) handle->queue.WakeAll();
+    for (const auto& [id, handle] : handles_) {
+      handle->queue.WakeAll();
+      if (handle->reset != nullptr) handle->reset->changed.SignalAll();
+    }
     for (const Flight& flight : in_flight_) {
       if (flight.op != nullptr) flight.op->changed.SignalAll();
     }

@@ -28,6 +28,7 @@
 #include "server/journal.h"
 #include "server/metadata/metadata.h"
 #include "server/metrics.h"
+#include "server/names.h"
 #include "server/op_queue.h"
 #include "server/operation.h"
 #include "server/rank_group.h"
@@ -72,7 +73,8 @@ struct JobEnvironment {
   std::chrono::milliseconds result_retention = std::chrono::hours(1);
   std::atomic<bool> draining{false};
   // Told of every checkpoint and snapshot that was published.
-  std::function<void()> on_saved = [] {};
+  std::function<void(const CheckpointRef& ref)> on_saved =
+      [](const CheckpointRef&) {};
   // Told of every change of a job's state; called with the job's mutex held.
   std::function<void(const v1::Job&)> on_change;
 };
@@ -114,7 +116,8 @@ class Job {
   // The profile of a job that was ready once, whatever has become of it.
   v1::Profile LastProfile() const;
 
-  // Handles. See CreateModelRequest.
+  // Handles. See CreateModelRequest. `init_from.ref` is a path, as in
+  // Checkpoint.path.
   absl::StatusOr<v1::CreateModelResponse> CreateModel(
       const v1::CreateModelRequest& request);
   absl::StatusOr<v1::ModelInfo> GetModelInfo(const std::string& model_id) const;
@@ -178,6 +181,9 @@ class Job {
 
   bool busy() const;
   bool ready() const;
+  // Its weights have begun, with its base model or with a checkpoint: no
+  // CreateModel initialises them any more.
+  bool has_begun() const;
 
  private:
   struct Handle {
@@ -242,6 +248,10 @@ class Job {
     // The request is in the log.
     int64_t read_at = -1;
     bool load = false;  // the model
+    // Of an operation that loads: where its checkpoint stays; and whether it is
+    // there from the first time.
+    std::string kept_at = {};
+    bool replays = false;
   };
   // A checkpoint that is on the disk and nobody knows of yet; or only what the
   // log may let go.
@@ -272,14 +282,36 @@ class Job {
   // A save runs beside what follows it: job_saves.cc.
   bool WaitsForSave(const OpQueue& queue) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool WaitsForSave(const Operation& op) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether what the ranks have written may appear.
+  bool MayEndSave() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void OnWritten(const v1::RankDone& written)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Next EndSave() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether a save that has ended made this.
+  bool HasSaved(const std::string& path, const std::string& digest) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Whether what is in the way of a save was made by it, before the end of the
   // process that would have said so: the name was free when it was accepted,
   // and the state is this one. Sets the result.
   bool FindSaved(const OperationPtr& op, const v1::RankDone& done)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What is loaded stays for as long as it may be loaded again, whatever
+  // becomes of its name: job_loads.cc.
+  std::string KeptAt(const Operation& op) const;
+  // Makes the checkpoint stay, and the command load that.
+  absl::Status KeepLoaded(const Next& next, v1::RankLoadState& load) const
+      ABSL_LOCKS_EXCLUDED(mu_);
+  // Directories of loads that may be run again.
+  std::set<std::string> LoadsInUse() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::vector<std::string> ListLoaded() const;
+  absl::Status RemoveLoaded(const std::string& directory) const;
+  // Of what has been listed before.
+  void RemoveStrayLoads(const std::vector<std::string>& listed,
+                        const std::set<std::string>& in_use) const;
+  // Ends an operation that was not sent.
+  void Refuse(int64_t id, const absl::Status& status) ABSL_LOCKS_EXCLUDED(mu_);
   Dispatch LoadModel(int64_t id) const;
   void Send(Next next) ABSL_LOCKS_EXCLUDED(mu_);
   void Housekeep(Clock::time_point now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -336,6 +368,8 @@ class Job {
   absl::Status RestoreOperations(const JobRow& row)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RestoreHandle(const HandleRow& row) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What the job's first handle began with.
+  void RestoreBeginning() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::chrono::milliseconds RetainTtl(const Operation& op) const;
   void RestoreActivations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Checkpoints that were published, but not referred to, before the end of
@@ -380,9 +414,18 @@ class Job {
       ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status CheckAttach(const v1::CreateModelRequest& request) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The first of the job's handles that has begun, or is about to; null: none.
+  const Handle* FirstBegun() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void AwaitInit() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What a handle would begin with.
+  absl::Status CheckInit(const v1::CreateModelRequest& request) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Handle* FindAttached(const v1::CreateModelRequest& request) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What a handle begins with: without what the one before it has left, or, of
+  // the first one, with the checkpoint that it names.
   OperationPtr ResetOf(const Handle& handle) const;
+  static bool BeginsWithLoad(const Handle& handle);
   void Fence(Handle& handle, const absl::Status& error)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Drops the result of an operation whose time is over.

@@ -2,6 +2,7 @@
 // The handles of a job: who may train it, and who no longer may.
 #include "base/error.h"
 #include "base/status.h"
+#include "server/checkpoint_catalogue.h"
 #include "server/grpc_status.h"
 #include "server/job.h"
 #include "server/job_errors.h"
@@ -118,6 +119,65 @@ absl::Status Job::CheckAttach(const v1::CreateModelRequest& request) const {
   return absl::OkStatus();
 }
 
+const Job::Handle* Job::FirstBegun() const {
+  const Handle* first = nullptr;
+  for (const auto& [id, handle] : handles_) {
+    const OperationPtr& reset = handle->reset;
+    const bool has_ended = reset != nullptr && reset->Ended();
+    if (has_ended && reset->final_state != v1::OPERATION_STATE_DONE) continue;
+    // One that was taken over before it had begun.
+    if (!has_ended && handle.get() != current_) continue;
+    if (first == nullptr || handle->number < first->number) {
+      first = handle.get();
+    }
+  }
+  return first;
+}
+
+absl::Status Job::CheckInit(const v1::CreateModelRequest& request) const {
+  const v1::InitFrom& init = request.init_from();
+  if (init.ref().empty()) return absl::OkStatus();
+  if (const Handle* first = FirstBegun(); first != nullptr) {
+    const v1::InitFrom& had = first->request.init_from();
+    const bool other = had.ref() != init.ref();
+    if (!other && had.optimizer() == init.optimizer()) return absl::OkStatus();
+    const std::string began = had.ref().empty() ? "base model" : had.ref();
+    const auto with = [](bool optimizer) {
+      return std::string(optimizer ? "true" : "false");
+    };
+    return Mismatch(other ? "init_from.ref" : "init_from.optimizer",
+                    other ? init.ref() : with(init.optimizer()),
+                    other ? began : with(had.optimizer()))
+        .Message(
+            "The job's weights have begun already, with the " +
+            (other ? "state in limit"
+                   : std::string("same checkpoint, but its optimizer's state "
+                                 "as in limit")) +
+            "; init_from is for a job's first model. Attach without it and "
+            "use load_state, or create another job.");
+  }
+  if (spec_.forward_only() && init.optimizer()) {
+    return Unsupported("init_from.optimizer", "true");
+  }
+  if (!spec_.forward_only() && request.mode() == v1::MODEL_MODE_FORWARD_ONLY) {
+    return Mismatch("mode", "forward_only", "train")
+        .Message(
+            "A model that only answers forward, of other weights than the "
+            "job's own, is a job of its own: create one that is "
+            "forward-only.");
+  }
+  return absl::OkStatus();
+}
+
+bool Job::has_begun() const {
+  absl::MutexLock lock(&mu_);
+  return FirstBegun() != nullptr;
+}
+
+bool Job::BeginsWithLoad(const Handle& handle) {
+  return !handle.attached && !handle.request.init_from().ref().empty();
+}
+
 OperationPtr Job::ResetOf(const Handle& handle) const {
   auto op = std::make_shared<Operation>();
   op->op_id = handle.model_id + ".0";
@@ -129,8 +189,28 @@ OperationPtr Job::ResetOf(const Handle& handle) const {
   op->record.set_model_id(handle.model_id);
   op->record.set_state(v1::OPERATION_STATE_QUEUED);
   *op->record.mutable_create_time() = WallNow();
-  op->request.command.mutable_reset();
+  op->loads = BeginsWithLoad(handle);
+  const v1::InitFrom& init = handle.request.init_from();
+  const auto ref = ParseCatalogueRef(init.ref(), "init_from.ref");
+  if (!op->loads || !ref.ok()) {
+    op->request.command.mutable_reset();
+    return op;
+  }
+  v1::RankLoadState& load = *op->request.command.mutable_load_state();
+  load.set_directory(
+      CheckpointCatalogue(environment_->jobs_directory).DirectoryOf(*ref));
+  load.set_path(init.ref());
+  load.set_optimizer(init.optimizer());
   return op;
+}
+
+// Whether it succeeds decides what others attach to.
+void Job::AwaitInit() {
+  while (!stopping_ && current_ != nullptr) {
+    const OperationPtr begins = current_->reset;
+    if (begins == nullptr || !begins->loads || begins->Final()) return;
+    begins->changed.Wait(&mu_);
+  }
 }
 
 absl::StatusOr<Job::Handle*> Job::Attach(
@@ -143,9 +223,21 @@ absl::StatusOr<Job::Handle*> Job::Attach(
     if (Handle* earlier = FindAttached(request); earlier != nullptr) {
       return earlier;
     }
+    AwaitInit();
     GW_RETURN_IF_ERROR(CheckAttach(request));
+    GW_RETURN_IF_ERROR(CheckInit(request));
+    handle->attached = FirstBegun() != nullptr;
+  }
+  if (!handle->attached && !request.init_from().ref().empty()) {
+    GW_ASSIGN_OR_RETURN(
+        const CheckpointRef ref,
+        ParseCatalogueRef(request.init_from().ref(), "init_from.ref"));
+    GW_RETURN_IF_ERROR(
+        CheckpointCatalogue(environment_->jobs_directory).Get(ref).status());
+  }
+  {
+    absl::MutexLock lock(&mu_);
     handle->number = ++num_handles_;
-    handle->attached = !handles_.empty();
   }
   handle->model_id = id_ + "." + RandomHex(8);
   handle->session_id = request.session_id();
@@ -180,9 +272,6 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
     const v1::CreateModelRequest& request) {
   if (request.lora().rank() != 0) {
     return Unsupported("lora.rank", std::to_string(request.lora().rank()));
-  }
-  if (!request.init_from().ref().empty()) {
-    return Unsupported("init_from", request.init_from().ref().substr(0, 64));
   }
   if (request.mode() == v1::MODEL_MODE_BASE_ONLY ||
       !v1::ModelMode_IsValid(request.mode())) {

@@ -108,6 +108,14 @@ void Job::Commit() {
       const bool recorded = status.ok() && !broken;
       for (const OperationPtr& op : ended) Publish(op, recorded);
     }
+    for (const OperationPtr& op : ended) {
+      // One of which nobody knows may be run again. What stays goes with the
+      // next checkpoint.
+      const bool known = status.ok() && !broken;
+      if (known && op->loads && op->final_state != v1::OPERATION_STATE_DONE) {
+        RemoveLoaded(KeptAt(*op)).IgnoreError();
+      }
+    }
     Failpoint("op.after_reply");
     for (const Reference& reference : references) {
       if (broken || !status.ok()) break;
@@ -191,7 +199,12 @@ void Job::Publish(const OperationPtr& op, bool recorded) {
   if (op->final_state == v1::OPERATION_STATE_DONE &&
       (op->kind == v1::OPERATION_KIND_SAVE_STATE ||
        op->kind == v1::OPERATION_KIND_SAVE_SNAPSHOT)) {
-    environment_->on_saved();
+    const std::string& path = op->kind == v1::OPERATION_KIND_SAVE_STATE
+                                  ? op->record.save_state().path()
+                                  : op->record.snapshot().path();
+    if (const auto ref = ParseCatalogueRef(path, "path"); ref.ok()) {
+      environment_->on_saved(*ref);
+    }
   }
   results_.push_back(op);
   environment_->sessions->Publish(op->session_id, op->record);

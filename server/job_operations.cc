@@ -57,6 +57,8 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   op->activation_id = activation_id;
   op->retain_ttl_seconds = retain_ttl_seconds;
   op->shapes = std::move(shapes);
+  op->replaces = request.command.save_state().replaces();
+  op->loads = request.command.has_load_state();
   op->request = std::move(request);
   op->submitted = Clock::now();
   op->record.set_op_id(op->op_id);

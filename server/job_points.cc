@@ -31,8 +31,8 @@ bool Job::PointDue(const OperationPtr& op) const {
       Clock::now() < no_point_before_) {
     return false;
   }
-  // What is loaded may be deleted.
-  if (op->kind == v1::OPERATION_KIND_LOAD_STATE) return true;
+  // What is loaded is kept for as long as it may be loaded again.
+  if (op->loads) return true;
   if (op->kind != v1::OPERATION_KIND_OPTIM_STEP) return false;
   // Kept activations are not saved.
   for (const auto& [id, activation] : activations_) {
@@ -83,7 +83,7 @@ int64_t Job::LogNeededFrom(int64_t replay_from) const {
   int64_t from = replay_from;
   for (const OperationPtr& op : history_) {
     if (op->outcome_at >= 0 && op->outcome_at < replay_from) continue;
-    // That a handle has attached is all there is to it.
+    // The handle says what it attached, or began, with.
     if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) continue;
     if (op->logged_at >= 0) from = std::min(from, op->logged_at);
   }
@@ -118,6 +118,9 @@ absl::Status Job::AddReference(const Reference& reference) {
   std::vector<RecoveryPoint> old;
   std::vector<OperationPtr> operations;
   int64_t replay_from = 0;
+  // Before it is known what is in use: what comes later is in use.
+  const std::vector<std::string> loaded = ListLoaded();
+  std::set<std::string> loads_in_use;
   {
     absl::MutexLock lock(&mu_);
     points = points_;
@@ -161,8 +164,10 @@ absl::Status Job::AddReference(const Reference& reference) {
            history_.front()->outcome_at < replay_from) {
       history_.pop_front();
     }
+    loads_in_use = LoadsInUse();
   }
   Failpoint("checkpoint.after_reference");
+  RemoveStrayLoads(loaded, loads_in_use);
   for (const RecoveryPoint& point : old) {
     const absl::Status removed = RemoveState(files, PointDirectory(point));
     if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
@@ -187,6 +192,8 @@ void Job::RemoveDurableState() {
     }
     files.Remove(directory() + part).IgnoreError();
   }
+  RemoveStrayLoads(ListLoaded(), {});
+  files.Remove(directory() + "/loaded").IgnoreError();
   // Unless it has checkpoints or snapshots, which outlive their job.
   files.Remove(directory()).IgnoreError();
 }

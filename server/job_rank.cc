@@ -80,14 +80,14 @@ std::optional<Job::Next> Job::TakeNext() {
     next.id = next_command_++;
     return next;
   }
-  if (end_save_.has_value()) return EndSave();
+  if (end_save_.has_value() && MayEndSave()) return EndSave();
   if (stage_ == Stage::kLoadPoint || stage_ == Stage::kReplay) {
     return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
   }
   // The ranks' failure is known before the job's state says so.
   if (stage_ != Stage::kRunning || !job_.ready()) return std::nullopt;
   if (save_after_ != nullptr) return SavePoint();
-  if (again_.empty() && !control_.empty()) {
+  if (again_.empty() && !control_.empty() && !WaitsForSave(*control_.front())) {
     OperationPtr op = control_.front();
     control_.pop_front();
     return Begin(op);
@@ -100,14 +100,14 @@ std::optional<Job::Next> Job::TakeNext() {
   if (!again_.empty()) {
     const OperationPtr op = again_.front();
     if (op->crashes > 0 && !in_flight_.empty()) return std::nullopt;
-    if (saving_.has_value() && (op->kind == v1::OPERATION_KIND_SAVE_STATE ||
-                                op->kind == v1::OPERATION_KIND_LOAD_STATE)) {
-      return std::nullopt;
-    }
+    if (WaitsForSave(*op)) return std::nullopt;
     again_.pop_front();
     return Begin(op);
   }
-  if (current_ == nullptr || WaitsForSave(current_->queue)) return std::nullopt;
+  if (current_ == nullptr || !control_.empty() ||
+      WaitsForSave(current_->queue)) {
+    return std::nullopt;
+  }
   OperationPtr op = current_->queue.TakeNext();
   if (op == nullptr) return std::nullopt;
   return Begin(op);
@@ -131,13 +131,18 @@ Job::Next Job::Begin(const OperationPtr& op) {
       Launch({.purpose = released ? Flight::kRelease : Flight::kOperation,
               .op = op,
               .known_items = op->logprobs.size()});
-  if (op->request.command.command_case() == v1::RankCommand::COMMAND_NOT_SET) {
+  if (op->request.command.command_case() != v1::RankCommand::COMMAND_NOT_SET) {
+    next.request = std::move(op->request);
+    op->request = OperationRequest();
+  } else if (const auto handle = FindHandle(op->model_id);
+             op->kind == v1::OPERATION_KIND_UNSPECIFIED && handle.ok()) {
+    next.request = std::move(ResetOf(**handle)->request);
+  } else {
     next.read_at = op->logged_at;
   }
-  next.request = std::move(op->request);
-  op->request = OperationRequest();
   next.shapes = op->shapes;
   next.rank_of = op->rank_of;
+  if (op->loads) next.kept_at = KeptAt(*op);
   op->started = Clock::now();
   op->record.set_state(v1::OPERATION_STATE_RUNNING);
   *op->record.mutable_start_time() = WallNow();
@@ -197,6 +202,22 @@ void Job::Send(Next next) {
     }
     for (v1::GradientChunk& chunk : *op.mutable_gradients()) {
       next.request.gradients.emplace_back().Swap(&chunk);
+    }
+  }
+  if (next.request.command.has_end_save()) {
+    // What appears on the disk, a log that comes through a power loss knows of;
+    // and of all that came before it.
+    if (absl::Status synced = journal_->Sync(); !synced.ok()) {
+      BreakJournal(synced);
+      return;
+    }
+  }
+  if (!next.kept_at.empty() && next.request.command.has_load_state()) {
+    const absl::Status kept =
+        KeepLoaded(next, *next.request.command.mutable_load_state());
+    if (!kept.ok()) {
+      Refuse(next.id, kept);
+      return;
     }
   }
   Failpoint("op.before_execute");

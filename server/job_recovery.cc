@@ -170,8 +170,14 @@ std::optional<Job::Next> Job::NextReplay() {
     ++replay_next_;
     if (!NeedsReplay(op)) continue;
     Next next = Launch({.purpose = Flight::kReplay, .op = op});
+    if (op->loads) {
+      next.kept_at = KeptAt(*op);
+      next.replays = true;
+    }
     if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) {
+      const auto handle = FindHandle(op->model_id);
       next.request.command.mutable_reset();
+      if (handle.ok()) next.request = std::move(ResetOf(**handle)->request);
     } else if (op->final_state == v1::OPERATION_STATE_DONE) {
       next.read_at = op->logged_at;
       next.shapes = op->shapes;

@@ -142,6 +142,7 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     Handle& handle = *by_number.at(key.first);
     if (op->seq == 0) {
       handle.reset = op;
+      op->loads = BeginsWithLoad(handle);
     } else {
       handle.queue.Restore(op, now);
       if (op->Ended()) results_.push_back(op);
@@ -159,6 +160,13 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     Fence(*handle, Fenced());
   }
   if (current_ != nullptr && current_->unloaded) Fence(*current_, Unloaded());
+  if (current_ != nullptr && current_->reset != nullptr &&
+      current_->reset->Ended() &&
+      current_->reset->final_state != v1::OPERATION_STATE_DONE) {
+    // What it was to begin with could not be loaded.
+    current_->fenced = true;
+    current_ = nullptr;
+  }
   if (current_ != nullptr &&
       (current_->reset == nullptr || !current_->reset->Ended())) {
     // The server ended while it attached.
@@ -169,7 +177,25 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     control_.push_back(current_->reset);
   }
   RestoreActivations();
+  RestoreBeginning();
+  RemoveStrayLoads(ListLoaded(), LoadsInUse());
   return absl::OkStatus();
+}
+
+void Job::RestoreBeginning() {
+  const Handle* first = FirstBegun();
+  if (first == nullptr || first->reset == nullptr || !points_.empty()) return;
+  const OperationPtr& begins = first->reset;
+  // The log may have let it go, as all that did not change the weights.
+  if (begins->loads && begins->Ended() &&
+      std::find(history_.begin(), history_.end(), begins) == history_.end()) {
+    if (history_.empty()) {
+      // Nothing has changed it since.
+      job_.set_weight_version(begins->weight_version);
+      job_.set_optimizer_step(begins->optimizer_step);
+    }
+    history_.push_front(begins);
+  }
 }
 
 void Job::RestoreHandle(const HandleRow& row) {

@@ -179,6 +179,12 @@ void Job::Finish(const OperationPtr& op, v1::OperationState state,
   op->final_state = state;
   op->weight_version = job_.weight_version();
   op->optimizer_step = job_.optimizer_step();
+  if (op->handle != 0 && op->kind == v1::OPERATION_KIND_UNSPECIFIED && !done &&
+      current_ != nullptr && current_->reset == op) {
+    // A handle that has not begun is none.
+    current_->fenced = true;
+    current_ = nullptr;
+  }
   if (op->handle == 0) {
     // No handle has asked for it.
     op->record.set_state(state);

@@ -10,9 +10,28 @@ namespace gradwire {
 bool Job::WaitsForSave(const OpQueue& queue) const {
   if (!saving_.has_value()) return false;
   const OperationPtr next = queue.Find(queue.next_seq());
+  return next != nullptr && WaitsForSave(*next);
+}
+
+bool Job::WaitsForSave(const Operation& op) const {
   // A load may be of what is being saved.
-  return next != nullptr && (next->kind == v1::OPERATION_KIND_SAVE_STATE ||
-                             next->kind == v1::OPERATION_KIND_LOAD_STATE);
+  return saving_.has_value() &&
+         (op.kind == v1::OPERATION_KIND_SAVE_STATE || op.loads);
+}
+
+bool Job::MayEndSave() const {
+  const OperationPtr& op = saving_->op;
+  if (saving_->purpose != Flight::kOperation || !op->replaces ||
+      end_save_->has_error()) {
+    return true;
+  }
+  // What it replaces is what earlier ones, run again, would find: they have
+  // been recorded, and are not run again.
+  const auto handle = FindHandle(op->model_id);
+  if (!handle.ok()) return true;
+  const OperationPtr before =
+      op->seq == 1 ? (*handle)->reset : (*handle)->queue.Find(op->seq - 1);
+  return before == nullptr || before->Final();
 }
 
 void Job::OnWritten(const v1::RankDone& written) {
@@ -35,6 +54,18 @@ Job::Next Job::EndSave() {
   return next;
 }
 
+bool Job::HasSaved(const std::string& path, const std::string& digest) const {
+  bool found = false;
+  for (const auto& [id, handle] : handles_) {
+    handle->queue.Visit([&](const Operation& op) {
+      found = found || (op.final_state == v1::OPERATION_STATE_DONE &&
+                        op.record.save_state().path() == path &&
+                        op.record.save_state().digest() == digest);
+    });
+  }
+  return found;
+}
+
 bool Job::FindSaved(const OperationPtr& op, const v1::RankDone& done) {
   if (done.error().reason() != "CHECKPOINT_EXISTS" ||
       op->kind != v1::OPERATION_KIND_SAVE_STATE || !op->is_again ||
@@ -49,6 +80,7 @@ bool Job::FindSaved(const OperationPtr& op, const v1::RankDone& done) {
       saved->weight_version() != done.weight_version()) {
     return false;
   }
+  if (HasSaved(saved->path(), saved->digest())) return false;
   v1::SaveStateResult& result = *op->record.mutable_save_state();
   result.set_path(saved->path());
   result.set_local_path(saved->local_path());

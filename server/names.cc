@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "absl/strings/str_split.h"
@@ -12,6 +13,8 @@
 
 namespace gradwire {
 namespace {
+
+constexpr std::string_view kCrossJob = "cross_job://";
 
 bool IsAlnum(char c) {
   return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
@@ -65,8 +68,15 @@ absl::Status CheckModelId(const std::string& model_id) {
 
 namespace {
 
-// jobs/JOB/FOLDER/NAME, also after gradwire://; nullopt if it is none.
+// jobs/JOB/FOLDER/NAME, also after gradwire://, or cross_job://JOB/NAME;
+// nullopt if it is none.
 std::optional<CheckpointRef> Split(const std::string& ref) {
+  if (ref.starts_with(kCrossJob)) {
+    const std::vector<std::string> parts =
+        absl::StrSplit(ref.substr(kCrossJob.size()), '/');
+    if (parts.size() != 2) return std::nullopt;
+    return CheckpointRef{parts[0], parts[1], false};
+  }
   const std::string path(absl::StripPrefix(ref, "gradwire://"));
   const std::vector<std::string> parts = absl::StrSplit(path, '/');
   if (parts.size() != 4 || parts[0] != "jobs") return std::nullopt;

@@ -87,8 +87,12 @@ struct Operation {
   int crashes = 0;
   // It may have been run before, by a process that did not come to say so.
   bool is_again = false;
-  // Of a save: there was something under its name when it was accepted.
+  // Of a save: there was something under its name when it was accepted; it may
+  // take its place.
   bool name_taken = false;
+  bool replaces = false;
+  // It loads a checkpoint: a LoadState, or the beginning of a handle with one.
+  bool loads = false;
   // Arrays of an ended operation are in the log alone.
   bool stored = false;
 

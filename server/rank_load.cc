@@ -70,7 +70,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   options.max_context = load.spec().max_context_length();
   options.activation_bytes = load.spec().activation_bytes();
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
-  options.forward_only = load.spec().forward_only();
+  options.forward_only = forward_only_ = load.spec().forward_only();
   options.snapshot_shard_bytes = load.snapshot_shard_bytes();
   if (world_ > 1) link_.Send(progress(v1::JOB_PHASE_COLLECTIVES, 0));
   if (absl::Status joined = JoinGroup(load); !joined.ok()) return fail(joined);

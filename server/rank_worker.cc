@@ -307,14 +307,15 @@ absl::Status RankWorker::BeginSave(const v1::RankSaveState& command,
   event.mutable_done()->set_optimizer_step(trainer_->optimizer_step());
   event.mutable_done()->mutable_save_state();
   saving_ = command;
-  return trainer_->BeginSave(
-      command.directory(), [this, event](const absl::Status& status) mutable {
-        if (!status.ok()) {
-          event.mutable_done()->clear_result();
-          *event.mutable_done()->mutable_error() = ToOperationError(status);
-        }
-        link_.Send(event);
-      });
+  return trainer_->BeginSave(command.directory(), command.replaces(),
+                             [this, event](const absl::Status& status) mutable {
+                               if (!status.ok()) {
+                                 event.mutable_done()->clear_result();
+                                 *event.mutable_done()->mutable_error() =
+                                     ToOperationError(status);
+                               }
+                               link_.Send(event);
+                             });
 }
 
 absl::Status RankWorker::EndSave(const v1::RankEndSave& command,
@@ -345,6 +346,8 @@ absl::Status RankWorker::LoadState(const v1::RankLoadState& command,
   result.set_path(command.path());
   result.set_optimizer(command.optimizer());
   done.set_dropped_ops(dropped);
+  // Of weights that nothing changes, the checkpoint's are enough.
+  if (forward_only_) return absl::OkStatus();
   GW_ASSIGN_OR_RETURN(*done.mutable_state_digest(), trainer_->StateDigest());
   return absl::OkStatus();
 }

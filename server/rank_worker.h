@@ -61,6 +61,7 @@ class RankWorker {
   RankBackend backend_;  // made by Load
   int rank_ = 0;
   int world_ = 1;
+  bool forward_only_ = false;
   RankGroupMember group_;
   std::unique_ptr<Trainer> trainer_;
   // What is being saved.

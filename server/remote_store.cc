@@ -72,6 +72,16 @@ void RemoteStore::Wake() {
   work_.notify_all();
 }
 
+void RemoteStore::Saved(const CheckpointRef& ref) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved_.insert(ref.path());
+    stored_.erase(ref.path());
+    failures_.erase(ref.path());
+  }
+  Wake();
+}
+
 void RemoteStore::Fill(const CheckpointRef& ref, v1::Checkpoint& row) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (stored_.count(ref.path()) != 0) {
@@ -127,6 +137,8 @@ void RemoteStore::RunOnce() {
     if (is_stored(ref)) continue;
     const absl::Status status = Store(ref);
     if (ending()) return;
+    // It is this one's turn again at once.
+    if (absl::IsAborted(status)) continue;
     SetFailure(ref, status);
     metrics_->CountUpload(status.ok() ? "ok" : "error");
     if (status.ok()) metrics_->SetUploadsWaiting(--waiting);
@@ -152,6 +164,10 @@ void RemoteStore::SetFailure(const CheckpointRef& ref,
 }
 
 absl::Status RemoteStore::Store(const CheckpointRef& ref) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved_.erase(ref.path());
+  }
   auto row = catalogue_.Get(ref);
   if (absl::IsNotFound(row.status())) return absl::OkStatus();
   // What is damaged is not copied.
@@ -167,18 +183,29 @@ absl::Status RemoteStore::Store(const CheckpointRef& ref) {
     if (!is_stored) GW_RETURN_IF_ERROR(Store(parent));
   }
   GW_RETURN_IF_ERROR(remote_.Sweep(ref.path()));
+  RemoteCheckpoints::Source source;
+  source.directory = catalogue_.DirectoryOf(ref);
+  source.digest = row->digest();
+  source.parent = row->parent();
+  source.created_micros = row->create_time().seconds() * 1'000'000 +
+                          row->create_time().nanos() / 1000;
+  // Snapshots are never replaced.
+  source.replaces = !ref.snapshot;
+  source.check = [&]() -> absl::Status {
+    const auto now = catalogue_.Get(ref);
+    if (now.ok() && now->digest() == row->digest()) return absl::OkStatus();
+    return absl::AbortedError("it was replaced, or deleted, meanwhile");
+  };
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
-                      remote_.Store(ref.path(), catalogue_.DirectoryOf(ref),
-                                    row->digest(), row->parent(),
-                                    row->create_time().seconds() * 1'000'000 +
-                                        row->create_time().nanos() / 1000));
+                      remote_.Store(ref.path(), source));
   bool is_there = false;
   {
     // Who deletes it removes the copy after it is gone from the disk: before
     // this, and then there was none yet, or after it.
     const std::lock_guard<std::mutex> lock(mutex_);
     is_there = PosixFileSystem().Stat(catalogue_.DirectoryOf(ref)).ok();
-    if (is_there) stored_.insert(ref.path());
+    const bool is_latest = saved_.count(ref.path()) == 0;
+    if (is_there && is_latest) stored_.insert(ref.path());
   }
   if (!is_there) return remote_.Remove(ref.path());
   metrics_->CountUploadBytes(commit.bytes());

@@ -37,8 +37,8 @@ class RemoteStore {
 
   std::string url() const { return store_->url(); }
 
-  // There may be something new to store.
-  void Wake();
+  // There is something new to store; it may have replaced what was stored.
+  void Saved(const CheckpointRef& ref);
   // Where a copy is, or why there is none.
   void Fill(const CheckpointRef& ref, v1::Checkpoint& row) const;
 
@@ -60,6 +60,7 @@ class RemoteStore {
   absl::Status CheckNoChild(const CheckpointRef& ref);
 
  private:
+  void Wake();
   void Run();
   void RunOnce();
   absl::Status Store(const CheckpointRef& ref);
@@ -78,6 +79,7 @@ class RemoteStore {
   bool end_ = false;
   bool woken_ = false;
   std::set<std::string> stored_;  // by path
+  std::set<std::string> saved_;   // since it was looked at
   std::map<std::string, absl::Status> failures_;
   std::deque<CheckpointRef> to_remove_;
   std::thread thread_;

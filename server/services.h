@@ -215,6 +215,8 @@ class TrainingServiceImpl final : public v1::TrainingService::Service {
 
  private:
   // What is in the object store alone comes back to the disk.
+  // Makes `init_from.ref` a path, and brings what it names to the disk.
+  absl::Status ResolveInit(const Job& job, v1::CreateModelRequest& request);
   absl::Status FetchState(const v1::LoadStateRequest& request,
                           const CheckpointRef& ref);
   ServiceContext& context_;

@@ -225,7 +225,9 @@ absl::Status Supervisor::StartRemoteStore(const SupervisorOptions& options) {
   remote_ = std::make_unique<RemoteStore>(
       std::move(store), CheckpointCatalogue(environment_.jobs_directory),
       metadata_->server_id(), metadata_->epoch(), &registry_);
-  environment_.on_saved = [remote = remote_.get()] { remote->Wake(); };
+  environment_.on_saved = [remote = remote_.get()](const CheckpointRef& ref) {
+    remote->Saved(ref);
+  };
   context_.remote = remote_.get();
   return absl::OkStatus();
 }

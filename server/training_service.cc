@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <string>
+
 #include "base/error.h"
 #include "base/status.h"
 #include "server/batch_upload.h"
@@ -121,6 +124,37 @@ absl::Status CheckTtl(double seconds) {
       .Message("ttl_seconds must be 0 (kept) or up to a hundred years.");
 }
 
+absl::Status CheckUserMetadata(
+    const google::protobuf::Map<std::string, std::string>& metadata) {
+  constexpr size_t kMostNames = 64, kMostName = 128, kMostBytes = 16 << 10;
+  size_t bytes = 0, longest = 0;
+  bool unnamed = false;
+  for (const auto& [name, value] : metadata) {
+    bytes += name.size() + value.size();
+    longest = std::max(longest, name.size());
+    unnamed = unnamed || name.empty();
+  }
+  const auto refuse = [](size_t value, size_t limit, const std::string& what) {
+    return ErrorBuilder(absl::StatusCode::kInvalidArgument,
+                        "OPTION_OUT_OF_RANGE")
+        .With("field", "user_metadata")
+        .With("value", static_cast<int64_t>(value))
+        .With("limit", static_cast<int64_t>(limit))
+        .Message("user_metadata " + what + "; keep what is large elsewhere.");
+  };
+  if (metadata.size() > kMostNames) {
+    return refuse(metadata.size(), kMostNames, "has more than 64 names");
+  }
+  if (unnamed || longest > kMostName) {
+    return refuse(longest, kMostName,
+                  "has a name that is not 1 to 128 bytes long");
+  }
+  if (bytes > kMostBytes) {
+    return refuse(bytes, kMostBytes, "has more than 16 KiB");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckSaveState(const v1::SaveStateRequest& request) {
   GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
   if (request.name() == "latest") {
@@ -129,6 +163,7 @@ absl::Status CheckSaveState(const v1::SaveStateRequest& request) {
         .With("value", "latest")
         .Message("\"latest\" is reserved; give the checkpoint another name.");
   }
+  GW_RETURN_IF_ERROR(CheckUserMetadata(request.user_metadata()));
   return CheckTtl(request.ttl_seconds());
 }
 
@@ -169,10 +204,27 @@ grpc::Status TrainingServiceImpl::CreateModel(
     v1::CreateModelResponse* reply) {
   auto job = context_.jobs->Get(request->job_id());
   if (!job.ok()) return ToGrpcStatus(job.status());
-  auto created = (*job)->CreateModel(*request);
+  v1::CreateModelRequest resolved = *request;
+  if (const absl::Status init = ResolveInit(**job, resolved); !init.ok()) {
+    return ToGrpcStatus(init);
+  }
+  auto created = (*job)->CreateModel(resolved);
   if (!created.ok()) return ToGrpcStatus(created.status());
   *reply = *std::move(created);
   return grpc::Status::OK;
+}
+
+absl::Status TrainingServiceImpl::ResolveInit(const Job& job,
+                                              v1::CreateModelRequest& request) {
+  if (!request.has_init_from()) return absl::OkStatus();
+  GW_ASSIGN_OR_RETURN(
+      const CheckpointRef ref,
+      ParseCheckpointRef(request.init_from().ref(), job.id(), "init_from.ref"));
+  request.mutable_init_from()->set_ref("gradwire://" + ref.path());
+  if (context_.remote == nullptr || job.has_begun()) return absl::OkStatus();
+  const absl::Status fetched = context_.remote->Fetch(ref);
+  // Of what is not there either, the disk's answer.
+  return absl::IsNotFound(fetched) ? absl::OkStatus() : fetched;
 }
 
 grpc::Status TrainingServiceImpl::GetModelInfo(
@@ -266,10 +318,14 @@ grpc::Status TrainingServiceImpl::SaveState(grpc::ServerContext*,
     attributes["precision"] = spec.precision();
     attributes["version"] = kVersion;
   }
+  auto& attributes = *save.mutable_attributes();
   if (request->ttl_seconds() > 0) {
-    (*save.mutable_attributes())[kTtlAttribute] =
-        std::to_string(request->ttl_seconds());
+    attributes[kTtlAttribute] = std::to_string(request->ttl_seconds());
   }
+  for (const auto& [name, value] : request->user_metadata()) {
+    attributes[kUserAttribute + name] = value;
+  }
+  save.set_replaces(request->overwrite());
   return SubmitSimple(context_, request->model_id(), request->seq_id(),
                       v1::OPERATION_KIND_SAVE_STATE, *request, command, "",
                       CheckSaveState(*request), reply);

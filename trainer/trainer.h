@@ -256,14 +256,16 @@ class Trainer {
   // they are, removes what there is. One of them ends the save, and with it the
   // trainer's end does.
   // REQUIRES: none goes on before BeginSave; one does before the others.
+  // `replaces`: as PendingState's.
   virtual absl::Status BeginSave(
-      const std::string& directory,
+      const std::string& directory, bool replaces,
       std::function<void(const absl::Status&)> written) = 0;
   virtual absl::StatusOr<SavedState> PublishSave(
       const std::map<std::string, std::string>& attributes) = 0;
   virtual void AbandonSave() = 0;
   // Weights and weight_version, with `optimizer` also moments and step (else
   // these begin at zero), of a checkpoint that any number of ranks has written.
+  // Of a forward-only job weights alone, rounded as those of its model were.
   // Drops gradients and activations, as Reset, and returns the same.
   // Errors, after which all is as before: those of StateReader;
   // FAILED_PRECONDITION CHECKPOINT_INCOMPATIBLE (field, value, limit). After

@@ -107,7 +107,7 @@ class TrainerImpl : public Trainer {
       const std::string& directory,
       const std::map<std::string, std::string>& attributes) override;
   absl::Status BeginSave(
-      const std::string& directory,
+      const std::string& directory, bool replaces,
       std::function<void(const absl::Status&)> written) override;
   absl::StatusOr<SavedState> PublishSave(
       const std::map<std::string, std::string>& attributes) override;

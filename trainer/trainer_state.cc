@@ -33,9 +33,10 @@ absl::Status Incompatible(const std::string& field, const std::string& value,
 }
 
 absl::StatusOr<PendingState> CreatePending(FileSystem& files,
-                                           const std::string& directory) {
+                                           const std::string& directory,
+                                           bool replaces) {
   GW_RETURN_IF_ERROR(MakeDirectories(files, DirectoryOf(directory)));
-  return PendingState::Create(files, directory);
+  return PendingState::Create(files, directory, replaces);
 }
 
 // The moments, by the names that they have in a checkpoint.
@@ -98,13 +99,13 @@ absl::Status TrainerImpl::CheckShared(const std::string& path) {
 }
 
 absl::Status TrainerImpl::BeginSave(
-    const std::string& directory,
+    const std::string& directory, bool replaces,
     std::function<void(const absl::Status&)> written) {
   GW_CHECK(!options_.forward_only && saving_ == nullptr);
   auto saving = std::make_unique<Saving>();
   absl::Status status;
   if (rank_ == 0) {
-    auto made = CreatePending(files_, directory);
+    auto made = CreatePending(files_, directory, replaces);
     status = made.status();
     if (made.ok()) {
       saving->pending = std::make_unique<PendingState>(*std::move(made));
@@ -159,9 +160,9 @@ absl::StatusOr<SavedState> TrainerImpl::SaveState(
     const std::string& directory,
     const std::map<std::string, std::string>& attributes) {
   std::promise<absl::Status> written;
-  GW_RETURN_IF_ERROR(BeginSave(directory, [&](const absl::Status& status) {
-    written.set_value(status);
-  }));
+  GW_RETURN_IF_ERROR(BeginSave(
+      directory, /*replaces=*/false,
+      [&](const absl::Status& status) { written.set_value(status); }));
   if (absl::Status status = Agree(written.get_future().get()); !status.ok()) {
     AbandonSave();
     return status;
@@ -213,6 +214,7 @@ absl::Status TrainerImpl::ReadState(StateReader& reader, bool optimizer) {
     GW_RETURN_IF_ERROR(reader.Read("weight", part.begin, part.size(), values));
     return weights.Write(part.offset, part.size(), values);
   }));
+  if (options_.forward_only) return absl::OkStatus();
   const bool moments = optimizer && reader.header().optimizer_step > 0;
   for (const Moment& moment : {Moment{"m", state_.m}, Moment{"v", state_.v}}) {
     GW_RETURN_IF_ERROR(ForEachPart(
@@ -253,7 +255,7 @@ absl::StatusOr<std::string> TrainerImpl::StateDigest() {
 
 absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
                                                bool optimizer) {
-  GW_CHECK(!options_.forward_only);
+  GW_CHECK(!options_.forward_only || !optimizer);
   GW_RETURN_IF_ERROR(CheckShared(directory));
   auto reader = StateReader::Open(files_, directory);
   absl::Status status = reader.status();

@@ -91,7 +91,7 @@ absl::Status MeasureSaves(LocalStep& step, const Plain& plain) {
     double written_at = 0;
     begin = Now();
     GW_RETURN_IF_ERROR(
-        step.trainer().BeginSave(path, [&](const absl::Status& end) {
+        step.trainer().BeginSave(path, false, [&](const absl::Status& end) {
           status = end;
           written_at = Now();
           written.Notify();

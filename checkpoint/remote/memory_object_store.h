@@ -34,6 +34,12 @@ class MemoryObjectStore final : public ObjectStore {
     dead_ = false;
   }
   int64_t calls() const { return calls_; }
+  // Calls back before the call of this number, from now on.
+  void BeforeCall(int64_t call, std::function<void()> then) {
+    FailAt(0, Fault::kUnreachable);
+    then_at_ = call;
+    then_ = std::move(then);
+  }
 
   std::map<std::string, std::string> objects;
   std::set<std::string> uploads;  // begun and not ended
@@ -55,6 +61,20 @@ class MemoryObjectStore final : public ObjectStore {
     });
   }
 
+  absl::Status PutOver(const std::string& key, std::string_view bytes,
+                       const std::string& version) override {
+    return Do([&]() -> absl::Status {
+      const auto object = objects.find(key);
+      if (object == objects.end()) return NotFound();
+      if (Sha256::Of(object->second) != version) {
+        return ErrorBuilder(absl::StatusCode::kAlreadyExists, "OBJECT_EXISTS")
+            .Message("there is another one");
+      }
+      object->second = std::string(bytes);
+      return absl::OkStatus();
+    });
+  }
+
   absl::StatusOr<std::string> Upload(const std::string& key, File& file,
                                      int64_t bytes) override {
     // In two requests, as a large file is.
@@ -72,7 +92,8 @@ class MemoryObjectStore final : public ObjectStore {
     return Sha256::Of(content);
   }
 
-  absl::StatusOr<std::string> Get(const std::string& key, int64_t) override {
+  absl::StatusOr<std::string> Get(const std::string& key, int64_t,
+                                  std::string* version) override {
     std::string content;
     GW_RETURN_IF_ERROR(Do([&]() -> absl::Status {
       const auto object = objects.find(key);
@@ -80,12 +101,13 @@ class MemoryObjectStore final : public ObjectStore {
       content = object->second;
       return absl::OkStatus();
     }));
+    if (version != nullptr) *version = Sha256::Of(content);
     return content;
   }
 
   absl::StatusOr<std::string> Download(const std::string& key, int64_t bytes,
                                        File& file) override {
-    GW_ASSIGN_OR_RETURN(const std::string content, Get(key, bytes));
+    GW_ASSIGN_OR_RETURN(const std::string content, Get(key, bytes, nullptr));
     if (std::ssize(content) != bytes) {
       return ErrorBuilder(absl::StatusCode::kDataLoss, "OBJECT_CORRUPT")
           .Message("size");
@@ -144,7 +166,10 @@ class MemoryObjectStore final : public ObjectStore {
 
   template <typename Work>
   absl::Status Do(const Work& work) {
-    ++calls_;
+    if (++calls_ == then_at_) {
+      then_at_ = 0;
+      then_();
+    }
     const absl::Status unreachable =
         ErrorBuilder(absl::StatusCode::kUnavailable, "STORAGE_UNREACHABLE")
             .Message("no answer");
@@ -155,7 +180,8 @@ class MemoryObjectStore final : public ObjectStore {
     return faulty ? unreachable : status;
   }
 
-  int64_t calls_ = 0, fault_at_ = 0;
+  int64_t calls_ = 0, fault_at_ = 0, then_at_ = 0;
+  std::function<void()> then_;
   Fault fault_ = Fault::kUnreachable;
   bool dead_ = false;
 };

@@ -39,14 +39,20 @@ class ObjectStore {
   // another error it may be there.
   virtual absl::Status PutNew(const std::string& key,
                               std::string_view bytes) = 0;
+  // In place of the object of this version, as Get has told it. Errors:
+  // ALREADY_EXISTS OBJECT_EXISTS: there is another one by now; NOT_FOUND
+  // OBJECT_NOT_FOUND. After another error it may be there.
+  virtual absl::Status PutOver(const std::string& key, std::string_view bytes,
+                               const std::string& version) = 0;
   // The file's first `bytes` bytes, in place of what was there.
   // Returns their SHA-256 in hexadecimal.
   virtual absl::StatusOr<std::string> Upload(const std::string& key, File& file,
                                              int64_t bytes) = 0;
+  // `version`, if given: of the object, opaque.
   // Errors: NOT_FOUND OBJECT_NOT_FOUND; DATA_LOSS OBJECT_CORRUPT: more than
   // `most` bytes.
-  virtual absl::StatusOr<std::string> Get(const std::string& key,
-                                          int64_t most) = 0;
+  virtual absl::StatusOr<std::string> Get(const std::string& key, int64_t most,
+                                          std::string* version) = 0;
   // All of the object, which must have `bytes` bytes, to the file's begin.
   // Returns their SHA-256. Errors: as Get.
   virtual absl::StatusOr<std::string> Download(const std::string& key,

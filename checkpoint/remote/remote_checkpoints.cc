@@ -136,6 +136,17 @@ bool RemoteCheckpoints::IsLeft(const std::string& folder) const {
   return error == std::errc() && rest != end && *rest == '-' && epoch < epoch_;
 }
 
+bool RemoteCheckpoints::IsOwn(const RemoteCommit& commit) const {
+  return commit.folder.starts_with(server_ + "-") && commit.epoch <= epoch_;
+}
+
+void RemoteCheckpoints::DeleteFiles(const std::string& key,
+                                    const RemoteCommit& commit) {
+  for (const RemoteFile& file : commit.files) {
+    (void)store_.Delete(key + "/" + commit.folder + "/" + file.name);
+  }
+}
+
 absl::Status RemoteCheckpoints::Missing(const std::string& key) {
   return ErrorBuilder(absl::StatusCode::kNotFound,
                       "REMOTE_CHECKPOINT_NOT_FOUND")
@@ -163,7 +174,12 @@ absl::Status RemoveUnfinishedFetches(FileSystem& files,
 
 absl::StatusOr<std::optional<RemoteCommit>> RemoteCheckpoints::Find(
     const std::string& key) {
-  const auto text = store_.Get(key + kCommit, kMostCommitBytes);
+  return Find(key, nullptr);
+}
+
+absl::StatusOr<std::optional<RemoteCommit>> RemoteCheckpoints::Find(
+    const std::string& key, std::string* version) {
+  const auto text = store_.Get(key + kCommit, kMostCommitBytes, version);
   if (absl::IsNotFound(text.status())) return std::nullopt;
   GW_RETURN_IF_ERROR(text.status());
   GW_ASSIGN_OR_RETURN(RemoteCommit commit, Parse(key, *text));
@@ -185,13 +201,12 @@ absl::StatusOr<std::vector<std::string>> RemoteCheckpoints::ListNames(
   return names;
 }
 
-absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(
-    const std::string& key, const std::string& directory,
-    const std::string& digest, const std::string& parent,
-    int64_t created_micros) {
+absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(const std::string& key,
+                                                      const Source& source) {
+  const std::string& directory = source.directory;
   const auto as_good =
       [&](const RemoteCommit& there) -> absl::StatusOr<RemoteCommit> {
-    if (there.digest == digest) return there;
+    if (there.digest == source.digest) return there;
     return ErrorBuilder(absl::StatusCode::kAlreadyExists,
                         "REMOTE_CHECKPOINT_EXISTS")
         .With("value", NameOf(key))
@@ -199,15 +214,19 @@ absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(
                  " of a job of this name. Delete one of them, or give each "
                  "server a prefix of its own.");
   };
-  GW_ASSIGN_OR_RETURN(const auto there, Find(key));
-  if (there.has_value()) return as_good(*there);
+  std::string version;
+  GW_ASSIGN_OR_RETURN(const auto there, Find(key, &version));
+  if (there.has_value()) {
+    const bool gives_way = source.replaces && IsOwn(*there);
+    if (!gives_way || there->digest == source.digest) return as_good(*there);
+  }
 
   RemoteCommit commit;
   commit.epoch = epoch_;
-  commit.folder = FolderOf(digest);
-  commit.digest = digest;
-  commit.parent = parent;
-  commit.created_micros = created_micros;
+  commit.folder = FolderOf(source.digest);
+  commit.digest = source.digest;
+  commit.parent = source.parent;
+  commit.created_micros = source.created_micros;
   const std::string folder = key + "/" + commit.folder + "/";
   const auto store = [&]() -> absl::Status {
     GW_ASSIGN_OR_RETURN(const auto names, files_.List(directory));
@@ -221,22 +240,30 @@ absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(
                           store_.Upload(folder + name, *file, info.bytes));
       commit.files.push_back({name, info.bytes, sha256});
     }
-    return store_.PutNew(key + kCommit, ToText(commit));
+    GW_RETURN_IF_ERROR(source.check());
+    return there.has_value()
+               ? store_.PutOver(key + kCommit, ToText(commit), version)
+               : store_.PutNew(key + kCommit, ToText(commit));
   };
   const absl::Status stored = store();
-  if (stored.ok()) return commit;
-  // The commit may have been taken before an answer was lost, or be another
-  // server's.
-  const auto now = Find(key);
-  if (now.ok() && now->has_value()) {
-    if ((*now)->folder == commit.folder) return commit;
-    for (const RemoteFile& file : commit.files) {
-      // What stays, Sweep removes.
-      (void)store_.Delete(folder + file.name);
+  bool is_there = stored.ok();
+  if (!is_there) {
+    // The commit may have been taken before an answer was lost, or be another
+    // server's.
+    const auto now = Find(key);
+    if (now.ok() && now->has_value()) {
+      is_there = (*now)->folder == commit.folder;
+      const bool is_before =
+          there.has_value() && (*now)->folder == there->folder;
+      if (!is_there) DeleteFiles(key, commit);
+      if (!is_there && !is_before) return as_good(**now);
     }
-    return as_good(**now);
+    // Of what was half one and half another, no try makes use.
+    if (!is_there && absl::IsAborted(stored)) DeleteFiles(key, commit);
   }
-  return stored;
+  if (!is_there) return stored;
+  if (there.has_value()) DeleteFiles(key, *there);
+  return commit;
 }
 
 absl::Status RemoteCheckpoints::FetchFiles(const std::string& key,
@@ -264,13 +291,29 @@ absl::Status RemoteCheckpoints::FetchFiles(const std::string& key,
 
 absl::StatusOr<RemoteCommit> RemoteCheckpoints::Fetch(
     const std::string& key, const std::string& directory) {
-  GW_ASSIGN_OR_RETURN(const auto commit, Find(key));
-  if (!commit.has_value()) return Missing(key);
+  auto commit = Find(key);
+  GW_RETURN_IF_ERROR(commit.status());
+  while (commit->has_value()) {
+    const absl::Status fetched = FetchAs(key, **commit, directory);
+    if (fetched.ok()) return **commit;
+    if (!absl::IsDataLoss(fetched)) return fetched;
+    // It may have been replaced meanwhile.
+    auto now = Find(key);
+    GW_RETURN_IF_ERROR(now.status());
+    if (now->has_value() && (*now)->folder == (*commit)->folder) return fetched;
+    commit = std::move(now);
+  }
+  return Missing(key);
+}
+
+absl::Status RemoteCheckpoints::FetchAs(const std::string& key,
+                                        const RemoteCommit& commit,
+                                        const std::string& directory) {
   const std::string parent = DirectoryOf(directory);
   GW_ASSIGN_OR_RETURN(const int64_t free, files_.FreeBytes(parent));
-  if (free < commit->bytes()) {
+  if (free < commit.bytes()) {
     return ErrorBuilder(absl::StatusCode::kResourceExhausted, "STORAGE_FULL")
-        .With("needed", commit->bytes())
+        .With("needed", commit.bytes())
         .With("free", free)
         .Message("There is no space for the checkpoint " + NameOf(key) +
                  ". Delete others, and try again.");
@@ -278,15 +321,14 @@ absl::StatusOr<RemoteCommit> RemoteCheckpoints::Fetch(
   const std::string into = FetchingPath(directory);
   GW_RETURN_IF_ERROR(RemoveIfThere(files_, into));
   GW_RETURN_IF_ERROR(files_.MakeDirectory(into));
-  absl::Status status = FetchFiles(key, *commit, into);
+  absl::Status status = FetchFiles(key, commit, into);
   if (status.ok()) status = files_.Rename(into, directory);
   if (!status.ok()) {
     // What cannot be removed now, RemoveUnfinishedFetches will.
     (void)RemoveIfThere(files_, into);
     return status;
   }
-  GW_RETURN_IF_ERROR(files_.SyncDirectory(parent));
-  return *commit;
+  return files_.SyncDirectory(parent);
 }
 
 absl::Status RemoteCheckpoints::Remove(const std::string& key) {

@@ -4,13 +4,14 @@
 //
 // Of a directory "a/b", files go to a/b/<server>-<epoch>-<hash>/<file>; then
 // one conditional request makes a/b/commit.json, and with it all of them
-// visible.
+// visible. The same request puts it in the place of an earlier one.
 //
 // Errors of all functions, beside those named: those of ObjectStore and of the
 // file system.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -63,14 +64,23 @@ class RemoteCheckpoints {
   // Of `key`, whole segments: what is committed directly below it.
   absl::StatusOr<std::vector<std::string>> ListNames(const std::string& key);
 
-  // Stores the files in `directory`, which do not change any more. If there is
-  // one of the same digest, that is as good.
+  // What is stored, and from where.
+  struct Source {
+    std::string directory;
+    std::string digest;
+    std::string parent;
+    int64_t created_micros = 0;
+    // One that this server stored, in this life or an earlier one, is replaced,
+    // and is there until this one is.
+    bool replaces = false;
+    // Called before what was stored is committed: that it was all of what it
+    // was to be of. Files do not change, but their directory may.
+    std::function<absl::Status()> check = [] { return absl::OkStatus(); };
+  };
+  // If there is one of the same digest, that is as good.
   // Errors: ALREADY_EXISTS REMOTE_CHECKPOINT_EXISTS: there is another one.
   absl::StatusOr<RemoteCommit> Store(const std::string& key,
-                                     const std::string& directory,
-                                     const std::string& digest,
-                                     const std::string& parent,
-                                     int64_t created_micros);
+                                     const Source& source);
 
   // Makes `directory` again: its parent exists, it does not. Each file has its
   // SHA-256, or nothing is there.
@@ -92,6 +102,15 @@ class RemoteCheckpoints {
   std::string FolderOf(const std::string& digest) const;
   // Of an earlier life.
   bool IsLeft(const std::string& folder) const;
+  // Of this or an earlier life, if that was this server's.
+  bool IsOwn(const RemoteCommit& commit) const;
+  // `version` as ObjectStore::Get's.
+  absl::StatusOr<std::optional<RemoteCommit>> Find(const std::string& key,
+                                                   std::string* version);
+  // What stays, Sweep removes.
+  void DeleteFiles(const std::string& key, const RemoteCommit& commit);
+  absl::Status FetchAs(const std::string& key, const RemoteCommit& commit,
+                       const std::string& directory);
   absl::Status FetchFiles(const std::string& key, const RemoteCommit& commit,
                           const std::string& into);
 

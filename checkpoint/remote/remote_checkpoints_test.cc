@@ -38,7 +38,12 @@ class RemoteTest : public testing::Test {
   absl::Status StoreIt(FileSystem& files, int64_t epoch,
                        const std::string& digest = "d") {
     RemoteCheckpoints remote(store_, files, kServer, epoch);
-    return remote.Store(kKey, kFrom, digest, "", 7).status();
+    return remote
+        .Store(kKey, {.directory = kFrom,
+                      .digest = digest,
+                      .parent = "",
+                      .created_micros = 7})
+        .status();
   }
   // "" if what is in the store can be fetched, and is what was on the disk, or
   // if there is nothing.
@@ -128,6 +133,147 @@ TEST_F(RemoteTest, AStoreThatFailsAnywhereLeavesAllOrNothing) {
     }
     EXPECT_GE(failures, 4);
   }
+}
+
+// Another checkpoint under the same name.
+class RemoteReplaceTest : public RemoteTest {
+ protected:
+  static DiskImage Replaced() {
+    DiskImage image = Published();
+    image.files["/s/a/data"] = "newer weights";
+    return image;
+  }
+  absl::Status ReplaceIt(
+      int64_t epoch, const std::string& server = kServer,
+      const std::function<absl::Status()>& check = [] {
+        return absl::OkStatus();
+      }) {
+    CrashFileSystem files(Replaced());
+    RemoteCheckpoints remote(store_, files, server, epoch);
+    return remote
+        .Store(kKey, {.directory = kFrom,
+                      .digest = "newer",
+                      .parent = "",
+                      .created_micros = 8,
+                      .replaces = true,
+                      .check = check})
+        .status();
+  }
+  // What is fetched; "" if nothing can be.
+  std::string Fetched() {
+    store_.FailAt(0, Store::kUnreachable);
+    CrashFileSystem files({.files = {}, .directories = {"/t"}});
+    RemoteCheckpoints remote(store_, files, kServer, 99);
+    if (!remote.Fetch(kKey, "/t/a").ok()) return "";
+    return files.Latest().files.at("/t/a/data");
+  }
+};
+
+TEST_F(RemoteReplaceTest, AServerReplacesItsOwn) {
+  CrashFileSystem files(Published());
+  ASSERT_TRUE(StoreIt(files, 2).ok());
+  EXPECT_EQ(Reason(ReplaceIt(3, "ba9876543210")), "REMOTE_CHECKPOINT_EXISTS");
+  // An earlier life does not know better.
+  EXPECT_EQ(Reason(ReplaceIt(1)), "REMOTE_CHECKPOINT_EXISTS");
+  EXPECT_EQ(Fetched(), "some weights");
+  for (const int64_t epoch : {2, 2, 3}) {
+    EXPECT_TRUE(ReplaceIt(epoch).ok());
+    EXPECT_EQ(Fetched(), "newer weights");
+    EXPECT_EQ(CountFolders(), 1);
+    EXPECT_EQ(store_.objects.size(), 4u);
+  }
+}
+
+TEST_F(RemoteReplaceTest, OneThatFailsAnywhereLeavesTheOneOrTheOther) {
+  for (const Store fault :
+       {Store::kUnreachable, Store::kAnswerLost, Store::kDead}) {
+    int64_t call = 0, failures = 0, old = 0;
+    for (bool done = false; !done;) {
+      store_ = MemoryObjectStore();
+      CrashFileSystem files(Published());
+      ASSERT_TRUE(StoreIt(files, 1).ok());
+      store_.FailAt(++call, fault);
+      const absl::Status replaced = ReplaceIt(1);
+      done = store_.calls() < call;
+      failures += replaced.ok() ? 0 : 1;
+      const std::string now = Fetched();
+      ASSERT_TRUE(now == "newer weights" ||
+                  (now == "some weights" && !replaced.ok()))
+          << call << now;
+      old += now == "some weights" ? 1 : 0;
+      if (fault != Store::kDead) {
+        ASSERT_TRUE(ReplaceIt(1).ok()) << call;
+        ASSERT_EQ(Fetched(), "newer weights") << call;
+      }
+      CrashFileSystem again(Replaced());
+      RemoteCheckpoints next(store_, again, kServer, 2);
+      ASSERT_TRUE(next.Sweep(kKey).ok());
+      ASSERT_TRUE(ReplaceIt(2).ok()) << call;
+      ASSERT_EQ(Fetched(), "newer weights") << call;
+      ASSERT_EQ(CountFolders(), 1) << call;
+      ASSERT_TRUE(store_.uploads.empty()) << call;
+    }
+    EXPECT_GE(failures, 4);
+    EXPECT_GE(old, 4);
+  }
+}
+
+TEST_F(RemoteReplaceTest, WhatHasChangedMeanwhileIsNotCommitted) {
+  CrashFileSystem files(Published());
+  const auto changed = [] { return absl::AbortedError("changed"); };
+  EXPECT_TRUE(absl::IsAborted(ReplaceIt(1, kServer, changed)));
+  EXPECT_TRUE(store_.objects.empty());
+  ASSERT_TRUE(StoreIt(files, 1).ok());
+  const auto before = store_.objects;
+  EXPECT_TRUE(absl::IsAborted(ReplaceIt(1, kServer, changed)));
+  EXPECT_EQ(store_.objects, before);
+}
+
+// Two tries at once: the second one finds that the first has come before it.
+TEST_F(RemoteReplaceTest, WhatWasReplacedSinceItWasSeenStays) {
+  CrashFileSystem files(Published());
+  ASSERT_TRUE(StoreIt(files, 1).ok());
+  const auto other = [&]() -> absl::Status {
+    CrashFileSystem theirs(Published());
+    RemoteCheckpoints remote(store_, theirs, kServer, 1);
+    return remote
+        .Store(kKey, {.directory = kFrom,
+                      .digest = "third",
+                      .parent = "",
+                      .created_micros = 9,
+                      .replaces = true})
+        .status();
+  };
+  EXPECT_EQ(Reason(ReplaceIt(1, kServer, other)), "REMOTE_CHECKPOINT_EXISTS");
+  RemoteCheckpoints remote(store_, files, kServer, 1);
+  EXPECT_EQ((*remote.Find(kKey))->digest, "third");
+  EXPECT_EQ(Fetched(), "some weights");
+  EXPECT_EQ(CountFolders(), 1);
+}
+
+// The store's files of a checkpoint are gone once another one is there.
+TEST_F(RemoteReplaceTest, AFetchBeginsAgain) {
+  CrashFileSystem from(Published());
+  ASSERT_TRUE(StoreIt(from, 1).ok());
+  int64_t times = 0;
+  for (bool done = false; !done;) {
+    store_ = MemoryObjectStore();
+    ASSERT_TRUE(StoreIt(from, 1).ok());
+    ++times;
+    bool replaced = false;
+    store_.BeforeCall(times, [&] {
+      replaced = true;
+      ASSERT_TRUE(ReplaceIt(1).ok());
+    });
+    CrashFileSystem files({.files = {}, .directories = {"/t"}});
+    RemoteCheckpoints remote(store_, files, kServer, 1);
+    const auto fetched = remote.Fetch(kKey, "/t/a");
+    done = !replaced;
+    ASSERT_TRUE(fetched.ok()) << times << fetched.status();
+    const std::string data = files.Latest().files.at("/t/a/data");
+    ASSERT_TRUE(data == "some weights" || data == "newer weights");
+  }
+  EXPECT_GT(times, 3);
 }
 
 TEST_F(RemoteTest, AnotherServersBeginningsStay) {

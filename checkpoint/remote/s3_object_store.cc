@@ -122,6 +122,16 @@ class S3ObjectStore final : public ObjectStore {
         .status();
   }
 
+  absl::Status PutOver(const std::string& key, std::string_view bytes,
+                       const std::string& version) override {
+    return connection_
+        .Send({.method = "PUT",
+               .key = prefix_ + key,
+               .headers = {{"If-Match", version}},
+               .body = bytes})
+        .status();
+  }
+
   absl::StatusOr<std::string> Upload(const std::string& key, File& file,
                                      int64_t bytes) override {
     if (bytes <= connection_.options().part_bytes) {
@@ -145,10 +155,11 @@ class S3ObjectStore final : public ObjectStore {
     return digest;
   }
 
-  absl::StatusOr<std::string> Get(const std::string& key,
-                                  int64_t most) override {
+  absl::StatusOr<std::string> Get(const std::string& key, int64_t most,
+                                  std::string* version) override {
     GW_ASSIGN_OR_RETURN(S3Answer answer,
                         connection_.Send({.key = prefix_ + key, .most = most}));
+    if (version != nullptr) *version = answer.etag;
     return std::move(answer.body);
   }
 
@@ -172,7 +183,7 @@ class S3ObjectStore final : public ObjectStore {
     }
     GW_RETURN_IF_ERROR(parts.Finish());
     if (bytes == 0) {
-      GW_RETURN_IF_ERROR(Get(key, 0).status());
+      GW_RETURN_IF_ERROR(Get(key, 0, nullptr).status());
     }
     return digest.Finish();
   }

@@ -10,6 +10,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from gradwire import wire
 from gradwire._proto.gradwire.v1 import (
+    checkpoints_pb2_grpc,
     data_pb2,
     jobs_pb2,
     jobs_pb2_grpc,
@@ -55,6 +56,9 @@ class Stubs:
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self.training = training_pb2_grpc.TrainingServiceStub(self.channel)
         self.operations = operations_pb2_grpc.OperationServiceStub(self.channel)
+        self.checkpoints = checkpoints_pb2_grpc.CheckpointServiceStub(
+            self.channel
+        )
 
     def __enter__(self):
         return self
@@ -213,19 +217,20 @@ class Model:
             )
         )
 
-    def save_state(self, name, seq=None):
+    def save_state(self, name, seq=None, **options):
         return self.stubs.training.SaveState(
             training_pb2.SaveStateRequest(
                 model_id=self.model_id,
                 seq_id=self.due() if seq is None else seq,
                 name=name,
+                **options,
             )
         )
 
-    def load_state(self, ref):
+    def load_state(self, ref, **options):
         return self.stubs.training.LoadState(
             training_pb2.LoadStateRequest(
-                model_id=self.model_id, seq_id=self.due(), ref=ref
+                model_id=self.model_id, seq_id=self.due(), ref=ref, **options
             )
         )
 
@@ -290,6 +295,16 @@ def refusal(stubs, call):
     assert re.fullmatch("[A-Z0-9_]+", found.reason)
     assert "/tmp/" not in found.message and ".cc:" not in found.message
     return found
+
+
+def create_refusal(stubs, request):
+    """The error with which a model is not created."""
+    try:
+        stubs.training.CreateModel(request)
+    except grpc.RpcError as error:
+        assert len(error_infos(error)) == 1, error
+        return from_rpc(error)
+    raise AssertionError("the model was created")
 
 
 def error_infos(error):

@@ -128,6 +128,83 @@ def test_a_training_goes_on_after_its_disk_is_lost(bucket, models, tmp_path):
         assert service.verify_checkpoint(path).digest == row.digest
 
 
+def test_what_is_replaced_here_is_replaced_there(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (server, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("best").result().path
+        stored(service, path)
+        prefix = "team/a/jobs/job/checkpoints/best/"
+        # Several in a row, each of which is what the row tells of; the last
+        # one while the store is away.
+        for number in range(4):
+            train(client, 1)
+            if number == 3:
+                bucket.stop()
+            try:
+                saved = client.save_state(
+                    "best", overwrite=True, user_metadata={"n": str(number)}
+                ).result()
+                if number == 3:
+                    assert not service.get_checkpoint(path).object_url
+            finally:
+                bucket.go_on()
+
+            def is_there(digest=saved.digest):
+                commit = json.loads(bucket.get(f"{prefix}commit.json"))
+                return commit["digest"] == digest and commit
+
+            commit = until(is_there)
+            assert stored(service, path).digest == saved.digest
+        want = train(client, 2)
+        local = content(saved.local_path)
+        server.process.kill()
+        server.process.wait()
+    # Of the others nothing is left.
+    folder = commit["folder"]
+    until(
+        lambda: (
+            bucket.keys(prefix)
+            == sorted(
+                [f"{prefix}commit.json"]
+                + [f"{prefix}{folder}/{n}" for n in local]
+            )
+        )
+    )
+    shutil.rmtree(tmp_path / "one")
+    with serving(tmp_path / "another") as (server, service):
+        # A job may begin with what is there alone.
+        client = service.create_training_client(
+            models["llama"], init_from=path, with_optimizer=True
+        )
+        assert client.info().optimizer_step == 4
+        assert train(client, 2) == want
+        assert dict(service.get_checkpoint(path).user_metadata) == {"n": "3"}
+        assert content(service.get_checkpoint(path).local_path) == local
+
+
+def test_a_server_replaces_only_what_is_its_own(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (server, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("best").result().path
+        first = stored(service, path)
+    with serving(tmp_path / "two") as (server, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        train(client, 1)
+        client.save_state("best").result()
+        train(client, 1)
+        client.save_state("best", overwrite=True).result()
+
+        def refused():
+            error = service.get_checkpoint(path).upload_error
+            return error.reason == "REMOTE_CHECKPOINT_EXISTS"
+
+        until(refused)
+    commit = json.loads(
+        bucket.get("team/a/jobs/job/checkpoints/best/commit.json")
+    )
+    assert commit["digest"] == first.digest
+
+
 def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
     with serving(tmp_path / "one") as (server, service):
         client = service.create_training_client(models["llama"], job_id="job")

@@ -5,6 +5,8 @@ for that, and what becomes of it on a full disk. The test plays the rank
 
 import contextlib
 import pathlib
+import queue
+import shutil
 import sqlite3
 import subprocess
 import time
@@ -27,7 +29,7 @@ PAYLOAD = ("datums", "gradients")
 class Life:
     """A job of one rank, whose rank and server end as the test wants."""
 
-    def __init__(self, folder, *flags):
+    def __init__(self, folder, *flags, **spec):
         self._state = folder / "state"
         self._state.mkdir()
         self._token = folder / "join.token"
@@ -37,7 +39,7 @@ class Life:
         self._stack = contextlib.ExitStack()
         self.rank = None
         self._start()
-        self.stubs.start_job("job", base_model="anything")
+        self.stubs.start_job("job", base_model="anything", **spec)
         self._join()
         self.stubs.watch("job", lambda job: job.ready)
         self._model_id = None
@@ -89,13 +91,14 @@ class Life:
         self._start()
         self._join()
 
-    def create_model(self):
+    def create_model(self, **fields):
         """The future of a new handle."""
         request = calls.training_pb2.CreateModelRequest(
             session_id=self.stubs.new_session(),
             model_seq_id=1,
             job_id="job",
             take_over=True,
+            **fields,
         )
         return self.stubs.training.CreateModel.future(request)
 
@@ -104,6 +107,19 @@ class Life:
         created = self.create_model()
         self.answer("reset")
         self._model_id = created.result(LONG).model_id
+
+    def begin_with(self, checkpoint):
+        """The first handle, of a frozen job that begins with a checkpoint of
+        another server."""
+        there = self._state / "jobs" / "other" / "checkpoints" / "one"
+        shutil.copytree(checkpoint, there)
+        created = self.create_model(
+            mode=calls.training_pb2.MODEL_MODE_FORWARD_ONLY,
+            init_from={"ref": "jobs/other/checkpoints/one"},
+        )
+        self.answer("load_state", load_state=LOADED, version=7)
+        self._model_id = created.result(LONG).model_id
+        assert created.result().weight_version == 7
 
     @property
     def model(self):
@@ -269,6 +285,55 @@ def test_what_was_running_comes_before_whoever_takes_over(tmp_path):
         assert created.result(LONG).optimizer_step == 1
 
 
+def test_what_appears_on_the_disk_is_known_after_a_power_loss(tmp_path):
+    with Life(tmp_path) as life:
+        life.attach()
+        forward = life.model.forward(calls.batch(DATA))
+        life.answer("forward")
+        life.model.result(forward)
+        assert not life.operation(1).durable
+        save = life.model.save_state("one")
+        command = life.next()
+        saved = operations_pb2.SaveStateResult()
+        life.rank.send_done(command, save_state=saved)
+        end = life.rank.next("end_save")
+        assert life.operation(1).durable
+        assert life.operation(2).state == operations_pb2.OPERATION_STATE_RUNNING
+        life.rank.send_done(end, save_state=saved)
+        life.model.result(save)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_replaced_is_of_no_more_use(tmp_path, overwrite):
+    """What is not recorded yet may be run again, and find another checkpoint
+    under the name."""
+    with small_disk(tmp_path), Life(tmp_path) as life:
+        life.attach()
+        # Its outcome takes more than may be left of a page.
+        life.model.forward(calls.batch(sequences(VOCAB, [60] * 100)), seq=1)
+        forward = life.next()
+        save = life.model.save_state("best", seq=2, overwrite=overwrite)
+        command = life.next()
+        saved = operations_pb2.SaveStateResult()
+        with full(tmp_path):
+            logprobs = [(i, [-1.0] * 59) for i in range(100)]
+            life.rank.send_logprobs(forward.command_id, logprobs)
+            result = operations_pb2.ForwardResult(datum_count=100)
+            life.rank.send_done(forward, forward=result)
+            life.rank.send_done(command, save_state=saved)
+            if not overwrite:
+                end = life.rank.next("end_save")
+            else:
+                with pytest.raises(queue.Empty):
+                    life.rank.next(seconds=1)
+        if overwrite:
+            end = life.rank.next("end_save")
+            done = operations_pb2.OPERATION_STATE_DONE
+            assert life.operation(1).state == done
+        life.rank.send_done(end, save_state=saved)
+        life.model.result(save)
+
+
 @pytest.mark.parametrize("end", ["lose_rank", "kill_server"])
 def test_what_ends_beside_a_checkpoint_is_run_again(tmp_path, end):
     with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
@@ -399,6 +464,26 @@ def test_the_log_keeps_arrays_that_can_be_fetched(tmp_path):
         assert [x.tolist() for x in got] == [x.tolist() for x in want]
 
 
+def test_the_log_may_let_the_beginning_go(new_client, tmp_path):
+    """A frozen reference that has answered much still is what it was."""
+    saved = new_client("llama").save_state("one").result()
+    with Life(tmp_path, forward_only=True) as life:
+        life.begin_with(saved.local_path)
+        log = life.log()
+        data = calls.batch(sequences(VOCAB, [60] * 2000))
+        while set(log) <= set(life.log()):
+            ref = life.model.forward(data)
+            life.fail("forward", "OUT_OF_MEMORY", tainted=False)
+            calls.refusal(life.stubs, lambda ref=ref: ref)
+        for end in ("lose_rank", "kill_server", "kill_server"):
+            getattr(life, end)()
+            command = life.next()
+            assert command.load_state.directory.endswith("loaded/1-0/one")
+            life.rank.send_done(command, load_state=LOADED, version=7)
+            life.stubs.watch("job", lambda job: job.ready)
+        assert life.model.info().weight_version == 7
+
+
 @contextlib.contextmanager
 def full(folder):
     """Not a byte is left on its disk."""
@@ -411,33 +496,38 @@ def full(folder):
     filler.unlink()
 
 
-def test_a_full_disk_only_makes_it_longer(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", tmp_path]
+@contextlib.contextmanager
+def small_disk(folder):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small disk cannot be mounted: not root")
     try:
-        with Life(tmp_path) as life:
-            life.attach()
-            step = life.model.optim_step()
-            command = life.next()
-            # More than may be left of a page.
-            large = calls.batch(sequences(VOCAB, [60] * 100))
-            with full(tmp_path):
-                life.rank.send_done(command, step=1, version=1)
-                refused = calls.refusal(
-                    life.stubs,
-                    lambda: life.model.forward_backward(large, seq=2),
-                )
-                assert refused.reason == "STORAGE_FULL"
-                request = operations_pb2.WaitOperationRequest(
-                    op_id=step.op_id, timeout_seconds=0.5
-                )
-                waiting = life.stubs.operations.WaitOperation(request)
-                assert waiting.state == operations_pb2.OPERATION_STATE_RUNNING
-            assert life.model.result(step).durable
-            # Its number is open.
-            again = life.model.zero_grad(seq=2)
-            life.answer("zero_grad", step=1, version=1)
-            life.model.result(again)
+        yield
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_only_makes_it_longer(tmp_path):
+    with small_disk(tmp_path), Life(tmp_path) as life:
+        life.attach()
+        step = life.model.optim_step()
+        command = life.next()
+        # More than may be left of a page.
+        large = calls.batch(sequences(VOCAB, [60] * 100))
+        with full(tmp_path):
+            life.rank.send_done(command, step=1, version=1)
+            refused = calls.refusal(
+                life.stubs,
+                lambda: life.model.forward_backward(large, seq=2),
+            )
+            assert refused.reason == "STORAGE_FULL"
+            request = operations_pb2.WaitOperationRequest(
+                op_id=step.op_id, timeout_seconds=0.5
+            )
+            waiting = life.stubs.operations.WaitOperation(request)
+            assert waiting.state == operations_pb2.OPERATION_STATE_RUNNING
+        assert life.model.result(step).durable
+        # Its number is open.
+        again = life.model.zero_grad(seq=2)
+        life.answer("zero_grad", step=1, version=1)
+        life.model.result(again)

@@ -131,7 +131,8 @@ class Save {
                                const absl::Status& status) {
         end->written.set_value(status);
       };
-      const absl::Status begun = rank.trainer->BeginSave(directory, written);
+      const absl::Status begun =
+          rank.trainer->BeginSave(directory, false, written);
       ASSERT_TRUE(begun.ok()) << begun;
     });
   }

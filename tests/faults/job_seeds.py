@@ -205,9 +205,9 @@ JOB_SEEDS = (
     ),
     Seed(
         "load_without_a_point",
-        "a replay needs a checkpoint that the user may delete",
+        "what was loaded is kept, and run again, for as long as the job is",
         "server/job_points.cc",
-        "if (op->kind == v1::OPERATION_KIND_LOAD_STATE) return true;",
+        "if (op->loads) return true;",
         "",
         (f"{EXTERNAL}::test_operations_run_beside_a_save",),
     ),
@@ -305,8 +305,8 @@ JOB_SEEDS = (
         "activations_not_restored",
         "activations that were kept are not found after a restart",
         "server/job_restore.cc",
-        "  RestoreActivations();\n  return",
-        "  return",
+        "  RestoreActivations();\n  RestoreBeginning",
+        "  RestoreBeginning",
         (f"{RECOVERY}::test_kept_activations_come_back",),
     ),
     Seed(

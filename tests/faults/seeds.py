@@ -7,6 +7,7 @@ from checkpoint_seeds import CHECKPOINT_SEEDS, SNAPSHOT_SEEDS
 from job_seeds import JOB_SEEDS
 from kernel_seeds import KERNEL_SEEDS
 from log_seeds import METADATA_SEEDS, OPLOG_SEEDS
+from replace_seeds import REPLACE_SEEDS
 from sharding_seeds import SHARDING_SEEDS
 from store_seeds import REMOTE_SEEDS, WHOLE_SERVER_SEEDS
 
@@ -22,4 +23,5 @@ SEEDS = (
     *WHOLE_SERVER_SEEDS,
     *KERNEL_SEEDS,
     *SHARDING_SEEDS,
+    *REPLACE_SEEDS,
 )

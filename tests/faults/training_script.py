@@ -22,6 +22,7 @@ import torch
 _DEPTH = 2
 _VOCAB = 97
 _SAVE_EVERY = 4
+_BEST = "best"
 _EXISTS = ("CHECKPOINT_EXISTS", "SNAPSHOT_EXISTS")
 JOB = "run"
 
@@ -85,6 +86,10 @@ def submit(client, step):
     calls = {}
     if step % _SAVE_EVERY == 0:
         calls.update(saves(client, str(step)))
+        calls["best"] = client.save_state(_BEST, overwrite=True)
+    if step == _SAVE_EVERY:
+        # It is replaced later, whereas this is run again.
+        calls["load"] = client.load_state_with_optimizer(_BEST)
     data = batch(step)
     calls["scores"] = client.forward(data[:2], top_k=5)
     if step % 3 == 1:

@@ -333,7 +333,7 @@ class ServiceClient:
 
     def create_training_client(
         self,
-        base_model: str,
+        base_model: str | None,
         *,
         job_id: str | None = None,
         lora: Any = None,
@@ -348,15 +348,24 @@ class ServiceClient:
         moment_precision: str | None = None,
         keep_gathered: bool = False,
         replicas: int = 1,
+        with_optimizer: bool = False,
     ) -> TrainingClient:
         """Creates the job, or attaches to it, and waits until it is ready.
 
         base_model: a Hugging Face directory on the server's machine. A path
-            that is a directory here is made absolute.
+            that is a directory here is made absolute. None, with init_from:
+            that of the checkpoint's job.
         job_id: of a job that exists, to go on where it stands, or of a new
             one. None for a new one with a name of its own.
         take_over: attach even if another process has used the model within
             the last 30 s; what that one sends from then on is refused.
+        init_from: a checkpoint of `save_state`, of any job, that the job's
+            weights begin with. It says how a job begins: attaching to one
+            that began so, again, finds what has become of it, and attaching
+            to one that began otherwise is refused (MODEL_CONFIG_MISMATCH).
+            With mode "forward_only" the job is a frozen reference.
+        with_optimizer: with init_from: its moments and step as well, so that
+            training goes on as if it had never stopped.
         precision: "f32" or "bf16"; None for the server's choice.
         world_size: ranks that hold the model together.
         moment_precision: of Adam's two moments; "bf16" rounds them
@@ -376,6 +385,15 @@ class ServiceClient:
                 value=mode,
             )
         job_id = job_id or f"job-{uuid.uuid4().hex[:12]}"
+        if with_optimizer and init_from is None:
+            raise invalid(
+                "UNSUPPORTED_OPTION",
+                "with_optimizer is for init_from; give a checkpoint",
+                field="with_optimizer",
+                value=True,
+            )
+        if base_model is None:
+            base_model = self._base_of(init_from)
         base_model = os.fspath(base_model)
         if os.path.isdir(base_model):
             # The server has a working directory of its own.
@@ -406,6 +424,7 @@ class ServiceClient:
                 spec.lora.max_adapters = 1
         if init_from is not None:
             request.init_from.ref = init_from
+            request.init_from.optimizer = with_optimizer
         self.call(
             self._jobs.CreateJob,
             jobs_pb2.CreateJobRequest(job_id=job_id, spec=spec),
@@ -419,6 +438,25 @@ class ServiceClient:
         client = TrainingClient(self, job_id, model.model_id)
         self._clients.append(client)
         return client
+
+    def _base_of(self, init_from: str | None) -> str:
+        """The base model of the job that made a checkpoint."""
+        if init_from is None:
+            raise invalid(
+                "UNSUPPORTED_OPTION",
+                "base_model is None; give a model, or init_from",
+                field="base_model",
+                value=None,
+            )
+        attributes = self.get_checkpoint(init_from).attributes
+        if not attributes.get("base_model"):
+            raise invalid(
+                "UNSUPPORTED_OPTION",
+                f"{init_from} does not say what its base model is; give it",
+                field="base_model",
+                value=None,
+            )
+        return attributes["base_model"]
 
     def _wait_ready(self, job_id: str) -> None:
         from gradwire.progress import Progress

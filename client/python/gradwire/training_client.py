@@ -247,12 +247,26 @@ class TrainingClient(Handle):
         return self.submit("save_weights_for_sampler", call)
 
     def save_state(
-        self, name: str, ttl: float | None = None
+        self,
+        name: str,
+        ttl: float | None = None,
+        *,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
     ) -> Future[SaveStateResult]:
         """Saves weights, moments and step as they are at this place in the
         sequence. Gradients that were not yet applied are left as they are, and
         are not saved. Training goes on while it is written; another save or a
-        load waits. `name` is new in the job."""
+        load waits.
+
+        name: new in the job, unless `overwrite`.
+        ttl: seconds after which the server deletes it. None: never.
+        overwrite: take the place of the checkpoint of this name, if there is
+            one. It stays until the new one is on the disk.
+        user_metadata: kept with it (`get_checkpoint(...).user_metadata`), in
+            place of what was kept with one that it replaces. At most 64
+            names, and 16 KiB in all.
+        """
 
         def send(seq: int) -> str:
             request = training_pb2.SaveStateRequest(
@@ -260,6 +274,8 @@ class TrainingClient(Handle):
                 seq_id=seq,
                 name=name,
                 ttl_seconds=ttl or 0.0,
+                overwrite=overwrite,
+                user_metadata=user_metadata or {},
             )
             return self.send(self.service.training.SaveState, request)
 
