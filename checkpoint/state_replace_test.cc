@@ -190,8 +190,8 @@ TEST_P(Replace, AnyCallFails) {
       const bool is_new = IsOneOf(now, {&new_}).empty();
       ASSERT_TRUE(is_new || !saved);
       replaced += is_new ? 1 : 0;
-      for (int64_t event = files->num_events(); event >= 0; event -= 17) {
-        ASSERT_EQ(CheckPowerLoss(*files, event, 12, {&old_, &new_}), "");
+      for (int64_t event = files->num_events(); event >= 0; event -= 37) {
+        ASSERT_EQ(CheckPowerLoss(*files, event, 10, {&old_, &new_}), "");
       }
       // Tried again, by the same process or the next one.
       if (fault == Fault::kKill) {
@@ -203,8 +203,8 @@ TEST_P(Replace, AnyCallFails) {
       }
       ASSERT_TRUE(Run(*files, third_).ok());
       const int64_t end = files->num_events();
-      ASSERT_EQ(CheckPowerLoss(*files, end, 30, {&third_}), "");
-      for (int64_t event = end; event >= 0; event -= 29) {
+      ASSERT_EQ(CheckPowerLoss(*files, end, 10, {&third_}), "");
+      for (int64_t event = end; event >= 0; event -= 41) {
         ASSERT_EQ(CheckPowerLoss(*files, event, 10, {&old_, &new_, &third_}),
                   "");
       }
@@ -287,7 +287,7 @@ TEST_P(Replace, ALeftoverMayBeTheOnlyOne) {
     std::string wrong;
     for (int64_t event = begin; event <= again->num_events(); ++event) {
       const std::string here =
-          CheckPowerLoss(*again, event, 50, {&old_, &new_, &third_});
+          CheckPowerLoss(*again, event, 20, {&old_, &new_, &third_});
       if (wrong.empty()) wrong = here;
     }
     EXPECT_EQ(wrong.empty(), honest) << wrong;

@@ -210,6 +210,8 @@ absl::Status Job::Delete() {
   Apply({JobEvent::kStopped});
   Stop();
   absl::MutexLock attach_lock(&attach_mu_);
+  // It may be at the files of the job.
+  if (executor_.joinable()) executor_.join();
   EndCommit();
   // What was recorded while it ended; if that fails, rows stay that nobody
   // reads.

@@ -357,7 +357,9 @@ class Job {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status AddReference(const Reference& reference)
       ABSL_LOCKS_EXCLUDED(mu_);
-  int64_t LogNeededFrom(int64_t replay_from) const
+  // `from`, or what is needed before: to replay outcomes from `replay_from` on,
+  // to run what has not ended, and for results.
+  int64_t LogNeededFrom(int64_t from, int64_t replay_from) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void BreakJournal(const absl::Status& status) ABSL_LOCKS_EXCLUDED(mu_);
   // The job cannot go on.

@@ -290,7 +290,7 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
   const OperationPtr reset = handle->reset;
   // A server may have ended before it was logged, or executed; of a handle that
   // had been taken over by then, it never will be.
-  if (reset == nullptr || (handle->fenced && !reset->Final())) return Fenced();
+  if (reset == nullptr || (handle->fenced && !reset->Ended())) return Fenced();
   while (!reset->Final() && !stopping_) reset->changed.Wait(&mu_);
   if (!reset->Final()) return Draining();
   if (reset->record.state() != v1::OPERATION_STATE_DONE) {

@@ -31,7 +31,14 @@ absl::Status Job::KeepLoaded(const Next& next, v1::RankLoadState& load) const {
   // Of what is not there, the ranks say so.
   if (absl::IsNotFound(linked.status())) return absl::OkStatus();
   GW_RETURN_IF_ERROR(linked.status());
-  if (*linked) load.set_directory(kept);
+  if (*linked) {
+    load.set_directory(kept);
+  } else {
+    spdlog::warn(
+        "job {}: {} cannot be linked, and must stay until the next checkpoint "
+        "for recovery is there",
+        id_, load.path());
+  }
   return absl::OkStatus();
 }
 

@@ -79,9 +79,9 @@ void Job::OnPointSaved(const Flight& flight, const v1::RankDone& done) {
   commit_work_.Signal();
 }
 
-int64_t Job::LogNeededFrom(int64_t replay_from) const {
-  int64_t from = replay_from;
+int64_t Job::LogNeededFrom(int64_t from, int64_t replay_from) const {
   for (const OperationPtr& op : history_) {
+    // The oldest checkpoint has it.
     if (op->outcome_at >= 0 && op->outcome_at < replay_from) continue;
     // The handle says what it attached, or began, with.
     if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) continue;
@@ -134,8 +134,8 @@ absl::Status Job::AddReference(const Reference& reference) {
     }
     replay_from = points.empty() ? history_from_ : points.front().replay_from;
     // Without a checkpoint, what history names is all that is needed.
-    row.log_begin =
-        LogNeededFrom(points.empty() ? journal_->end() : replay_from);
+    row.log_begin = LogNeededFrom(
+        points.empty() ? journal_->end() : replay_from, replay_from);
     operations.swap(unreferenced_);
     for (const auto& [id, handle] : handles_) {
       row.closed.emplace_back(handle->number, handle->closed_below);

@@ -179,7 +179,8 @@ std::optional<Job::Next> Job::NextReplay() {
       next.request.command.mutable_reset();
       if (handle.ok()) next.request = std::move(ResetOf(**handle)->request);
     } else if (op->final_state == v1::OPERATION_STATE_DONE) {
-      next.read_at = op->logged_at;
+      // One that the log does not have is an error of it.
+      next.read_at = std::max<int64_t>(0, op->logged_at);
       next.shapes = op->shapes;
       next.rank_of = op->rank_of;
     } else if (op->tainted) {
@@ -199,8 +200,10 @@ OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
   } else if (current_ != nullptr) {
     save = current_->queue.Find(current_->queue.next_seq());
   }
+  // A handle that has taken over comes after all of the one before it.
   if (save == nullptr || save->kind != v1::OPERATION_KIND_SAVE_STATE ||
-      save->Ended() || save->handle != op->handle || save->seq > op->seq) {
+      save->Ended() ||
+      std::pair(save->handle, save->seq) > std::pair(op->handle, op->seq)) {
     return nullptr;
   }
   if (!again_.empty()) {

@@ -70,6 +70,11 @@ void Job::Restore(const JobRow& row) {
     failed.status = restored;
     Decide(failed, job_);
     for (auto& [id, handle] : handles_) Fence(*handle, restored);
+    // Nor does a restart of the job begin what it was to begin with.
+    for (const OperationPtr& op : control_) {
+      Finish(op, v1::OPERATION_STATE_FAILED, restored);
+    }
+    control_.clear();
     return;
   }
   recovering_ = !handles_.empty();
@@ -194,6 +199,8 @@ void Job::RestoreBeginning() {
       job_.set_weight_version(begins->weight_version);
       job_.set_optimizer_step(begins->optimizer_step);
     }
+    // Before all that the log has.
+    begins->outcome_at = std::max<int64_t>(0, begins->outcome_at);
     history_.push_front(begins);
   }
 }

@@ -25,13 +25,24 @@ bool Job::MayEndSave() const {
       end_save_->has_error()) {
     return true;
   }
-  // What it replaces is what earlier ones, run again, would find: they have
-  // been recorded, and are not run again.
-  const auto handle = FindHandle(op->model_id);
-  if (!handle.ok()) return true;
-  const OperationPtr before =
-      op->seq == 1 ? (*handle)->reset : (*handle)->queue.Find(op->seq - 1);
-  return before == nullptr || before->Final();
+  // What it replaces is what earlier ones, run again, would find: when all of
+  // them are recorded, none is run again. Saves, and what was cancelled, end in
+  // another order.
+  bool recorded = true;
+  for (const auto& [id, handle] : handles_) {
+    if (handle->number > op->handle) continue;
+    const bool is_own = handle->number == op->handle;
+    handle->queue.Visit([&](const Operation& other) {
+      if (is_own && other.seq >= op->seq) return;
+      // Of those before, what never ran is never recorded.
+      if (is_own || other.Ended()) recorded = recorded && other.Final();
+    });
+    const OperationPtr& reset = handle->reset;
+    if (reset != nullptr && (is_own || reset->Ended())) {
+      recorded = recorded && reset->Final();
+    }
+  }
+  return recorded;
 }
 
 void Job::OnWritten(const v1::RankDone& written) {

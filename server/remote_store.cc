@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "checkpoint/file_system.h"
 #include "checkpoint/snapshot/list.h"
+#include "checkpoint/training_state.h"
 #include "server/grpc_status.h"
 
 namespace gradwire {
@@ -17,6 +18,9 @@ namespace {
 
 // After a failure, and for what nobody has told of.
 constexpr auto kPause = std::chrono::seconds(30);
+// Of links to what is being stored, hidden, and known to RemoveLeftovers.
+constexpr const char* kLinkEnd = "~storing.pending";
+constexpr int kMostReplacements = 16;
 constexpr const char* kFolders[] = {"checkpoints", "snapshots"};
 
 v1::Checkpoint RowOf(const CheckpointRef& ref, const RemoteCommit& commit,
@@ -137,8 +141,6 @@ void RemoteStore::RunOnce() {
     if (is_stored(ref)) continue;
     const absl::Status status = Store(ref);
     if (ending()) return;
-    // It is this one's turn again at once.
-    if (absl::IsAborted(status)) continue;
     SetFailure(ref, status);
     metrics_->CountUpload(status.ok() ? "ok" : "error");
     if (status.ok()) metrics_->SetUploadsWaiting(--waiting);
@@ -183,17 +185,56 @@ absl::Status RemoteStore::Store(const CheckpointRef& ref) {
     if (!is_stored) GW_RETURN_IF_ERROR(Store(parent));
   }
   GW_RETURN_IF_ERROR(remote_.Sweep(ref.path()));
-  RemoteCheckpoints::Source source;
-  source.directory = catalogue_.DirectoryOf(ref);
-  source.digest = row->digest();
-  source.parent = row->parent();
-  source.created_micros = row->create_time().seconds() * 1'000'000 +
-                          row->create_time().nanos() / 1000;
+  const std::string link = LinkOf(ref);
+  const absl::Status stored = StoreFrom(ref, link, *row);
+  // What stays, the next server removes.
+  (void)RemoveIfThere(PosixFileSystem(), link);
+  return stored;
+}
+
+std::string RemoteStore::LinkOf(const CheckpointRef& ref) const {
+  return gradwire::DirectoryOf(catalogue_.DirectoryOf(ref)) + "/." + ref.name +
+         kLinkEnd;
+}
+
+absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
+                                         const std::string& link,
+                                         v1::Checkpoint& row) const {
   // Snapshots are never replaced.
+  if (ref.snapshot) return false;
+  FileSystem& files = PosixFileSystem();
+  const std::string directory = catalogue_.DirectoryOf(ref);
+  for (int i = 0; i < kMostReplacements; ++i) {
+    GW_RETURN_IF_ERROR(RemoveIfThere(files, link));
+    GW_ASSIGN_OR_RETURN(const bool linked, LinkState(files, directory, link));
+    if (!linked) return false;
+    GW_ASSIGN_OR_RETURN(const auto reader, StateReader::Open(files, link));
+    if (reader->summary().digest == row.digest()) return true;
+    // It was replaced since it was looked at.
+    GW_ASSIGN_OR_RETURN(row, catalogue_.Get(ref));
+  }
+  return absl::AbortedError("it is replaced again and again");
+}
+
+absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
+                                    const std::string& link,
+                                    v1::Checkpoint row) {
+  // A copy is of one checkpoint, though another may take its name before all of
+  // it is there; then that one comes next.
+  const absl::StatusOr<bool> linked = LinkIt(ref, link, row);
+  if (absl::IsNotFound(linked.status())) return absl::OkStatus();  // deleted
+  GW_RETURN_IF_ERROR(linked.status());
+  RemoteCheckpoints::Source source;
+  source.directory = *linked ? link : catalogue_.DirectoryOf(ref);
+  source.digest = row.digest();
+  source.parent = row.parent();
+  source.created_micros = row.create_time().seconds() * 1'000'000 +
+                          row.create_time().nanos() / 1000;
   source.replaces = !ref.snapshot;
   source.check = [&]() -> absl::Status {
+    if (*linked) return absl::OkStatus();
     const auto now = catalogue_.Get(ref);
-    if (now.ok() && now->digest() == row->digest()) return absl::OkStatus();
+    if (now.ok() && now->digest() == row.digest()) return absl::OkStatus();
     return absl::AbortedError("it was replaced, or deleted, meanwhile");
   };
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
@@ -270,7 +311,8 @@ absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
   GW_RETURN_IF_ERROR(remote_.Fetch(ref.path(), directory).status());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    stored_.insert(ref.path());
+    // Unless a save has taken the name since.
+    if (saved_.count(ref.path()) == 0) stored_.insert(ref.path());
   }
   spdlog::info("{} was fetched from {}", ref.path(), url());
   return absl::OkStatus();

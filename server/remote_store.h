@@ -64,6 +64,12 @@ class RemoteStore {
   void Run();
   void RunOnce();
   absl::Status Store(const CheckpointRef& ref);
+  absl::Status StoreFrom(const CheckpointRef& ref, const std::string& link,
+                         v1::Checkpoint row);
+  std::string LinkOf(const CheckpointRef& ref) const;
+  // Makes `link` the checkpoint, and `row` tell of it. False: it has no link.
+  absl::StatusOr<bool> LinkIt(const CheckpointRef& ref, const std::string& link,
+                              v1::Checkpoint& row) const;
   absl::Status FetchOne(const CheckpointRef& ref);
   void SetFailure(const CheckpointRef& ref, const absl::Status& status);
   bool ending() const;

@@ -98,6 +98,26 @@ absl::Status TrainerImpl::CheckShared(const std::string& path) {
                "same path on all hosts");
 }
 
+absl::Status TrainerImpl::CheckSame(const std::string& digest) {
+  // Sums of so many small numbers are exact.
+  std::vector<double> sums(16);
+  for (size_t i = 0; i < digest.size(); ++i) {
+    sums[i % sums.size()] +=
+        static_cast<double>(static_cast<unsigned char>(digest[i])) *
+        (i < sums.size() ? 1 : 256);
+  }
+  const std::vector<double> own = sums;
+  GW_RETURN_IF_ERROR(agreement_->Sum(sums));
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (sums[i] == own[i] * world()) continue;
+    return ErrorBuilder(absl::StatusCode::kAborted, "CHECKPOINT_REPLACED")
+        .Message(
+            "another checkpoint has taken the place of this one while the "
+            "ranks opened it; try again");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status TrainerImpl::BeginSave(
     const std::string& directory, bool replaces,
     std::function<void(const absl::Status&)> written) {
@@ -260,6 +280,7 @@ absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
   auto reader = StateReader::Open(files_, directory);
   absl::Status status = reader.status();
   if (status.ok()) status = CheckState(**reader, optimizer);
+  status.Update(CheckSame(reader.ok() ? (*reader)->summary().digest : ""));
   GW_RETURN_IF_ERROR(Agree(status));
   // Behind this in the queue of those that share the model, no gather reads the
   // weights any more.

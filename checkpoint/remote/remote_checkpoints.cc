@@ -259,7 +259,9 @@ absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(const std::string& key,
       if (!is_there && !is_before) return as_good(**now);
     }
     // Of what was half one and half another, no try makes use.
-    if (!is_there && absl::IsAborted(stored)) DeleteFiles(key, commit);
+    if (!is_there && (absl::IsAborted(stored) || absl::IsNotFound(stored))) {
+      DeleteFiles(key, commit);
+    }
   }
   if (!is_there) return stored;
   if (there.has_value()) DeleteFiles(key, *there);

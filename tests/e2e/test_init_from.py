@@ -116,6 +116,16 @@ def test_attaching_again_finds_what_has_become_of_it(trained, begin):
     assert begin(model, job_id="continued", take_over=True, init_from=alias)
 
 
+def test_attaching_needs_no_checkpoint(trained, service, begin):
+    """It may have been deleted since, with the job that made it."""
+    first, path = trained
+    client = begin(init_from=path, job_id="without")
+    want = train(client)
+    service.delete_checkpoint(path)
+    again = begin(init_from=path, job_id="without", take_over=True)
+    assert again.info().optimizer_step == len(want)
+
+
 def test_a_job_that_has_begun_does_not_begin_again(trained, new_client, begin):
     _, path = trained
     other = new_client("llama")

@@ -170,8 +170,10 @@ class Life:
 
     def log(self):
         """The names of its segments."""
-        folder = pathlib.Path(self._state) / "jobs" / "job" / "log"
-        return sorted(path.name for path in folder.iterdir())
+        return sorted(path.name for path in self.log_folder().iterdir())
+
+    def log_folder(self):
+        return pathlib.Path(self._state) / "jobs" / "job" / "log"
 
     def step_and_point(self, step):
         """An optimizer step, and the checkpoint that follows it."""
@@ -265,6 +267,28 @@ def test_a_save_that_was_interrupted_is_of_its_place(tmp_path, end):
         assert life.model.result(save).save_state.optimizer_step == 1
 
 
+@pytest.mark.parametrize("end", ["lose_rank"])
+def test_a_save_of_who_was_taken_over_is_of_its_place(tmp_path, end):
+    with Life(tmp_path) as life:
+        life.attach()
+        save = life.model.save_state("best", overwrite=True)
+        assert life.next().HasField("save_state")
+        life.attach()
+        step = life.model.optim_step()
+        life.answer("optim_step", step=1, version=1)
+        life.model.result(step)
+        getattr(life, end)()
+        life.answer("reset")
+        command = life.next()
+        assert command.save_state.directory.endswith("checkpoints/best")
+        life.answer("reset")
+        life.answer("optim_step", step=1, version=1)
+        saved = operations_pb2.SaveStateResult(optimizer_step=0)
+        life.rank.send_done(command, save_state=saved)
+        life.answer("end_save", save_state=saved, step=1, version=1)
+        assert life.model.result(save).save_state.optimizer_step == 0
+
+
 def test_what_was_running_comes_before_whoever_takes_over(tmp_path):
     with Life(tmp_path) as life:
         life.attach()
@@ -304,22 +328,32 @@ def test_what_appears_on_the_disk_is_known_after_a_power_loss(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_replaced_is_of_no_more_use(tmp_path, overwrite):
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_is_replaced_is_of_no_more_use(tmp_path, overwrite, cancelled):
     """What is not recorded yet may be run again, and find another checkpoint
     under the name."""
     with small_disk(tmp_path), Life(tmp_path) as life:
         life.attach()
         # Its outcome takes more than may be left of a page.
         life.model.forward(calls.batch(sequences(VOCAB, [60] * 100)), seq=1)
-        forward = life.next()
-        save = life.model.save_state("best", seq=2, overwrite=overwrite)
-        command = life.next()
+        life.model.zero_grad(seq=2)
+        forward, zero = life.next(), life.next()
+        if cancelled:
+            # What comes right before it is recorded early.
+            ref = life.model.zero_grad(seq=3)
+            request = operations_pb2.CancelOperationRequest(op_id=ref.op_id)
+            ended = life.stubs.operations.CancelOperation(request)
+            assert ended.state == operations_pb2.OPERATION_STATE_CANCELLED
+        seq = 4 if cancelled else 3
+        save = life.model.save_state("best", seq=seq, overwrite=overwrite)
         saved = operations_pb2.SaveStateResult()
         with full(tmp_path):
             logprobs = [(i, [-1.0] * 59) for i in range(100)]
             life.rank.send_logprobs(forward.command_id, logprobs)
             result = operations_pb2.ForwardResult(datum_count=100)
             life.rank.send_done(forward, forward=result)
+            life.rank.send_done(zero)
+            command = life.rank.next("save_state")
             life.rank.send_done(command, save_state=saved)
             if not overwrite:
                 end = life.rank.next("end_save")
@@ -482,6 +516,34 @@ def test_the_log_may_let_the_beginning_go(new_client, tmp_path):
             life.rank.send_done(command, load_state=LOADED, version=7)
             life.stubs.watch("job", lambda job: job.ready)
         assert life.model.info().weight_version == 7
+
+
+def test_the_log_keeps_what_no_checkpoint_has(new_client, tmp_path):
+    """However long it has become since."""
+    with Life(tmp_path) as life:
+        life.attach()
+        first = life.model.forward_backward(calls.batch(DATA))
+        life.answer("forward")
+        life.model.result(first)
+        # Records of its own segment, so that it could go.
+        life.kill_server()
+        for kind in ("reset", "forward"):
+            life.answer(kind)
+        begin = life.log()
+        data = calls.batch(sequences(VOCAB, [60] * 2000))
+        for _ in range(140):
+            ref = life.model.forward(data)
+            life.fail("forward", "OUT_OF_MEMORY", tainted=False)
+            calls.refusal(life.stubs, lambda ref=ref: ref)
+        assert sum(
+            path.stat().st_size for path in life.log_folder().iterdir()
+        ) > (256 << 20)
+        assert set(begin) <= set(life.log())
+        for end in ("lose_rank", "kill_server"):
+            getattr(life, end)()
+            for kind in ("reset", "forward"):
+                life.answer(kind)
+            life.stubs.watch("job", lambda job: job.ready)
 
 
 @contextlib.contextmanager

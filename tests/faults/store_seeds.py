@@ -187,8 +187,8 @@ WHOLE_SERVER_SEEDS = (
         "handle_without_a_beginning",
         "a repeated CreateModel ends the server",
         "server/job_handles.cc",
-        "if (reset == nullptr || (handle->fenced && !reset->Final())) ",
-        "if (handle->fenced && !reset->Final()) ",
+        "if (reset == nullptr || (handle->fenced && !reset->Ended())) ",
+        "if (handle->fenced && !reset->Ended()) ",
         (
             f"{RECOVERY}::test_of_a_handle_that_the_log_does_not_know_nothing"
             "_is_waited_for",

@@ -353,8 +353,8 @@ class ServiceClient:
         """Creates the job, or attaches to it, and waits until it is ready.
 
         base_model: a Hugging Face directory on the server's machine. A path
-            that is a directory here is made absolute. None, with init_from:
-            that of the checkpoint's job.
+            that is a directory here is made absolute. None: that of the job,
+            if it exists, or of the checkpoint in init_from.
         job_id: of a job that exists, to go on where it stands, or of a new
             one. None for a new one with a name of its own.
         take_over: attach even if another process has used the model within
@@ -384,7 +384,6 @@ class ServiceClient:
                 field="mode",
                 value=mode,
             )
-        job_id = job_id or f"job-{uuid.uuid4().hex[:12]}"
         if with_optimizer and init_from is None:
             raise invalid(
                 "UNSUPPORTED_OPTION",
@@ -393,7 +392,8 @@ class ServiceClient:
                 value=True,
             )
         if base_model is None:
-            base_model = self._base_of(init_from)
+            base_model = self._base_of(job_id, init_from)
+        job_id = job_id or f"job-{uuid.uuid4().hex[:12]}"
         base_model = os.fspath(base_model)
         if os.path.isdir(base_model):
             # The server has a working directory of its own.
@@ -439,12 +439,19 @@ class ServiceClient:
         self._clients.append(client)
         return client
 
-    def _base_of(self, init_from: str | None) -> str:
-        """The base model of the job that made a checkpoint."""
+    def _base_of(self, job_id: str | None, init_from: str | None) -> str:
+        """The base model of a job, or of that which made a checkpoint."""
+        if job_id is not None:
+            try:
+                return self.get_job(job_id).spec.base_model
+            except GradwireError as error:
+                if error.reason != "JOB_NOT_FOUND":
+                    raise
         if init_from is None:
             raise invalid(
                 "UNSUPPORTED_OPTION",
-                "base_model is None; give a model, or init_from",
+                "base_model is None, and there is no such job; give a model, "
+                "or init_from",
                 field="base_model",
                 value=None,
             )

@@ -267,6 +267,8 @@ class TrainingClient(Handle):
             place of what was kept with one that it replaces. At most 64
             names, and 16 KiB in all.
         """
+        # Sent later, and perhaps again.
+        user_metadata = dict(user_metadata or {})
 
         def send(seq: int) -> str:
             request = training_pb2.SaveStateRequest(
@@ -275,7 +277,7 @@ class TrainingClient(Handle):
                 name=name,
                 ttl_seconds=ttl or 0.0,
                 overwrite=overwrite,
-                user_metadata=user_metadata or {},
+                user_metadata=user_metadata,
             )
             return self.send(self.service.training.SaveState, request)
 
