@@ -7,6 +7,7 @@
 #   tests/fuzz/run.sh --seconds N ...            ends then, whatever is done, but
 #                                                not within its first minute
 #   tests/fuzz/run.sh --repeat FILE TARGET       one input, as a finding left it
+#   tests/fuzz/run.sh --build [TARGET...]        builds them only
 #
 # Prints a line for each target as it ends, and fails if one of them has found
 # something. What it found, and the log, are in .cache/fuzz/TARGET.
@@ -16,14 +17,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 runs=2000000
 seconds=0
 repeat=
+build_only=
 targets=()
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --runs) runs=$2 && shift ;;
     --seconds) seconds=$2 && shift ;;
     --repeat) repeat=$2 && shift ;;
+    --build) build_only=1 ;;
     -*)
-      echo "run.sh: unknown argument '$1'; use --runs, --seconds, --repeat or targets" >&2
+      echo "run.sh: unknown argument '$1'; use --runs, --seconds, --repeat, --build or targets" >&2
       exit 2
       ;;
     *) targets+=("$1") ;;
@@ -41,6 +44,7 @@ if ! command -v clang >/dev/null; then tools/setup.sh --fuzz >&2; fi
 # All that is built here, so that a name that is none ends here, too.
 bazel build --config=fuzz --noshow_progress --ui_event_filters=-info \
   "${targets[@]/#//\/tests/fuzz:}"
+if [[ $build_only ]]; then exit; fi
 bin=$(bazel info --config=fuzz bazel-bin 2>/dev/null)/tests/fuzz
 
 # Where memory was allocated is of less use than speed: --repeat shows it. What
