@@ -522,12 +522,13 @@ def test_the_log_keeps_what_no_checkpoint_has(new_client, tmp_path):
     """However long it has become since."""
     with Life(tmp_path) as life:
         life.attach()
-        first = life.model.forward_backward(calls.batch(DATA))
-        life.answer("forward")
+        # Without a result that the log is kept for.
+        first = life.model.zero_grad()
+        life.answer("zero_grad")
         life.model.result(first)
-        # Records of its own segment, so that it could go.
+        # In a segment of its own, so that it could go.
         life.kill_server()
-        for kind in ("reset", "forward"):
+        for kind in ("reset", "zero_grad"):
             life.answer(kind)
         begin = life.log()
         data = calls.batch(sequences(VOCAB, [60] * 2000))
@@ -541,7 +542,7 @@ def test_the_log_keeps_what_no_checkpoint_has(new_client, tmp_path):
         assert set(begin) <= set(life.log())
         for end in ("lose_rank", "kill_server"):
             getattr(life, end)()
-            for kind in ("reset", "forward"):
+            for kind in ("reset", "zero_grad"):
                 life.answer(kind)
             life.stubs.watch("job", lambda job: job.ready)
 
