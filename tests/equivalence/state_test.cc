@@ -238,6 +238,30 @@ TEST_P(StateTest, WhatCannotBeLoadedChangesNothing) {
   EXPECT_EQ(Load(job, path, true), "");
 }
 
+// One takes the place of another while ranks open it.
+TEST_P(StateTest, AllRanksLoadTheSame) {
+  Job job = New(GetParam());
+  Train(job, 0, 1);
+  const std::string one = Fresh("one"), other = Fresh("other");
+  Save(job, one);
+  Train(job, 1, 2);
+  Save(job, other);
+  Train(job, 2, 3);
+  const Values before = job.Weights();
+  std::vector<std::string> reasons(static_cast<size_t>(job.world()));
+  job.OnAll([&](Rank& rank) {
+    const bool last = rank.rank + 1 == job.world();
+    const auto loaded = rank.trainer->LoadState(last ? one : other, true);
+    reasons[static_cast<size_t>(rank.rank)] = Reason(loaded.status());
+    EXPECT_TRUE(rank.trainer->is_valid());
+  });
+  const bool alone = job.world() == 1;
+  for (const std::string& reason : reasons) {
+    EXPECT_EQ(reason, alone ? "" : "CHECKPOINT_REPLACED");
+  }
+  EXPECT_EQ(job.Weights() == before, !alone);
+}
+
 TEST_P(StateTest, WhatWasRetainedIsReleased) {
   Job job = New(GetParam());
   Train(job, 0, 1);

@@ -155,6 +155,14 @@ REPLACE_SEEDS = (
         (f"{OVERWRITE}::test_what_was_loaded_is_loaded_again",),
     ),
     Seed(
+        "ranks_load_two_checkpoints",
+        "ranks load shards of two checkpoints",
+        "trainer/trainer_state.cc",
+        "if (sums[i] == own[i] * world()) continue;",
+        "if (sums[i] == own[i] * world() || world() > 1) continue;",
+        ("//tests/equivalence:state_test",),
+    ),
+    Seed(
         "begun_again",
         "a script that is started again finds its training undone",
         "server/job_handles.cc",
