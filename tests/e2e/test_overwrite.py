@@ -12,6 +12,7 @@ import calls
 import gradwire
 import pytest
 from conftest import MODELS, sequences
+from disks import full, small_disk
 from gradwire._proto.gradwire.v1 import checkpoints_pb2, jobs_pb2
 from processes import Server, ranks_of
 
@@ -211,6 +212,33 @@ def test_pages_go_on_where_they_were(new_client, service):
         "c",
         "d",
     ]
+
+
+def test_a_full_disk_leaves_the_old_one(models, tmp_path):
+    with (
+        small_disk(tmp_path, megabytes=8),
+        Server(tmp_path) as server,
+        calls.Stubs(server.address) as stubs,
+    ):
+        model = new_model(stubs, models)
+        first = model.result(model.save_state("best")).save_state
+        steps(model, 1)
+        # Enough for the log, and not for a checkpoint.
+        with full(tmp_path, left=first.bytes // 4):
+            found = calls.refusal(
+                stubs, lambda: model.save_state("best", overwrite=True)
+            )
+            assert found.reason == "STORAGE_FULL"
+            request = checkpoints_pb2.CheckpointRequest(path=first.path)
+            row = stubs.checkpoints.VerifyCheckpoint(request)
+            assert row.digest == first.digest
+        steps(model, 1)
+        second = model.result(model.save_state("best", overwrite=True))
+        row = stubs.checkpoints.VerifyCheckpoint(request)
+        assert row.digest == second.save_state.digest
+        assert row.optimizer_step == 2
+        folder = pathlib.Path(row.local_path).parent
+        assert [path.name for path in folder.iterdir()] == ["best"]
 
 
 # ---- What was loaded ----

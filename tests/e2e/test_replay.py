@@ -8,12 +8,12 @@ import pathlib
 import queue
 import shutil
 import sqlite3
-import subprocess
 import time
 
 import calls
 import pytest
 from conftest import MODELS, sequences
+from disks import full, small_disk
 from fake_rank import FakeRank, error
 from gradwire._proto.gradwire.v1 import operations_pb2
 from processes import Server
@@ -545,29 +545,6 @@ def test_the_log_keeps_what_no_checkpoint_has(new_client, tmp_path):
             for kind in ("reset", "zero_grad"):
                 life.answer(kind)
             life.stubs.watch("job", lambda job: job.ready)
-
-
-@contextlib.contextmanager
-def full(folder):
-    """Not a byte is left on its disk."""
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        with pytest.raises(OSError):
-            while file.write(bytes(4096)):
-                pass
-    yield
-    filler.unlink()
-
-
-@contextlib.contextmanager
-def small_disk(folder):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk cannot be mounted: not root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_only_makes_it_longer(tmp_path):
