@@ -51,8 +51,10 @@ start_fuzzing() {
   if [[ $fuzz_until -gt 0 ]]; then
     budget=$((fuzz_until > SECONDS ? fuzz_until - SECONDS : 1))
   fi
-  setsid bash -c '{ echo 19 >/proc/self/autogroup; } 2>/dev/null
-    exec nice -n 9 tests/fuzz/run.sh "$@"' - \
+  # It does not outlive this script, however that ends.
+  GRADWIRE_FUZZ_TIMEOUT=600 setsid setpriv --pdeathsig TERM \
+    bash -c '{ echo 19 >/proc/self/autogroup; } 2>/dev/null
+      exec nice -n 9 tests/fuzz/run.sh "$@"' - \
     --runs "$fuzz_runs" --seconds "$budget" \
     >"$results/fuzz.txt" 2>"$results/fuzz.err" &
   fuzz=$!
@@ -62,7 +64,6 @@ end_fuzzing() {
   if [[ $fuzz ]]; then kill -TERM -- "-$fuzz" 2>/dev/null; fi
 }
 trap end_fuzzing EXIT
-trap 'exit 130' INT TERM
 
 finish() {
   echo "$passed passed, $failed failed"

@@ -492,6 +492,8 @@ class Job {
 
   // Ended operations that the log does not know of yet, in order; checkpoints.
   std::deque<OperationPtr> ended_;
+  // Those of them that are just being written to it.
+  std::vector<OperationPtr> recording_;
   std::deque<Reference> references_;
   bool committing_ = false;
   bool end_commit_ = false;

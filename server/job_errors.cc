@@ -17,6 +17,17 @@ absl::Status Unloaded() {
       .Message("The model was unloaded through this handle. Create another.");
 }
 
+absl::Status SequenceGap(int64_t seq, int64_t missing) {
+  ErrorBuilder error(absl::StatusCode::kAborted, "SEQUENCE_GAP");
+  error.With("field", "seq_id").With("value", seq);
+  if (missing > 0) error.With("missing", missing);
+  return error.Message(
+      (missing > 0 ? "seq_id " + std::to_string(missing)
+                   : std::string("A number before it")) +
+      " never arrived, so what came after it was dropped. Send it again with "
+      "the next free numbers.");
+}
+
 absl::Status ServerStopping() {
   return ErrorBuilder(absl::StatusCode::kUnavailable, "SERVER_STOPPED")
       .Server()

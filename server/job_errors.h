@@ -11,6 +11,9 @@ namespace gradwire {
 absl::Status Fenced();
 // FAILED_PRECONDITION MODEL_UNLOADED.
 absl::Status Unloaded();
+// ABORTED SEQUENCE_GAP. `missing`: the number that never came; 0: not known any
+// more.
+absl::Status SequenceGap(int64_t seq, int64_t missing);
 // UNAVAILABLE SERVER_STOPPED: what was accepted is in the log.
 absl::Status ServerStopping();
 

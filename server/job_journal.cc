@@ -97,6 +97,7 @@ void Job::Commit() {
                                             references_.end());
     ended_.clear();
     references_.clear();
+    recording_ = ended;
     committing_ = true;
     const bool broken = journal_broken_ || journal_ == nullptr;
     mu_.Unlock();
@@ -107,6 +108,8 @@ void Job::Commit() {
       absl::MutexLock lock(&mu_);
       const bool recorded = status.ok() && !broken;
       for (const OperationPtr& op : ended) Publish(op, recorded);
+      recording_.clear();
+      work_.SignalAll();
     }
     for (const OperationPtr& op : ended) {
       // One of which nobody knows may be run again. What stays goes with the
@@ -196,15 +199,12 @@ void Job::Publish(const OperationPtr& op, bool recorded) {
   op->record.set_state(op->final_state);
   op->changed.SignalAll();
   if (op->kind == v1::OPERATION_KIND_UNSPECIFIED) return;
-  if (op->final_state == v1::OPERATION_STATE_DONE &&
-      (op->kind == v1::OPERATION_KIND_SAVE_STATE ||
-       op->kind == v1::OPERATION_KIND_SAVE_SNAPSHOT)) {
-    const std::string& path = op->kind == v1::OPERATION_KIND_SAVE_STATE
-                                  ? op->record.save_state().path()
-                                  : op->record.snapshot().path();
-    if (const auto ref = ParseCatalogueRef(path, "path"); ref.ok()) {
-      environment_->on_saved(*ref);
-    }
+  // One that failed may have taken a name all the same.
+  std::string saved = op->replaces;
+  if (op->record.has_save_state()) saved = op->record.save_state().path();
+  if (op->record.has_snapshot()) saved = op->record.snapshot().path();
+  if (const auto ref = ParseCatalogueRef(saved, "path"); ref.ok()) {
+    environment_->on_saved(*ref);
   }
   results_.push_back(op);
   environment_->sessions->Publish(op->session_id, op->record);

@@ -4,6 +4,7 @@
 #include "base/status.h"
 #include "server/grpc_status.h"
 #include "server/job.h"
+#include "server/job_errors.h"
 #include "trainer/rank_plan.h"
 
 namespace gradwire {
@@ -57,7 +58,8 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   op->activation_id = activation_id;
   op->retain_ttl_seconds = retain_ttl_seconds;
   op->shapes = std::move(shapes);
-  op->replaces = request.command.save_state().replaces();
+  const v1::RankSaveState& save = request.command.save_state();
+  if (save.replaces()) op->replaces = save.path();
   op->loads = request.command.has_load_state();
   op->request = std::move(request);
   op->submitted = Clock::now();
@@ -367,14 +369,7 @@ void Job::Housekeep(Clock::time_point now) {
     }
     for (const OperationPtr& op : expired) {
       op->closed_below = current_->closed_below;
-      Finish(op, v1::OPERATION_STATE_FAILED,
-             ErrorBuilder(absl::StatusCode::kAborted, "SEQUENCE_GAP")
-                 .With("field", "seq_id")
-                 .With("value", op->seq)
-                 .With("missing", missing)
-                 .Message("seq_id " + std::to_string(missing) +
-                          " never arrived, so what came after it was dropped. "
-                          "Send it again with the next free numbers."));
+      Finish(op, v1::OPERATION_STATE_FAILED, SequenceGap(op->seq, missing));
     }
   }
   std::vector<std::string> expired;

@@ -159,7 +159,12 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
     }
   }
   for (const auto& [number, handle] : by_number) {
-    handle->queue.CloseBelow(handle->closed_below);
+    for (const OperationPtr& op :
+         handle->queue.CloseBelow(handle->closed_below)) {
+      op->closed_below = handle->closed_below;
+      Finish(op, v1::OPERATION_STATE_FAILED,
+             handle == current_ ? SequenceGap(op->seq, 0) : Fenced());
+    }
     CountDurable(*handle);
     if (handle == current_) continue;
     Fence(*handle, Fenced());

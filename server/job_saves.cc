@@ -2,6 +2,9 @@
 // A save runs beside the operations that follow it: its ranks write while they
 // execute others, and a second command makes what they wrote a checkpoint, or
 // removes it. docs/checkpoints.md.
+#include <algorithm>
+#include <utility>
+
 #include "server/checkpoint_catalogue.h"
 #include "server/job.h"
 
@@ -21,28 +24,19 @@ bool Job::WaitsForSave(const Operation& op) const {
 
 bool Job::MayEndSave() const {
   const OperationPtr& op = saving_->op;
-  if (saving_->purpose != Flight::kOperation || !op->replaces ||
+  if (saving_->purpose != Flight::kOperation || op->replaces.empty() ||
       end_save_->has_error()) {
     return true;
   }
   // What it replaces is what earlier ones, run again, would find: when all of
-  // them are recorded, none is run again. Saves, and what was cancelled, end in
-  // another order.
-  bool recorded = true;
-  for (const auto& [id, handle] : handles_) {
-    if (handle->number > op->handle) continue;
-    const bool is_own = handle->number == op->handle;
-    handle->queue.Visit([&](const Operation& other) {
-      if (is_own && other.seq >= op->seq) return;
-      // Of those before, what never ran is never recorded.
-      if (is_own || other.Ended()) recorded = recorded && other.Final();
-    });
-    const OperationPtr& reset = handle->reset;
-    if (reset != nullptr && (is_own || reset->Ended())) {
-      recorded = recorded && reset->Final();
-    }
-  }
-  return recorded;
+  // them are recorded, none is run again. All have ended, as the ranks answer
+  // in order; saves, and what was cancelled, end in another order than theirs.
+  const auto comes_before = [&](const OperationPtr& other) {
+    return std::pair(other->handle, other->seq) <
+           std::pair(op->handle, op->seq);
+  };
+  return std::none_of(ended_.begin(), ended_.end(), comes_before) &&
+         std::none_of(recording_.begin(), recording_.end(), comes_before);
 }
 
 void Job::OnWritten(const v1::RankDone& written) {

@@ -47,7 +47,8 @@ void TakeOp(const v1::JournalOp& logged, Operation& op) {
   op.rank_of.assign(logged.rank_of().begin(), logged.rank_of().end());
   op.is_again = true;
   op.name_taken = logged.name_taken();
-  op.replaces = logged.command().save_state().replaces();
+  const v1::RankSaveState& save = logged.command().save_state();
+  if (save.replaces()) op.replaces = save.path();
   op.loads = logged.command().has_load_state();
   if (op.Ended()) return;
   op.record.set_kind(logged.kind());

@@ -131,10 +131,16 @@ void OpQueue::Restore(const OperationPtr& op, Clock::time_point now) {
   last_arrival_ = now;
 }
 
-void OpQueue::CloseBelow(int64_t seq) {
+std::vector<OperationPtr> OpQueue::CloseBelow(int64_t seq) {
   next_seq_ = std::max(next_seq_, seq);
   executed_.erase(executed_.begin(), executed_.lower_bound(next_seq_));
+  std::vector<OperationPtr> closed;
+  while (!waiting_.empty() && waiting_.begin()->first < next_seq_) {
+    closed.push_back(waiting_.begin()->second);
+    Remove(waiting_.begin());
+  }
   SkipExecuted();
+  return closed;
 }
 
 std::vector<OperationPtr> OpQueue::ExpireGap(Clock::time_point now) {

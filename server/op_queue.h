@@ -59,8 +59,10 @@ class OpQueue {
   // Takes an operation of an earlier process, which has ended or is to run. In
   // any order, before anything else.
   void Restore(const OperationPtr& op, Clock::time_point now);
-  // Numbers below `seq` that nothing is known of were closed.
-  void CloseBelow(int64_t seq);
+  // Numbers below `seq` that nothing is known of were closed. Operations there
+  // that wait, as their end was decided and not recorded, leave the queue and
+  // are returned.
+  std::vector<OperationPtr> CloseBelow(int64_t seq);
 
   // Ends the wait behind a gap: once nothing has arrived for gap_timeout, and
   // the missing number is not held, all waiting operations leave the queue,

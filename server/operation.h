@@ -87,10 +87,10 @@ struct Operation {
   int crashes = 0;
   // It may have been run before, by a process that did not come to say so.
   bool is_again = false;
-  // Of a save: there was something under its name when it was accepted; it may
-  // take its place.
+  // Of a save: there was something under its name when it was accepted.
   bool name_taken = false;
-  bool replaces = false;
+  // Of a save that may take the place of another checkpoint: its path.
+  std::string replaces;
   // It loads a checkpoint: a LoadState, or the beginning of a handle with one.
   bool loads = false;
   // Arrays of an ended operation are in the log alone.

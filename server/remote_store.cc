@@ -88,7 +88,8 @@ void RemoteStore::Saved(const CheckpointRef& ref) {
 
 void RemoteStore::Fill(const CheckpointRef& ref, v1::Checkpoint& row) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (stored_.count(ref.path()) != 0) {
+  const auto stored = stored_.find(ref.path());
+  if (stored != stored_.end() && stored->second == row.digest()) {
     row.set_object_url(url() + "/" + ref.path());
   }
   const auto failure = failures_.find(ref.path());
@@ -184,6 +185,11 @@ absl::Status RemoteStore::Store(const CheckpointRef& ref) {
     // A delta is seen only with the whole chain.
     if (!is_stored) GW_RETURN_IF_ERROR(Store(parent));
   }
+  GW_ASSIGN_OR_RETURN(const auto there, remote_.Find(ref.path()));
+  if (there.has_value() && there->digest == row->digest()) {
+    SetStored(ref, there->digest);
+    return absl::OkStatus();
+  }
   GW_RETURN_IF_ERROR(remote_.Sweep(ref.path()));
   const std::string link = LinkOf(ref);
   const absl::Status stored = StoreFrom(ref, link, *row);
@@ -197,6 +203,18 @@ std::string RemoteStore::LinkOf(const CheckpointRef& ref) const {
          kLinkEnd;
 }
 
+bool RemoteStore::SetStored(const CheckpointRef& ref,
+                            const std::string& digest) {
+  // Who deletes it removes the copy after it is gone from the disk: before
+  // this, and then there was none yet, or after it.
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto now = catalogue_.Get(ref);
+  // What has taken its name is to be stored yet.
+  const bool is_latest = now.ok() && now->digest() == digest;
+  if (is_latest && saved_.count(ref.path()) == 0) stored_[ref.path()] = digest;
+  return !absl::IsNotFound(now.status());
+}
+
 absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
                                          const std::string& link,
                                          v1::Checkpoint& row) const {
@@ -206,8 +224,10 @@ absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
   const std::string directory = catalogue_.DirectoryOf(ref);
   for (int i = 0; i < kMostReplacements; ++i) {
     GW_RETURN_IF_ERROR(RemoveIfThere(files, link));
-    GW_ASSIGN_OR_RETURN(const bool linked, LinkState(files, directory, link));
-    if (!linked) return false;
+    const auto linked = LinkState(files, directory, link);
+    if (absl::IsResourceExhausted(linked.status())) return false;
+    GW_RETURN_IF_ERROR(linked.status());
+    if (!*linked) return false;
     GW_ASSIGN_OR_RETURN(const auto reader, StateReader::Open(files, link));
     if (reader->summary().digest == row.digest()) return true;
     // It was replaced since it was looked at.
@@ -239,16 +259,7 @@ absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
   };
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
                       remote_.Store(ref.path(), source));
-  bool is_there = false;
-  {
-    // Who deletes it removes the copy after it is gone from the disk: before
-    // this, and then there was none yet, or after it.
-    const std::lock_guard<std::mutex> lock(mutex_);
-    is_there = PosixFileSystem().Stat(catalogue_.DirectoryOf(ref)).ok();
-    const bool is_latest = saved_.count(ref.path()) == 0;
-    if (is_there && is_latest) stored_.insert(ref.path());
-  }
-  if (!is_there) return remote_.Remove(ref.path());
+  if (!SetStored(ref, commit.digest)) return remote_.Remove(ref.path());
   metrics_->CountUploadBytes(commit.bytes());
   spdlog::info("{} is in {}, {} MiB", ref.path(), url(), commit.bytes() >> 20);
   return absl::OkStatus();
@@ -312,7 +323,7 @@ absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     // Unless a save has taken the name since.
-    if (saved_.count(ref.path()) == 0) stored_.insert(ref.path());
+    if (saved_.count(ref.path()) == 0) stored_[ref.path()] = commit->digest;
   }
   spdlog::info("{} was fetched from {}", ref.path(), url());
   return absl::OkStatus();

@@ -66,8 +66,11 @@ class RemoteStore {
   absl::Status Store(const CheckpointRef& ref);
   absl::Status StoreFrom(const CheckpointRef& ref, const std::string& link,
                          v1::Checkpoint row);
+  // False: it has been deleted meanwhile.
+  bool SetStored(const CheckpointRef& ref, const std::string& digest);
   std::string LinkOf(const CheckpointRef& ref) const;
-  // Makes `link` the checkpoint, and `row` tell of it. False: it has no link.
+  // Makes `link` the checkpoint, and `row` tell of it. False: it has no link,
+  // for want of space as well.
   absl::StatusOr<bool> LinkIt(const CheckpointRef& ref, const std::string& link,
                               v1::Checkpoint& row) const;
   absl::Status FetchOne(const CheckpointRef& ref);
@@ -84,8 +87,8 @@ class RemoteStore {
   std::condition_variable work_;
   bool end_ = false;
   bool woken_ = false;
-  std::set<std::string> stored_;  // by path
-  std::set<std::string> saved_;   // since it was looked at
+  std::map<std::string, std::string> stored_;  // digests by path
+  std::set<std::string> saved_;                // since it was looked at
   std::map<std::string, absl::Status> failures_;
   std::deque<CheckpointRef> to_remove_;
   std::thread thread_;

@@ -130,8 +130,13 @@ TEST(OpQueueTest, AnEarlierProcesssOperationsAreTaken) {
     queue.Restore(op, kNow);
   }
   queue.Restore(Op(8), kNow);
+  // This one was drained as well, and its end not recorded.
+  queue.Restore(Op(4), kNow);
   EXPECT_EQ(queue.next_seq(), 3);
-  queue.CloseBelow(8);
+  const auto closed = queue.CloseBelow(8);
+  ASSERT_EQ(closed.size(), 1u);
+  EXPECT_EQ(closed[0]->seq, 4);
+  EXPECT_EQ(queue.queued(), 1);
   EXPECT_EQ(queue.next_seq(), 8);
   EXPECT_EQ(Reason(queue.Submit(Op(6), kNow).status()), "SEQUENCE_CLOSED");
   EXPECT_EQ((*queue.Submit(Op(2), kNow))->seq, 2) << "a repetition";

@@ -251,17 +251,18 @@ absl::StatusOr<RemoteCommit> RemoteCheckpoints::Store(const std::string& key,
     // The commit may have been taken before an answer was lost, or be another
     // server's.
     const auto now = Find(key);
+    bool is_another = false;
     if (now.ok() && now->has_value()) {
       is_there = (*now)->folder == commit.folder;
-      const bool is_before =
-          there.has_value() && (*now)->folder == there->folder;
-      if (!is_there) DeleteFiles(key, commit);
-      if (!is_there && !is_before) return as_good(**now);
+      is_another =
+          !is_there && !(there.has_value() && (*now)->folder == there->folder);
     }
-    // Of what was half one and half another, no try makes use.
-    if (!is_there && (absl::IsAborted(stored) || absl::IsNotFound(stored))) {
-      DeleteFiles(key, commit);
-    }
+    // A commit without an answer may still be taken, and needs its files. Of
+    // one that is refused, or is half of another checkpoint, no try makes use.
+    const bool is_final = absl::IsAborted(stored) || absl::IsNotFound(stored) ||
+                          absl::IsAlreadyExists(stored);
+    if (!is_there && (is_another || is_final)) DeleteFiles(key, commit);
+    if (is_another) return as_good(**now);
   }
   if (!is_there) return stored;
   if (there.has_value()) DeleteFiles(key, *there);

@@ -218,6 +218,23 @@ TEST_F(RemoteReplaceTest, OneThatFailsAnywhereLeavesTheOneOrTheOther) {
   }
 }
 
+// The store may take a commit after nobody has waited for its answer any more.
+TEST_F(RemoteReplaceTest, ACommitWithoutAnAnswerKeepsItsFiles) {
+  CrashFileSystem files(Published());
+  // A look, three files in two requests each, the commit.
+  constexpr int64_t kCommitCall = 8;
+  ASSERT_TRUE(StoreIt(files, 1).ok());
+  const auto before = store_.objects;
+  store_.FailAt(kCommitCall, Store::kUnreachable);
+  EXPECT_EQ(Reason(ReplaceIt(1)), "STORAGE_UNREACHABLE");
+  EXPECT_EQ(CountFolders(), 2);
+  // All of what it names is there.
+  EXPECT_EQ(store_.objects.size(), before.size() + 3);
+  EXPECT_EQ(Fetched(), "some weights");
+  EXPECT_TRUE(ReplaceIt(1).ok());
+  EXPECT_EQ(CountFolders(), 1);
+}
+
 TEST_F(RemoteReplaceTest, WhatHasChangedMeanwhileIsNotCommitted) {
   CrashFileSystem files(Published());
   const auto changed = [] { return absl::AbortedError("changed"); };

@@ -297,8 +297,8 @@ JOB_SEEDS = (
         "closed_numbers_open",
         "a number that was given up is free after a restart",
         "server/job_restore.cc",
-        "handle->queue.CloseBelow(handle->closed_below);",
-        "",
+        "handle->queue.CloseBelow(handle->closed_below)",
+        "handle->queue.CloseBelow(0)",
         (f"{RECOVERY}::test_numbers_that_were_closed_stay_closed",),
     ),
     Seed(

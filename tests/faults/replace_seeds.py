@@ -88,14 +88,6 @@ REPLACE_SEEDS = (
         (f"{REPLAY}::test_what_is_replaced_is_of_no_more_use",),
     ),
     Seed(
-        "replaced_before_earlier_ones_are_recorded",
-        "only the operation right before a save is looked at",
-        "server/job_saves.cc",
-        "if (is_own && other.seq >= op->seq) return;",
-        "if (is_own && other.seq != op->seq - 1) return;",
-        (f"{REPLAY}::test_what_is_replaced_is_of_no_more_use",),
-    ),
-    Seed(
         "save_after_who_took_over",
         "an interrupted save is of the state that another handle made",
         "server/job_recovery.cc",
@@ -219,6 +211,14 @@ REPLACE_SEEDS = (
         "checkpoint/remote/remote_checkpoints.cc",
         "    GW_RETURN_IF_ERROR(source.check());\n",
         "",
+        (REMOTE,),
+    ),
+    Seed(
+        "copy_committed_late",
+        "a commit that is taken after its time names files that are gone",
+        "checkpoint/remote/remote_checkpoints.cc",
+        "if (!is_there && (is_another || is_final)) DeleteFiles(key, commit);",
+        "if (!is_there) DeleteFiles(key, commit);",
         (REMOTE,),
     ),
     Seed(

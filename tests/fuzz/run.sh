@@ -51,8 +51,9 @@ bin=$(bazel info --config=fuzz bazel-bin 2>/dev/null)/tests/fuzz
 # an input frees is soon beyond this megabyte, but hardly before it ends; in the
 # caches of the processor it costs a fifth of the time less than in more memory.
 readonly fast=malloc_context_size=0:max_malloc_fill_size=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64
-# An input takes milliseconds, and kilobytes.
-readonly limits=(-max_len=4096 -timeout=20 -rss_limit_mb=1024 -malloc_limit_mb=16)
+# An input takes milliseconds, and kilobytes; more of the clock where there is
+# hardly any of the processor.
+readonly limits=(-max_len=4096 "-timeout=${GRADWIRE_FUZZ_TIMEOUT:-20}" -rss_limit_mb=1024 -malloc_limit_mb=16)
 
 if [[ $repeat ]]; then
   exec "$bin/${targets[0]}" "${limits[@]}" "$repeat"
