@@ -44,8 +44,15 @@ add() { # add PASSED FAILED
 }
 
 # Fuzzing runs beside the other stages, on what they leave idle of the cores. The
-# group of its session is what the scheduler sees first.
+# group of its session is what the scheduler sees first; where that cannot give
+# way, it would take half of the processor, and comes last.
 fuzz=
+can_give_way() {
+  local groups=/proc/sys/kernel/sched_autogroup_enabled
+  [[ ! -e $groups || $(<"$groups") == 0 ]] ||
+    setsid bash -c 'echo 19 >/proc/self/autogroup' 2>/dev/null
+}
+
 start_fuzzing() {
   local budget=0
   if [[ $fuzz_until -gt 0 ]]; then
@@ -137,7 +144,12 @@ bazel_test cuda --config=cuda --build_tag_filters=cuda --test_tag_filters=gpu \
 
 if [[ $fuzz_runs -gt 0 ]]; then
   stage "fuzz: build"
-  if tests/fuzz/run.sh --build; then start_fuzzing; else add 0 1; fi
+  if ! tests/fuzz/run.sh --build; then
+    add 0 1
+    fuzz_runs=0
+  elif can_give_way; then
+    start_fuzzing
+  fi
 fi
 
 stage "Python"
@@ -168,8 +180,9 @@ for config in "${sanitizers[@]}"; do
   fi
 done
 
-if [[ $fuzz ]]; then
+if [[ $fuzz_runs -gt 0 ]]; then
   stage "fuzz: what is left"
+  if [[ ! $fuzz ]]; then start_fuzzing; fi
   wait "$fuzz"
   status=$?
   fuzz=
