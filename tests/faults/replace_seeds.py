@@ -218,7 +218,7 @@ REPLACE_SEEDS = (
         "a commit that is taken after its time names files that are gone",
         "checkpoint/remote/remote_checkpoints.cc",
         "if (!is_there && (is_another || is_final)) DeleteFiles(key, commit);",
-        "if (!is_there) DeleteFiles(key, commit);",
+        "if (!is_there || is_final) DeleteFiles(key, commit);",
         (REMOTE,),
     ),
     Seed(
