@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "checkpoint/file_system.h"
@@ -40,6 +41,14 @@ v1::Checkpoint RowOf(const CheckpointRef& ref, const RemoteCommit& commit,
   row.mutable_create_time()->set_nanos(
       static_cast<int32_t>(commit.created_micros % 1'000'000 * 1000));
   return row;
+}
+
+absl::Status Replaced(const CheckpointRef& ref) {
+  return ErrorBuilder(absl::StatusCode::kAborted, "CHECKPOINT_REPLACED")
+      .With("checkpoint", ref.name)
+      .Message(
+          "another checkpoint has taken the place of this one while it was "
+          "copied, or it was deleted; the copy begins again by itself");
 }
 
 }  // namespace
@@ -233,7 +242,7 @@ absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
     // It was replaced since it was looked at.
     GW_ASSIGN_OR_RETURN(row, catalogue_.Get(ref));
   }
-  return absl::AbortedError("it is replaced again and again");
+  return Replaced(ref);
 }
 
 absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
@@ -255,7 +264,7 @@ absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
     if (*linked) return absl::OkStatus();
     const auto now = catalogue_.Get(ref);
     if (now.ok() && now->digest() == row.digest()) return absl::OkStatus();
-    return absl::AbortedError("it was replaced, or deleted, meanwhile");
+    return Replaced(ref);
   };
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
                       remote_.Store(ref.path(), source));
