@@ -45,8 +45,17 @@ class Collectives {
                            const Tensor& full) = 0;
   // shard = the sum over ranks of their full[rank * n, (rank + 1) * n).
   //   full f32 [world * n], read; shard f32 [n], += if accumulate else =
-  virtual Ticket ReduceScatter(Stream& stream, const Tensor& full,
-                               const Tensor& shard, bool accumulate) = 0;
+  Ticket ReduceScatter(Stream& stream, const Tensor& full, const Tensor& shard,
+                       bool accumulate) {
+    return ReduceScatterParts(stream, full, shard.num_elements(), shard,
+                              accumulate);
+  }
+  // The same of parts that lie `stride` >= n elements apart: full[rank *
+  // stride, rank * stride + n). What is between them is left alone.
+  //   full f32 [(world - 1) * stride + n]
+  virtual Ticket ReduceScatterParts(Stream& stream, const Tensor& full,
+                                    int64_t stride, const Tensor& shard,
+                                    bool accumulate) = 0;
   // values = their sum over ranks.   f32 or f64 [n] =
   virtual Ticket AllReduce(Stream& stream, const Tensor& values) = 0;
   // values = those of `root`.   any type

@@ -97,6 +97,32 @@ TEST_P(CollectivesConformanceTest, ReduceScatterAddsInRankOrder) {
   });
 }
 
+TEST_P(CollectivesConformanceTest, ReduceScatterTakesPartsThatLieApart) {
+  RunAll([](RankThread& t) {
+    for (const int64_t n : Sizes(t.world())) {
+      SCOPED_TRACE(n);
+      for (const int64_t gap : {0, 1, 4096}) {
+        const int64_t stride = n + gap;
+        const int64_t size = (t.world() - 1) * stride + n;
+        const int64_t begin = t.rank() * stride;
+        const std::vector<float> before = Values<float>(t.rank(), size, 8);
+        const auto full = t.Put(before);
+        std::vector<float> want = Values<float>(t.rank(), n, 9);
+        const auto shard = t.Put(want);
+        ASSERT_TRUE(
+            t.Wait(t.group.ReduceScatterParts(t.stream, full.tensor(), stride,
+                                              shard.tensor(), true))
+                .ok());
+        const std::vector<float> sum =
+            SumOfValues<float>(t.world(), begin, begin + n, 8);
+        for (size_t i = 0; i < want.size(); ++i) want[i] += sum[i];
+        ExpectSame(shard.Read(t.stream), want);
+        ExpectSame(full.Read(t.stream), before);
+      }
+    }
+  });
+}
+
 template <typename T>
 void ReduceEach(RankThread& t) {
   for (const int64_t n : Sizes(t.world())) {

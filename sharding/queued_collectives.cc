@@ -49,12 +49,14 @@ class QueuedCollectives : public Collectives {
     return Add([=, this] { return backend_->AllGather(shard, full); });
   }
 
-  Ticket ReduceScatter(Stream&, const Tensor& full, const Tensor& shard,
-                       bool accumulate) override {
+  Ticket ReduceScatterParts(Stream&, const Tensor& full, int64_t stride,
+                            const Tensor& shard, bool accumulate) override {
+    const int64_t n = shard.num_elements();
     GW_CHECK(full.dtype() == DType::kF32 && shard.dtype() == DType::kF32);
-    GW_CHECK(full.num_elements() == world() * shard.num_elements());
-    return Add(
-        [=, this] { return backend_->ReduceScatter(full, shard, accumulate); });
+    GW_CHECK(stride >= n && full.num_elements() == (world() - 1) * stride + n);
+    return Add([=, this] {
+      return backend_->ReduceScatterParts(full, stride, shard, accumulate);
+    });
   }
 
   Ticket AllReduce(Stream&, const Tensor& values) override {

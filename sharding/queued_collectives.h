@@ -26,8 +26,9 @@ class BlockingCollectives {
   virtual int world() const = 0;
 
   virtual absl::Status AllGather(const Tensor& shard, const Tensor& full) = 0;
-  virtual absl::Status ReduceScatter(const Tensor& full, const Tensor& shard,
-                                     bool accumulate) = 0;
+  virtual absl::Status ReduceScatterParts(const Tensor& full, int64_t stride,
+                                          const Tensor& shard,
+                                          bool accumulate) = 0;
   virtual absl::Status AllReduce(const Tensor& values) = 0;
   virtual absl::Status Broadcast(const Tensor& values, int root) = 0;
 

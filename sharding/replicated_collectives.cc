@@ -37,15 +37,16 @@ class ReplicatedBackend : public BlockingCollectives {
     return Run(*shards_, shards_->Broadcast(stream_, values, root));
   }
 
-  absl::Status ReduceScatter(const Tensor& full, const Tensor& shard,
-                             bool accumulate) override {
+  absl::Status ReduceScatterParts(const Tensor& full, int64_t stride,
+                                  const Tensor& shard,
+                                  bool accumulate) override {
     Tensor sum = shard;
     if (accumulate) {
       sum_.resize(static_cast<size_t>(shard.num_elements()));
       sum = Tensor(sum_.data(), DType::kF32, {shard.num_elements()});
     }
-    GW_RETURN_IF_ERROR(
-        Run(*shards_, shards_->ReduceScatter(stream_, full, sum, false)));
+    GW_RETURN_IF_ERROR(Run(*shards_, shards_->ReduceScatterParts(
+                                         stream_, full, stride, sum, false)));
     GW_RETURN_IF_ERROR(Run(*replicas_, replicas_->AllReduce(stream_, sum)));
     if (!accumulate) return absl::OkStatus();
     float* const to = shard.data<float>();

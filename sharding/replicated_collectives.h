@@ -11,9 +11,9 @@
 namespace gradwire {
 
 // The collectives of a shard group whose rank r has, in `replicas`, the rank r
-// of every group. All are the shard group's, but that ReduceScatter sums over
-// the groups as well: within each group in rank order, then those sums in the
-// groups' order.
+// of every group. All are the shard group's, but that ReduceScatter, of
+// whatever parts, sums over the groups as well: within each group in rank
+// order, then those sums in the groups' order.
 std::unique_ptr<Collectives> NewReplicatedCollectives(
     std::unique_ptr<Collectives> shards, std::unique_ptr<Collectives> replicas);
 

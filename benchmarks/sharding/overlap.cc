@@ -75,10 +75,12 @@ class SlowLink : public BlockingCollectives {
     return Run((world() - 1) * shard.bytes(),
                [&] { return group_->AllGather(stream_, shard, full); });
   }
-  absl::Status ReduceScatter(const Tensor& full, const Tensor& shard,
-                             bool accumulate) override {
+  absl::Status ReduceScatterParts(const Tensor& full, int64_t stride,
+                                  const Tensor& shard,
+                                  bool accumulate) override {
     return Run((world() - 1) * shard.bytes(), [&] {
-      return group_->ReduceScatter(stream_, full, shard, accumulate);
+      return group_->ReduceScatterParts(stream_, full, stride, shard,
+                                        accumulate);
     });
   }
   absl::Status AllReduce(const Tensor& values) override {

@@ -30,14 +30,14 @@ int64_t PieceBytes(int world) {
   return std::clamp(share / 4096 * 4096, kSmallBytes, kMaxPieceBytes);
 }
 
-// An array cut into one segment for each rank; the last may be shorter, or
-// empty.
+// One segment of an array for each rank; the last may be shorter, or empty.
 struct Segments {
-  int64_t total = 0;  // elements of the array
-  int64_t each = 0;   // elements of a segment
+  int64_t total = 0;      // elements of the array
+  int64_t each = 0;       // elements of a segment
+  int64_t stride = each;  // from one to the next
 
-  int64_t begin(int rank) const { return std::min(rank * each, total); }
-  int64_t size(int rank) const { return begin(rank + 1) - begin(rank); }
+  int64_t begin(int rank) const { return std::min(rank * stride, total); }
+  int64_t size(int rank) const { return std::min(each, total - begin(rank)); }
 };
 
 class GlooCollectives : public BlockingCollectives {
@@ -59,11 +59,12 @@ class GlooCollectives : public BlockingCollectives {
                   static_cast<char*>(full.raw()));
   }
 
-  absl::Status ReduceScatter(const Tensor& full, const Tensor& shard,
-                             bool accumulate) override {
+  absl::Status ReduceScatterParts(const Tensor& full, int64_t stride,
+                                  const Tensor& shard,
+                                  bool accumulate) override {
     GW_RETURN_IF_ERROR(mesh_->Begin());
     return Reduce(full.data<float>(),
-                  {full.num_elements(), shard.num_elements()},
+                  {full.num_elements(), shard.num_elements(), stride},
                   shard.data<float>(), accumulate);
   }
 

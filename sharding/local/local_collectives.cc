@@ -42,14 +42,15 @@ class LocalCollectives : public BlockingCollectives {
     });
   }
 
-  absl::Status ReduceScatter(const Tensor& full, const Tensor& shard,
-                             bool accumulate) override {
+  absl::Status ReduceScatterParts(const Tensor& full, int64_t stride,
+                                  const Tensor& shard,
+                                  bool accumulate) override {
     const int64_t n = shard.num_elements();
     CountSent(shard.bytes());
     return meeting_->Meet(rank_, full.raw(), [&](const auto& fulls) {
       std::vector<const float*> parts;
       for (const void* part : fulls) {
-        parts.push_back(static_cast<const float*>(part) + rank_ * n);
+        parts.push_back(static_cast<const float*>(part) + rank_ * stride);
       }
       SumInRankOrder<float>(parts, n, shard.data<float>(), accumulate);
     });

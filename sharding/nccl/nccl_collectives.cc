@@ -95,12 +95,13 @@ class NcclCollectives : public Collectives {
     return Add(stream, [&] { return transfers_->AllGather(shard, full); });
   }
 
-  Ticket ReduceScatter(Stream& stream, const Tensor& full, const Tensor& shard,
-                       bool accumulate) override {
+  Ticket ReduceScatterParts(Stream& stream, const Tensor& full, int64_t stride,
+                            const Tensor& shard, bool accumulate) override {
+    const int64_t n = shard.num_elements();
     GW_CHECK(full.dtype() == DType::kF32 && shard.dtype() == DType::kF32);
-    GW_CHECK(full.num_elements() == world() * shard.num_elements());
+    GW_CHECK(stride >= n && full.num_elements() == (world() - 1) * stride + n);
     return Add(stream, [&] {
-      return transfers_->ReduceScatter(full, shard, accumulate);
+      return transfers_->ReduceScatter(full, stride, shard, accumulate);
     });
   }
 

@@ -91,11 +91,11 @@ absl::Status NcclTransfers::AllGather(const Tensor& shard, const Tensor& full) {
   });
 }
 
-absl::Status NcclTransfers::ReduceScatter(const Tensor& full,
+absl::Status NcclTransfers::ReduceScatter(const Tensor& full, int64_t stride,
                                           const Tensor& shard,
                                           bool accumulate) {
   return Reduce<float>(full.data<float>(),
-                       {full.num_elements(), shard.num_elements()},
+                       {full.num_elements(), shard.num_elements(), stride},
                        shard.data<float>(), accumulate);
 }
 

@@ -31,8 +31,8 @@ class NcclTransfers {
   cudaStream_t stream() const { return stream_->get(); }
 
   absl::Status AllGather(const Tensor& shard, const Tensor& full);
-  absl::Status ReduceScatter(const Tensor& full, const Tensor& shard,
-                             bool accumulate);
+  absl::Status ReduceScatter(const Tensor& full, int64_t stride,
+                             const Tensor& shard, bool accumulate);
   absl::Status AllReduce(const Tensor& values);
   absl::Status Broadcast(const Tensor& values, int root);
 
@@ -42,13 +42,14 @@ class NcclTransfers {
   int64_t bytes_sent() const { return bytes_sent_; }
 
  private:
-  // An array cut into one segment for each rank; the last may be shorter, or
-  // empty. In elements.
+  // One segment of an array for each rank, `stride` from one to the next; the
+  // last may be shorter, or empty. In elements.
   struct Segments {
     int64_t total = 0;
     int64_t each = 0;
-    int64_t begin(int rank) const { return std::min(rank * each, total); }
-    int64_t size(int rank) const { return begin(rank + 1) - begin(rank); }
+    int64_t stride = each;
+    int64_t begin(int rank) const { return std::min(rank * stride, total); }
+    int64_t size(int rank) const { return std::min(each, total - begin(rank)); }
   };
 
   NcclTransfers(NcclComm& comm, int rank, int world, int64_t staging_bytes);
