@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -21,30 +20,23 @@ namespace gradwire {
 class ReducedGradients : public UnitGradients {
  public:
   // `shard`: f32 [layout.shard_elements()], where sums go. Beyond a unit's end
-  // they are zero. `slow_unit`: that EndInPieces may be called of, or -1. All
-  // must outlive it.
+  // they are zero. All must outlive it.
   static absl::StatusOr<std::unique_ptr<ReducedGradients>> Create(
       const ShardLayout& layout, const UnitPlaces& places, const Tensor& shard,
-      int slow_unit, Collectives& collectives, Device& device);
-  // Of the memory that it takes.
-  static int64_t Bytes(const ShardLayout& layout, const UnitPlaces& places,
-                       int slow_unit);
+      Collectives& collectives, Device& device);
   ~ReducedGradients() override;
 
   void Start(bool accumulate) override { accumulate_ = accumulate; }
   Place Begin(Stream& stream, int unit) override;
   void End(Stream& stream, int unit) override;
+  // A piece has an equal part of every shard. REQUIRES: ranks end the same
+  // parts in the same order; no other unit is begun or ended in between.
+  void EndPart(Stream& stream, int unit, int64_t begin, int64_t end,
+               const MakePart& make) override;
   void Finish(Stream& stream) override;
 
-  // As End, of a unit that nobody waits for, sent in pieces: two at once, and
-  // one behind each block, all of which end after it, so that no gather has to
-  // wait for all of it. `make` makes elements [begin, end) of the unit's
-  // gradient, before they are sent; what it is called for may overlap.
-  void EndInPieces(Stream& stream, int unit,
-                   std::function<void(int64_t begin, int64_t end)> make);
   // The memory of a unit's gradient, f32 1-D, for other use in stream order
-  // until the next Begin. REQUIRES: the unit is not held; all blocks have
-  // ended.
+  // until the next Begin. REQUIRES: the unit is not held.
   Tensor Spare(Stream& stream, int unit);
 
   int64_t bytes() const { return buffer_->bytes(); }
@@ -54,6 +46,8 @@ class ReducedGradients : public UnitGradients {
     Tensor memory;  // f32, 1-D
     bool held = false;
     bool on_its_way = false;
+    // Of a unit that ends in parts, which pieces have ended.
+    std::vector<bool> sent;
     Collectives::Ticket ticket = 0;
   };
   ReducedGradients(const ShardLayout& layout, const UnitPlaces& places,
@@ -68,7 +62,6 @@ class ReducedGradients : public UnitGradients {
     return buffers_[static_cast<size_t>(place_of_[static_cast<size_t>(unit)])];
   }
   void Settle(Stream& stream, Buffer& buffer);
-  void SendPiece(Stream& stream);
 
   const ShardLayout& layout_;
   const std::vector<int> place_of_;
@@ -77,13 +70,6 @@ class ReducedGradients : public UnitGradients {
   Device& device_;
   std::unique_ptr<DeviceBuffer> buffer_;
   std::vector<Buffer> buffers_;
-  // The unit that is being sent in pieces, or -1; where the next one begins in
-  // each shard.
-  int slow_unit_ = -1;
-  int64_t next_piece_ = 0;
-  std::function<void(int64_t, int64_t)> make_;
-  // Where pieces are put together, in turns.
-  Buffer pieces_[2];
   bool accumulate_ = false;
 };
 

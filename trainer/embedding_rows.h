@@ -2,17 +2,14 @@
 // The gradient of a sharded model's embedding. It has rows for the tokens of a
 // micro-batch and zeros for the rest of the vocabulary, so ranks hand each
 // other these rows instead of summing tables, and each adds those that lie in
-// its shard. The head's gradient, which is as large and may be of the same
-// table, is summed in pieces while the backward goes on. docs/sharding.md.
+// its shard. docs/sharding.md.
 //
 // Rows are added in float32, behind the head's sum if that is of the table, in
 // the order of ranks, and of a rank in that of its tokens.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -25,8 +22,8 @@
 namespace gradwire {
 
 // All ranks make the same calls in the same order: Announce and Await once for
-// a micro-batch, then, if Await has said so, EndHead and Add. Thread rule: one
-// thread at a time.
+// a micro-batch, then, if Await has said so, Add. Thread rule: one thread at a
+// time.
 class EmbeddingRows {
  public:
   struct Options {
@@ -52,22 +49,11 @@ class EmbeddingRows {
   // of tables is no more to send: the unit's gradient is to be made as others
   // are. To be asked before unit 0 ends.
   bool Await(Stream& stream);
-  // The head's gradient is there, or is made by `make` as for EndInPieces: that
-  // of the embedding's unit if it is in the same table, else of the last.
-  // REQUIRES: Await has returned true.
-  void EndHead(Stream& stream,
-               std::function<void(int64_t begin, int64_t end)> make) {
-    gradients_.EndInPieces(stream, HeadUnit(options_), std::move(make));
-  }
   // Adds all ranks' rows; this one's are act [tokens, hidden], or null if it
   // has none. If the head has a table of its own, and unless `accumulate`, rows
-  // are all that the embedding's gradient is made of. REQUIRES: EndHead before.
+  // are all that the embedding's gradient is made of. REQUIRES: Await has
+  // returned true; all units but 0 have ended, and 0 if it was begun.
   void Add(Stream& stream, const Tensor& rows, bool accumulate);
-
-  // Whose gradient EndHead ends.
-  static int HeadUnit(const Options& options) {
-    return options.tied ? 0 : options.layout->num_units() - 1;
-  }
 
  private:
   EmbeddingRows(const Options& options, const Tensor& shard,

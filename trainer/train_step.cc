@@ -121,8 +121,7 @@ void TrainStep::VisitForward(
 void TrainStep::VisitBackward(
     bool accumulate, const std::vector<int32_t>& ids,
     const std::function<void(const Held& weights, const HeldGradient& grad)>&
-        visit,
-    const std::function<void(int64_t begin, int64_t end)>& make_head) {
+        visit) {
   UnitWeights& weights = *options_.weights;
   UnitGradients& gradients = *options_.gradients;
   EmbeddingRows* const rows = options_.embedding_rows;
@@ -132,6 +131,13 @@ void TrainStep::VisitBackward(
     const UnitGradients::Place place = gradients.Begin(*stream_, unit);
     if (!place.accumulate) ClearSums(unit, place.values);
     return place;
+  };
+  const int64_t head_begin =
+      options_.table->head() - options_.layout->unit(head_unit()).begin;
+  const int64_t head_end =
+      head_begin + options_.config->vocab * options_.config->hidden;
+  const auto send_head = [&](const UnitGradients::MakePart& make) {
+    gradients.EndPart(*stream_, head_unit(), head_begin, head_end, make);
   };
   bool by_rows = false;
   // Of a tied head, whose gradient the embedding's is added to.
@@ -143,17 +149,23 @@ void TrainStep::VisitBackward(
     if (unit == last_unit() && tied()) head.emplace(weights, *stream_, 0);
     if (unit > 1) weights.Prefetch(*stream_, unit - 1);
     const UnitGradients::Place place = begin(unit);
-    visit({unit, held.values(), head ? head->values() : held.values()},
-          {place, head ? first : place});
+    HeldGradient grad = {place, head ? first : place};
+    // A tied table's gradient is no more than the head's if the embedding's is
+    // added to the shards.
+    bool in_parts = false;
     if (unit == last_unit() && rows != nullptr) {
       by_rows = rows->Await(*stream_);
+      in_parts = by_rows || !tied();
     }
-    const bool in_pieces = unit == last_unit() && by_rows;
-    if (unit == last_unit() && !by_rows) {
-      make_head(0, options_.layout->unit(head_unit()).size());
+    if (in_parts) grad.send_head = send_head;
+    visit({unit, held.values(), head ? head->values() : held.values()}, grad);
+    if (in_parts) {
+      // What the visit has left, in the order of ranks that left nothing.
+      send_head(nullptr);
+      gradients.EndPart(*stream_, head_unit(), 0,
+                        options_.layout->unit(head_unit()).size(), nullptr);
     }
-    if (!in_pieces || tied()) gradients.End(*stream_, unit);
-    if (in_pieces) rows->EndHead(*stream_, make_head);
+    if (!in_parts || tied()) gradients.End(*stream_, unit);
   }
   if (by_rows) {
     visit({}, {});
@@ -330,15 +342,16 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
   return results;
 }
 
-std::optional<TrainStep::HeadWeight> TrainStep::HeadBackward(
-    const PackedInputs& inputs, const StoredActivations& stored,
-    const std::vector<float>& d_logprobs, const Held& weights,
-    const UnitGradients::Place& place, Bound& bound) {
+void TrainStep::HeadBackward(const PackedInputs& inputs,
+                             const StoredActivations& stored,
+                             const std::vector<float>& d_logprobs,
+                             const Held& weights, const HeldGradient& held,
+                             Bound& bound) {
   const ModelConfig& config = *options_.config;
   const DType act = ActType(options_.precision);
   Stream& stream = *stream_;
-  const Kernels::WeightGrad d_weight = {HeadView(place.values),
-                                        place.accumulate,
+  const Kernels::WeightGrad d_weight = {HeadView(held.head.values),
+                                        held.head.accumulate,
                                         Squares(options_.table->head())};
   LogprobHead head;
   head.hidden = bound.scratch.normed;
@@ -362,32 +375,30 @@ std::optional<TrainStep::HeadWeight> TrainStep::HeadBackward(
   const auto alloc = [&](DType dtype, std::initializer_list<int64_t> shape) {
     return scratch_.Alloc("head rows", dtype, shape);
   };
-  // Other ranks wait for the blocks' weights and sums more than for the head's,
-  // so it is made while they are sent, if that costs no product.
-  const bool later =
-      options_.embedding_rows != nullptr && !stored.head.is_null();
+  // The weight's gradient first, if that costs no product, so that there is
+  // something to send while the head computes.
+  const bool apart = held.send_head != nullptr && !stored.head.is_null();
   const auto backward = [&](const Tensor& d_hidden) {
+    if (apart) {
+      const auto pieces = static_cast<size_t>(
+          (config.vocab + Kernels::kHeadRows - 1) / Kernels::kHeadRows);
+      HeadWeight weight = {head, grad, d_weight, std::vector<bool>(pieces)};
+      held.send_head([&](int64_t begin, int64_t end) {
+        MakeHeadWeight(weight, begin, end);
+      });
+      // What goes with elements of other parameters.
+      MakeHeadWeight(weight, 0, options_.layout->unit(head_unit()).size());
+    }
     kernels_.LogprobHeadBackward(
         stream, head, grad, d_hidden,
-        later ? Kernels::WeightGrad{Tensor()} : d_weight);
-  };
-  const auto left = [&]() -> std::optional<HeadWeight> {
-    if (!later) return std::nullopt;
-    const auto pieces = static_cast<size_t>(
-        (config.vocab + Kernels::kHeadRows - 1) / Kernels::kHeadRows);
-    return HeadWeight{head, grad, d_weight, std::vector<bool>(pieces)};
+        apart ? Kernels::WeightGrad{Tensor()} : d_weight);
   };
   // Logits that are made again must have the forward's bits.
   const bool may_leave_out = kernels_.RowsHaveTheirOwnBits(act);
   if (!may_leave_out || count * kLeastSpared > num_rows * (kLeastSpared - 1)) {
     device_.CopyFromHost(stream, d_rows.data(), bound.d_logprobs);
     backward(bound.scratch.hidden);
-    if (later) {
-      // Blocks have use for where it lies.
-      head.hidden = alloc(act, {num_rows, config.hidden});
-      device_.Copy(stream, bound.scratch.normed, head.hidden);
-    }
-    return left();
+    return;
   }
   // The others' gradients are zero: prompts, as a rule.
   std::vector<float> d_some;
@@ -414,7 +425,6 @@ std::optional<TrainStep::HeadWeight> TrainStep::HeadBackward(
                       grad.lse.Reshape({count, 1}));
   backward(d_hidden);
   kernels_.ScatterRows(stream, d_hidden, grad.kept_rows, bound.scratch.hidden);
-  return left();
 }
 
 void TrainStep::MakeHeadWeight(HeadWeight& weight, int64_t begin, int64_t end) {
@@ -471,7 +481,6 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
   const ParamTable& table = *options_.table;
   Bound bound = Bind(inputs, 0);
   Stream& stream = *stream_;
-  std::optional<HeadWeight> head_weight;
   const auto visit = [&](const Held& weights, const HeldGradient& grad) {
     const int unit = weights.unit;
     if (unit == last_unit()) {
@@ -479,8 +488,7 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
       kernels_.RmsNormForward(stream, stored.residual, norm,
                               static_cast<float>(config.rms_eps),
                               bound.scratch.normed, bound.rstd);
-      head_weight =
-          HeadBackward(inputs, stored, d_logprobs, weights, grad.head, bound);
+      HeadBackward(inputs, stored, d_logprobs, weights, grad, bound);
       device_.Zero(stream, bound.d_residual);
       kernels_.RmsNormBackward(
           stream, {bound.scratch.hidden, stored.residual, norm, bound.rstd},
@@ -520,11 +528,7 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
                    BlockSquaresAt(config, table, at, options_.squares),
                    bound.d_residual, grad.values.accumulate});
   };
-  VisitBackward(accumulate, inputs.tokens, visit,
-                [&](int64_t begin, int64_t end) {
-                  if (!head_weight.has_value()) return;
-                  MakeHeadWeight(*head_weight, begin, end);
-                });
+  VisitBackward(accumulate, inputs.tokens, visit);
   return stream.Finish();
 }
 
@@ -546,7 +550,7 @@ absl::Status TrainStep::JoinBackward(bool accumulate) {
       device_.Zero(*stream_, grad.head.values);
     }
   };
-  VisitBackward(accumulate, {}, visit, [](int64_t, int64_t) {});
+  VisitBackward(accumulate, {}, visit);
   return stream_->Finish();
 }
 

@@ -113,15 +113,16 @@ class TrainStep {
   struct HeldGradient {
     // Null values: of the embedding, whose rows are added by embedding_rows.
     UnitGradients::Place values, head;
+    // Of the last unit, unless null: sends the gradient of the head's weight
+    // while `make` makes it, elements of its unit; else, it is sent after the
+    // visit.
+    std::function<void(const UnitGradients::MakePart& make)> send_head = {};
   };
-  // `ids`: the tokens of this rank's rows. `make_head` makes elements
-  // [begin, end) of the gradient of the head's unit, if the visit of the last
-  // unit has left any.
+  // `ids`: the tokens of this rank's rows.
   void VisitBackward(
       bool accumulate, const std::vector<int32_t>& ids,
       const std::function<void(const Held& weights, const HeldGradient& grad)>&
-          visit,
-      const std::function<void(int64_t begin, int64_t end)>& make_head);
+          visit);
   bool tied() const {
     return options_.table->head() == options_.table->embedding();
   }
@@ -136,14 +137,9 @@ class TrainStep {
     std::vector<bool> made;
   };
   // The head's backward, over the rows that have a gradient: -> scratch.hidden.
-  // Returns what is left to do if the weight's gradient is better made later,
-  // piece by piece as it is sent; there are no pieces then that were made.
-  std::optional<HeadWeight> HeadBackward(const PackedInputs& inputs,
-                                         const StoredActivations& stored,
-                                         const std::vector<float>& d_logprobs,
-                                         const Held& weights,
-                                         const UnitGradients::Place& grad,
-                                         Bound& bound);
+  void HeadBackward(const PackedInputs& inputs, const StoredActivations& stored,
+                    const std::vector<float>& d_logprobs, const Held& weights,
+                    const HeldGradient& grad, Bound& bound);
   // Makes what covers elements [begin, end) of the gradient of the head's unit.
   void MakeHeadWeight(HeadWeight& weight, int64_t begin, int64_t end);
   int head_unit() const { return tied() ? 0 : last_unit(); }

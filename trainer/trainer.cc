@@ -48,8 +48,7 @@ absl::Status TrainerImpl::Plan() {
     const int64_t act = options_.precision == Precision::kBF16 ? 2 : 4;
     gathered_bytes_ = Places().total() * act;
     if (!options_.forward_only) {
-      gathered_bytes_ +=
-          ReducedGradients::Bytes(layout_, PlacesInTurns(layout_), SlowUnit());
+      gathered_bytes_ += PlacesInTurns(layout_).total() * 4;
       if (adds_embedding_rows()) {
         gathered_bytes_ += EmbeddingRows::Bytes(RowOptions());
       }
@@ -136,7 +135,7 @@ absl::Status TrainerImpl::CreateUnits() {
   GW_ASSIGN_OR_RETURN(
       std::unique_ptr<ReducedGradients> gradients,
       ReducedGradients::Create(layout_, PlacesInTurns(layout_), state_.gradient,
-                               SlowUnit(), *shards_, device_));
+                               *shards_, device_));
   if (adds_embedding_rows()) {
     GW_ASSIGN_OR_RETURN(
         embedding_rows_,

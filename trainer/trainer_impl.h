@@ -157,10 +157,6 @@ class TrainerImpl : public Trainer {
     return !alone() && shards_->world() == world();
   }
   EmbeddingRows::Options RowOptions() const;
-  // Whose gradient is summed in pieces, or -1.
-  int SlowUnit() const {
-    return adds_embedding_rows() ? EmbeddingRows::HeadUnit(RowOptions()) : -1;
-  }
   absl::Status CreateUnits();
   // A parameter whose pieces `read` reads on the ranks that hold them.
   absl::StatusOr<std::vector<float>> Collect(

@@ -7,10 +7,9 @@
 Plays the schedule of sharding/gathered_weights.h, reduced_gradients.h and
 trainer/embedding_rows.h: one queue of collectives beside one of compute, two
 places for gathered blocks, two for gradients that are on their way; rows of the
-embedding's gradient instead of a table where they are less, and the head's in
-pieces then. Rates are arguments: what a rank computes with alone (measured),
-what a link carries (measured, or published: the defaults, whose sources
-docs/sharding.md names).
+embedding's gradient instead of a table where they are less. Rates are
+arguments: what a rank computes with alone (measured), what a link carries
+(measured, or published: the defaults, whose sources docs/sharding.md names).
 """
 
 import argparse
@@ -224,25 +223,18 @@ class Schedule:
     def backward(self, now):
         last = len(self.sizes) - 1
         rows = self.rows()
-        piece = self.job.model.embedding() / (last - 1)
-        left = 0 if rows is None else last - 1
-
-        def send_piece():
-            nonlocal left
-            if left > 0:
-                left -= 1
-                self.links.run(now, self.reduce_seconds(piece))
-
+        # A table that embedding and head share is whole only at the end.
+        head_alone = rows is not None or not self.job.model.tied
+        head_seconds = self.reduce_seconds(self.job.model.embedding())
         for unit in range(last, 0, -1):
             following = unit - 1 if unit > 1 else None
             # Its gradient's place must have been reduced.
             now = max(now, self.reduced.get(self.place(unit), 0.0))
             now = self.visit(unit, following, 2, now)
-            if rows is None or unit < last:
+            if unit < last:
                 self.reduce(unit, now)
-            send_piece()
-            if unit == last:
-                send_piece()
+            elif head_alone and head_seconds > 0:
+                self.reduced["ends"] = self.links.run(now, head_seconds)
         if rows is None:
             self.reduce(0, now)
             return now
@@ -281,8 +273,6 @@ def memory(job):
         blocks = 2 if job.reshard else model.layers
         gathered = job.weight_bytes * (blocks * model.block() + ends)
         on_their_way = job.gradient_bytes * (2 * model.block() + ends)
-        if job.replicas == 1:  # the head's, in pieces
-            on_their_way += job.gradient_bytes * 2 * ends / model.layers
     return {
         "parameters": 4 * shard,
         "gradients": job.gradient_bytes * shard,

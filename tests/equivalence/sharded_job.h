@@ -29,7 +29,8 @@ namespace gradwire {
 // embedding and head are larger than a block, and share a place; the others'
 // are one, and they have biases. The second's embedding is small beside a
 // micro-batch of several ranks: its gradient is summed as a table, not handed
-// round by rows.
+// round by rows. The third's embedding fills its unit to the last element, the
+// first's head does not.
 struct Model {
   const char* name;
   const char* config;
@@ -52,7 +53,7 @@ inline constexpr Model kModels[] = {
     {"wide", R"({
       "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
       "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
-      "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 1603,
+      "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 1600,
       "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
       "rope_theta": 10000.0, "hidden_act": "silu",
       "tie_word_embeddings": true})"},
