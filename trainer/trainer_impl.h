@@ -194,9 +194,10 @@ class TrainerImpl : public Trainer {
   // OK if all ranks see the path, or none. Errors: FAILED_PRECONDITION
   // STATE_DIRECTORY_NOT_SHARED (value and limit: how many do, and should).
   absl::Status CheckShared(const std::string& path);
-  // OK if this text is the same on all ranks. Errors: ABORTED
-  // CHECKPOINT_REPLACED.
-  absl::Status CheckSame(const std::string& digest);
+  // OK if what lies in `directory` has the same digest on all ranks. Errors:
+  // ABORTED CHECKPOINT_REPLACED (checkpoint).
+  absl::Status CheckSame(const std::string& directory,
+                         const std::string& digest);
   // Waits until a save, if one goes on, has read what this unit holds.
   void AwaitRead(int unit) const {
     if (saving_ == nullptr || saving_->part == nullptr) return;

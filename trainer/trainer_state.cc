@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/status.h"
 #include "checkpoint/file_system.h"
+#include "checkpoint/sealed_text.h"
 #include "checkpoint/training_state.h"
 #include "trainer/trainer_impl.h"
 #include "xxhash.h"
@@ -98,7 +99,8 @@ absl::Status TrainerImpl::CheckShared(const std::string& path) {
                "same path on all hosts");
 }
 
-absl::Status TrainerImpl::CheckSame(const std::string& digest) {
+absl::Status TrainerImpl::CheckSame(const std::string& directory,
+                                    const std::string& digest) {
   // Sums of so many small numbers are exact. The last one counts ranks that
   // have none, and an error of their own.
   constexpr size_t kParts = 16;
@@ -115,6 +117,7 @@ absl::Status TrainerImpl::CheckSame(const std::string& digest) {
   for (size_t i = 0; i < sums.size(); ++i) {
     if (sums[i] == own[i] * world()) continue;
     return ErrorBuilder(absl::StatusCode::kAborted, "CHECKPOINT_REPLACED")
+        .With("checkpoint", LastSegment(directory))
         .Message(
             "another checkpoint has taken the place of this one while the "
             "ranks opened it; try again");
@@ -284,7 +287,8 @@ absl::StatusOr<int64_t> TrainerImpl::LoadState(const std::string& directory,
   auto reader = StateReader::Open(files_, directory);
   absl::Status status = reader.status();
   if (status.ok()) status = CheckState(**reader, optimizer);
-  status.Update(CheckSame(reader.ok() ? (*reader)->summary().digest : ""));
+  status.Update(
+      CheckSame(directory, reader.ok() ? (*reader)->summary().digest : ""));
   GW_RETURN_IF_ERROR(Agree(status));
   // Behind this in the queue of those that share the model, no gather reads the
   // weights any more.

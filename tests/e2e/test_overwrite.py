@@ -11,29 +11,12 @@ import time
 import calls
 import gradwire
 import pytest
-from conftest import MODELS, sequences
 from disks import full, small_disk
+from few_steps import DATA, train
 from gradwire._proto.gradwire.v1 import checkpoints_pb2, jobs_pb2
 from processes import Server, ranks_of
 
-VOCAB = MODELS["llama"][1]["vocab_size"]
-DATA = sequences(VOCAB, (9, 17, 5, 12))
 BIT_IDENTICAL = jobs_pb2.REPLAY_FIDELITY_BIT_IDENTICAL
-
-
-def train(client, steps=1):
-    """What each step gave."""
-    out = []
-    for _ in range(steps):
-        half = client.forward_backward(DATA, "cross_entropy")
-        update = client.optim_step(gradwire.AdamParams(learning_rate=1e-2))
-        out.append(
-            (
-                [lp.tobytes() for lp in half.result().logprobs],
-                update.result().grad_norm,
-            )
-        )
-    return out
 
 
 def reason(future):
