@@ -13,7 +13,7 @@ namespace {
 
 // Elements of every shard in a piece of a unit. While the first piece is made
 // there may be nothing to send; smaller ones cost more than their bytes.
-constexpr int64_t kMaxPieces = 32;
+constexpr int64_t kMaxPieces = 8;
 constexpr int64_t kMinPieceElements = 1 << 12;
 
 int64_t PieceElements(const ShardUnit& unit) {
@@ -56,6 +56,7 @@ UnitGradients::Place ReducedGradients::Begin(Stream& stream, int unit) {
   Buffer& buffer = BufferOf(unit);
   GW_CHECK(!buffer.held);
   Settle(stream, buffer);
+  buffer.unit = unit;
   buffer.held = true;
   buffer.sent.clear();
   const int64_t size = layout_.unit(unit).size();
@@ -66,7 +67,7 @@ UnitGradients::Place ReducedGradients::Begin(Stream& stream, int unit) {
 
 void ReducedGradients::End(Stream& stream, int unit) {
   Buffer& buffer = BufferOf(unit);
-  GW_CHECK(buffer.held);
+  GW_CHECK(buffer.unit == unit && buffer.held && buffer.sent.empty());
   buffer.held = false;
   buffer.on_its_way = true;
   const ShardUnit& u = layout_.unit(unit);
@@ -78,7 +79,7 @@ void ReducedGradients::End(Stream& stream, int unit) {
 void ReducedGradients::EndPart(Stream& stream, int unit, int64_t begin,
                                int64_t end, const MakePart& make) {
   Buffer& buffer = BufferOf(unit);
-  GW_CHECK(buffer.held || !buffer.sent.empty());
+  GW_CHECK(buffer.unit == unit && (buffer.held || !buffer.sent.empty()));
   const ShardUnit& u = layout_.unit(unit);
   const int64_t most = PieceElements(u);
   const int64_t pieces = (u.shard + most - 1) / most;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -29,10 +30,16 @@ class ReducedGradients : public UnitGradients {
   void Start(bool accumulate) override { accumulate_ = accumulate; }
   Place Begin(Stream& stream, int unit) override;
   void End(Stream& stream, int unit) override;
-  // A piece has an equal part of every shard. REQUIRES: ranks end the same
-  // parts in the same order; no other unit is begun or ended in between.
+  // Has elements [begin, end) of a unit's gradient there; what it is called for
+  // may overlap.
+  using MakePart = std::function<void(int64_t begin, int64_t end)>;
+  // As End, but piece by piece, an equal part of every shard each: those pieces
+  // that have not ended and of which nothing lies outside elements [begin, end)
+  // of the unit. Each is sent as soon as `make`, unless it is null, has made
+  // it. The unit has ended when all of it has; then there is nothing to do.
+  // REQUIRES: pieces end in the same order on all ranks, in however many calls.
   void EndPart(Stream& stream, int unit, int64_t begin, int64_t end,
-               const MakePart& make) override;
+               const MakePart& make);
   void Finish(Stream& stream) override;
 
   // The memory of a unit's gradient, f32 1-D, for other use in stream order
@@ -44,6 +51,7 @@ class ReducedGradients : public UnitGradients {
  private:
   struct Buffer {
     Tensor memory;  // f32, 1-D
+    int unit = -1;  // that was begun last
     bool held = false;
     bool on_its_way = false;
     // Of a unit that ends in parts, which pieces have ended.

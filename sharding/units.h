@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <utility>
 
 #include "device/stream.h"
@@ -66,15 +65,6 @@ class UnitGradients {
   };
   virtual Place Begin(Stream& stream, int unit) = 0;
   virtual void End(Stream& stream, int unit) = 0;
-  // Has elements [begin, end) of a unit's gradient there; what it is called for
-  // may overlap.
-  using MakePart = std::function<void(int64_t begin, int64_t end)>;
-  // As End, but of as much of the unit as lies within its elements [begin, end)
-  // and has not ended, piece by piece, each on its way when `make`, unless it
-  // is null, has made it. The unit has ended when all of it has; then there is
-  // nothing to do.
-  virtual void EndPart(Stream& stream, int unit, int64_t begin, int64_t end,
-                       const MakePart& make) = 0;
   // After the last unit: all gradients are where they belong.
   virtual void Finish(Stream& stream) = 0;
 };
@@ -107,10 +97,6 @@ class ResidentGradients : public UnitGradients {
             accumulate_};
   }
   void End(Stream&, int) override {}
-  void EndPart(Stream&, int, int64_t begin, int64_t end,
-               const MakePart& make) override {
-    if (make) make(begin, end);
-  }
   void Finish(Stream&) override {}
 
  private:

@@ -33,29 +33,33 @@ absl::StatusOr<std::unique_ptr<EmbeddingRows>> EmbeddingRows::Create(
   rows->lists_ = Tensor(at + 4 * n, DType::kI32, {2 * n});
   rows->edge_row_ = Tensor(at + Arena::AlignedBytes(12 * n), DType::kF32,
                            {1, options.hidden});
+  rows->ids_stream_ = device.NewStream();
   return rows;
 }
 
-void EmbeddingRows::Announce(Stream& stream, const std::vector<int32_t>& ids) {
+void EmbeddingRows::Announce(const std::vector<int32_t>& ids) {
   const int64_t n = options_.max_tokens;
   GW_CHECK(std::ssize(ids) <= n);
   own_ids_ = ids;
   own_ids_.resize(static_cast<size_t>(n), kNone);
   const int rank = collectives_.rank();
   const Tensor own = all_ids_.Rows(rank * n, (rank + 1) * n);
-  device_.CopyFromHost(stream, own_ids_.data(), own);
-  announced_ = collectives_.AllGather(stream, own, all_ids_);
+  device_.CopyFromHost(*ids_stream_, own_ids_.data(), own);
+  announced_ = collectives_.AllGather(*ids_stream_, own, all_ids_);
 }
 
 bool EmbeddingRows::Await(Stream& stream) {
-  const absl::Status status = collectives_.Wait(stream, announced_);
-  if (!status.ok()) stream.Fail(status);
+  absl::Status status = collectives_.Wait(*ids_stream_, announced_);
   const int world = options_.layout->world();
   const int64_t n = options_.max_tokens;
   std::vector<int32_t> all(static_cast<size_t>(world * n), kNone);
-  device_.CopyToHost(stream, all_ids_, all.data());
-  // After a failure nothing of it counts.
-  if (!stream.ok()) std::fill(all.begin(), all.end(), kNone);
+  device_.CopyToHost(*ids_stream_, all_ids_, all.data());
+  status.Update(ids_stream_->Finish());
+  if (!status.ok()) {
+    // Nothing of it counts, and there is no group any more.
+    stream.Fail(status);
+    std::fill(all.begin(), all.end(), kNone);
+  }
   ids_.clear();
   most_ = 0;
   for (int r = 0; r < world; ++r) {

@@ -42,9 +42,11 @@ class EmbeddingRows {
   // Of the memory that it takes.
   static int64_t Bytes(const Options& options);
 
+  ReducedGradients& gradients() { return gradients_; }
+
   // Tells the others whose rows this rank will add: ids of tokens, at most
   // max_tokens, each below the vocabulary's size. None: it has no micro-batch.
-  void Announce(Stream& stream, const std::vector<int32_t>& ids);
+  void Announce(const std::vector<int32_t>& ids);
   // Whether rows are added by Add. If not, all ranks have so many that the sum
   // of tables is no more to send: the unit's gradient is to be made as others
   // are. To be asked before unit 0 ends.
@@ -86,6 +88,8 @@ class EmbeddingRows {
   Tensor all_ids_;   // i32 [world * max_tokens]
   Tensor lists_;     // i32 [2 * world * max_tokens]
   Tensor edge_row_;  // f32 [1, hidden]
+  // A rank whose other work has failed still finds what all find.
+  std::unique_ptr<Stream> ids_stream_;
   Collectives::Ticket announced_ = 0;
   // What copies to the device read.
   std::vector<int32_t> own_ids_;

@@ -60,7 +60,11 @@ int64_t HeadKeptBytes(const Kernels& kernels, const ModelConfig& config,
 }
 
 TrainStep::TrainStep(const Options& options, Device& device, Kernels& kernels)
-    : options_(options), device_(device), kernels_(kernels) {}
+    : options_(options),
+      device_(device),
+      kernels_(kernels),
+      keeps_exponentials_(HeadKeptBytes(kernels, *options.config,
+                                        options.precision, 1, 1) > 0) {}
 
 absl::StatusOr<std::unique_ptr<TrainStep>> TrainStep::Create(
     const Options& options, Device& device, Kernels& kernels) {
@@ -117,7 +121,7 @@ void TrainStep::VisitBackward(
   UnitWeights& weights = *options_.weights;
   UnitGradients& gradients = *options_.gradients;
   EmbeddingRows* const rows = options_.embedding_rows;
-  if (rows != nullptr) rows->Announce(*stream_, ids);
+  if (rows != nullptr) rows->Announce(ids);
   gradients.Start(accumulate);
   const auto begin = [&](int unit) {
     const UnitGradients::Place place = gradients.Begin(*stream_, unit);
@@ -128,8 +132,9 @@ void TrainStep::VisitBackward(
       options_.table->head() - options_.layout->unit(head_unit()).begin;
   const int64_t head_end =
       head_begin + options_.config->vocab * options_.config->hidden;
-  const auto send_head = [&](const UnitGradients::MakePart& make) {
-    gradients.EndPart(*stream_, head_unit(), head_begin, head_end, make);
+  const auto send_head = [&](const ReducedGradients::MakePart& make) {
+    rows->gradients().EndPart(*stream_, head_unit(), head_begin, head_end,
+                              make);
   };
   bool by_rows = false;
   // Of a tied head, whose gradient the embedding's is added to.
@@ -144,20 +149,23 @@ void TrainStep::VisitBackward(
     HeldGradient grad = {place, head ? first : place};
     // A tied table's gradient is no more than the head's if the embedding's is
     // added to the shards.
-    bool in_parts = false;
+    bool head_ends = false;
     if (unit == last_unit() && rows != nullptr) {
       by_rows = rows->Await(*stream_);
-      in_parts = by_rows || !tied();
+      head_ends = by_rows || !tied();
+      if (head_ends && keeps_exponentials_) grad.send_head = send_head;
     }
-    if (in_parts) grad.send_head = send_head;
     visit({unit, held.values(), head ? head->values() : held.values()}, grad);
-    if (in_parts) {
+    if (grad.send_head != nullptr) {
       // What the visit has left, in the order of ranks that left nothing.
       send_head(nullptr);
-      gradients.EndPart(*stream_, head_unit(), 0,
-                        options_.layout->unit(head_unit()).size(), nullptr);
+      rows->gradients().EndPart(*stream_, head_unit(), 0,
+                                options_.layout->unit(head_unit()).size(),
+                                nullptr);
+    } else if (head_ends) {
+      gradients.End(*stream_, head_unit());
     }
-    if (!in_parts || tied()) gradients.End(*stream_, unit);
+    if (!head_ends || tied()) gradients.End(*stream_, unit);
   }
   if (by_rows) {
     visit({}, {});

@@ -114,9 +114,9 @@ class TrainStep {
     // Null values: of the embedding, whose rows are added by embedding_rows.
     UnitGradients::Place values, head;
     // Of the last unit, unless null: sends the gradient of the head's weight
-    // while `make` makes it, elements of its unit; else, it is sent after the
-    // visit.
-    std::function<void(const UnitGradients::MakePart& make)> send_head = {};
+    // while `make` makes it, elements of its unit. What the visit does not send
+    // is sent after it.
+    std::function<void(const ReducedGradients::MakePart& make)> send_head = {};
   };
   // `ids`: the tokens of this rank's rows.
   void VisitBackward(
@@ -157,6 +157,8 @@ class TrainStep {
   const Options options_;
   Device& device_;
   Kernels& kernels_;
+  // On every rank of a job alike.
+  const bool keeps_exponentials_;
   std::unique_ptr<Stream> stream_;
   Arena scratch_;
   Tensor cos_, sin_;

@@ -98,15 +98,16 @@ absl::Status TrainerImpl::BackwardMicroBatch(
   if (repeat) {
     recomputed = true;
     batch->kept = Take(batch->inputs, 0, true);
-    GW_ASSIGN_OR_RETURN(HeadResults head,
-                        step_->Forward(batch->inputs, 0, &batch->kept.stored));
-    if (absl::Status finite =
-            CheckFinite(batch->inputs, index_of, head.logprobs);
-        !finite.ok()) {
-      if (!alone()) GW_RETURN_IF_ERROR(JoinBackward());
-      return finite;
+    auto head = step_->Forward(batch->inputs, 0, &batch->kept.stored);
+    absl::Status status = head.status();
+    if (status.ok()) {
+      status = CheckFinite(batch->inputs, index_of, head->logprobs);
     }
-    if (stale) batch->logprobs = std::move(head.logprobs);
+    if (!status.ok()) {
+      if (!alone()) GW_RETURN_IF_ERROR(JoinBackward());
+      return status;
+    }
+    if (stale) batch->logprobs = std::move(head->logprobs);
   } else if (repeats[0] > 0) {
     GW_RETURN_IF_ERROR(step_->JoinForward());
   }

@@ -125,17 +125,16 @@ absl::Status TrainerImpl::RunMicroBatch(Call& call, const MicroBatch& batch,
     Kept* kept;
     ~Return() { trainer->Give(*kept); }
   } give_back{this, &kept};
-  GW_ASSIGN_OR_RETURN(
-      HeadResults head,
-      step_->Forward(inputs, options.top_k,
-                     kept.offset >= 0 ? &kept.stored : nullptr));
+  auto head = step_->Forward(inputs, options.top_k,
+                             kept.offset >= 0 ? &kept.stored : nullptr);
   // From here on the others are at the backward.
   const auto join = [&](const absl::Status& error) {
     if (options.backward && !alone()) GW_RETURN_IF_ERROR(JoinBackward());
     return error;
   };
+  if (!head.ok()) return join(head.status());
   if (absl::Status finite = CheckFinite(
-          inputs, call.index_of.data() + batch.begin, head.logprobs);
+          inputs, call.index_of.data() + batch.begin, head->logprobs);
       !finite.ok()) {
     return join(finite);
   }
@@ -153,7 +152,7 @@ absl::Status TrainerImpl::RunMicroBatch(Call& call, const MicroBatch& batch,
     DatumLogprobs out;
     out.index = call.index_of[i];
     out.last_of_micro_batch = i + 1 == batch.end;
-    out.logprobs = cut(head.logprobs, batch.k);
+    out.logprobs = cut(head->logprobs, batch.k);
     auto d = ComputeLoss(options.loss, call.data[i], out.logprobs, call.totals);
     // A plain forward reports logprobs whatever the loss makes of them.
     if (!d.ok() && options.backward) {
@@ -164,8 +163,8 @@ absl::Status TrainerImpl::RunMicroBatch(Call& call, const MicroBatch& batch,
       d_logprobs.insert(d_logprobs.end(), d->begin(), d->end());
     }
     if (options.top_k > 0) {
-      out.top_k_logprobs = cut(head.top_k_logprobs, options.top_k);
-      out.top_k_indices = cut(head.top_k_indices, options.top_k);
+      out.top_k_logprobs = cut(head->top_k_logprobs, options.top_k);
+      out.top_k_indices = cut(head->top_k_indices, options.top_k);
     }
     call.sink(std::move(out));
   }
@@ -179,7 +178,7 @@ absl::Status TrainerImpl::RunMicroBatch(Call& call, const MicroBatch& batch,
   if (retained != nullptr) {
     retained->plan = batch;
     retained->inputs = inputs;
-    retained->logprobs = std::move(head.logprobs);
+    retained->logprobs = std::move(head->logprobs);
     retained->kept = std::exchange(kept, Kept());
   }
   return absl::OkStatus();

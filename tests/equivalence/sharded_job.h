@@ -104,17 +104,38 @@ struct Rank {
   }
 };
 
+// Fails when it is told to.
+class FragileDevice : public CpuDevice {
+ public:
+  using CpuDevice::CpuDevice;
+  // In the next forward, before it computes.
+  void FailOnce() { fails_ = true; }
+  void CopyFromHost(Stream& stream, const void* from,
+                    const Tensor& to) override {
+    CpuDevice::CopyFromHost(stream, from, to);
+    // Of ids, which ranks do not agree by.
+    if (!fails_ || to.dtype() != DType::kI32) return;
+    fails_ = false;
+    stream.Fail(absl::InternalError("this device has failed"));
+  }
+
+ private:
+  bool fails_ = false;
+};
+
 class Job {
  public:
   // `replicas`: groups of ranks that each hold all of the model.
   Job(const std::string& model, int world, TrainerOptions options,
-      int replicas = 1)
+      int replicas = 1,
+      std::unique_ptr<Kernels> (*new_kernels)() = NewCpuKernels)
       : collectives_(NewLocalCollectives(world, absl::Seconds(60))) {
     options.model_directory = Directory(model);
     ranks_.resize(static_cast<size_t>(world));
     if (replicas > 1) MakeGroups(world / replicas, replicas);
     OnAll([&](Rank& rank) {
       Member& member = members_[static_cast<size_t>(rank.rank)];
+      member.kernels = new_kernels();
       TrainerOptions own = options;
       own.collectives = collectives_[static_cast<size_t>(rank.rank)].get();
       if (!shards_.empty()) {
@@ -133,6 +154,10 @@ class Job {
   const ModelConfig& config() const { return members_[0].trainer->config(); }
   Trainer& trainer(int rank) {
     return *members_[static_cast<size_t>(rank)].trainer;
+  }
+
+  FragileDevice& device(int rank) {
+    return *members_[static_cast<size_t>(rank)].device;
   }
 
   void OnAll(const std::function<void(Rank&)>& body) {
@@ -220,8 +245,8 @@ class Job {
 
  private:
   struct Member {
-    std::unique_ptr<CpuDevice> device = std::make_unique<CpuDevice>(1);
-    std::unique_ptr<Kernels> kernels = NewCpuKernels();
+    std::unique_ptr<FragileDevice> device = std::make_unique<FragileDevice>(1);
+    std::unique_ptr<Kernels> kernels;
     std::unique_ptr<Trainer> trainer;
   };
   // Neighbours hold a model together.

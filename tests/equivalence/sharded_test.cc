@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "kernels/reference/reference_kernels.h"
 #include "model/param_table.h"
 #include "sharding/layout.h"
 #include "tests/equivalence/sharded_job.h"
@@ -473,6 +474,49 @@ TEST_P(ShardedTest, AnErrorOfOneRankIsOneOfAll) {
   job->Forward(data, WithBackward());
   fresh->Forward(data, WithBackward());
   EXPECT_EQ(job->Gradients(), fresh->Gradients());
+}
+
+// A rank's device fails in a forward, at once or where it is made again: nobody
+// waits, all tell of it, and the next call is as ever.
+TEST_P(ShardedTest, ADeviceThatFailsFailsTheCall) {
+  for (const int64_t activation_bytes : {int64_t{16} << 20, int64_t{1}}) {
+    Job job(model(), world(), Options(precision(), activation_bytes));
+    const auto data = Batch(job.config().vocab, 11, kLengths);
+    const Values good = job.Forward(data, WithBackward());
+    const Values expected = job.Gradients();
+    job.Forward(data, Retain("a"));
+    job.OnAll([&](Rank& rank) {
+      const bool fails = rank.rank == rank.world - 1;
+      ForwardOptions options = WithBackward();
+      const auto own = rank.Own(data, options.share);
+      if (fails) job.device(rank.rank).FailOnce();
+      EXPECT_EQ(Reason(rank.trainer->Forward(own, options, [](DatumLogprobs) {})
+                           .status()),
+                "this device has failed");
+      if (fails) job.device(rank.rank).FailOnce();
+      Values d(own.size());
+      for (size_t i = 0; i < own.size(); ++i) {
+        d[i].assign(own[i].tokens.size(), 1.0f);
+      }
+      EXPECT_EQ(Reason(rank.trainer->Backward("a", d, false).status()),
+                "this device has failed");
+      EXPECT_EQ(Reason(rank.trainer->OptimStep({}).status()),
+                "GRADIENTS_TAINTED");
+    });
+    EXPECT_EQ(job.Forward(data, WithBackward()), good);
+    EXPECT_EQ(job.Gradients(), expected);
+  }
+}
+
+// As a GPU's do, the reference's kernels keep no exponentials of the head.
+TEST_P(ShardedTest, KernelsThatKeepNothing) {
+  Job one(model(), 1, Options(precision()), 1, NewReferenceKernels);
+  Job many(model(), world(), Options(precision()), 1, NewReferenceKernels);
+  const auto data = Batch(one.config().vocab, 1, {7, 1, 13, 4});
+  const Expected expected = ByHand(one, world(), kBudget, data);
+  EXPECT_EQ(many.Forward(data, WithBackward()), expected.logprobs);
+  ExpectSummed(many.Gradients(), expected.gradients,
+               one.config().tied_embeddings, 25.0 + 3 * world());
 }
 
 // Not of a tied head, all of whose logits would be broken.

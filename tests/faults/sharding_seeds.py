@@ -64,6 +64,15 @@ SHARDING_SEEDS = (
         _RANKS,
     ),
     Seed(
+        "rank_that_fails_in_a_forward_leaves",
+        "a rank whose device has failed takes no part in the backward, for "
+        "which the others wait",
+        "trainer/trainer_forward.cc",
+        "if (!head.ok()) return join(head.status());",
+        "if (!head.ok()) return head.status();",
+        _RANKS,
+    ),
+    Seed(
         "parts_that_lie_apart_read_as_one_array",
         "of a sum's parts the first alone is where it should be",
         "sharding/gloo/gloo_collectives.cc",
