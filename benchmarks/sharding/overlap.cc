@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whether communication hides behind computing: steps of ranks that are threads
 // of this process, whose collectives take as long as a link of a given speed
-// would. Prints a JSON line for each speed: how long a step took, what of it
-// was computing, how long its collectives ran, and the step over the longer of
-// both.
+// would. Prints a JSON line for each speed, medians: how long a step takes, how
+// long it computes over a link without limits (less what it waits for), how
+// long its collectives take alone, and the step over the longer of both.
 #include <unistd.h>
 
 #include <algorithm>
@@ -43,7 +43,7 @@ ABSL_FLAG(int, vocab, 4096, "ids");
 ABSL_FLAG(bool, tied, true, "the head and the embedding are one");
 ABSL_FLAG(int64_t, sequences, 4, "sequences of a step");
 ABSL_FLAG(int64_t, length, 256, "tokens of a sequence");
-ABSL_FLAG(int, rounds, 3, "timed steps for each speed");
+ABSL_FLAG(int, rounds, 5, "timed steps for each speed");
 ABSL_FLAG(bool, keep_gathered, false, "weights stay between steps");
 ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
 
@@ -64,7 +64,7 @@ class IdleStream : public Stream {
 };
 
 // Takes, for what a rank sends, as long as a link of `bytes_per_second`. 0: no
-// longer than it takes.
+// longer than it takes. Remembers what it was asked for.
 class SlowLink : public BlockingCollectives {
  public:
   SlowLink(std::unique_ptr<Collectives> group, const double* bytes_per_second)
@@ -72,22 +72,27 @@ class SlowLink : public BlockingCollectives {
   int rank() const override { return group_->rank(); }
   int world() const override { return group_->world(); }
   absl::Status AllGather(const Tensor& shard, const Tensor& full) override {
+    calls_.push_back({Call::kAllGather, shard.dtype(), shard.num_elements()});
     return Run((world() - 1) * shard.bytes(),
                [&] { return group_->AllGather(stream_, shard, full); });
   }
   absl::Status ReduceScatterParts(const Tensor& full, int64_t stride,
                                   const Tensor& shard,
                                   bool accumulate) override {
+    calls_.push_back({Call::kReduceScatter, DType::kF32, shard.num_elements()});
     return Run((world() - 1) * shard.bytes(), [&] {
       return group_->ReduceScatterParts(stream_, full, stride, shard,
                                         accumulate);
     });
   }
   absl::Status AllReduce(const Tensor& values) override {
+    calls_.push_back({Call::kAllReduce, values.dtype(), values.num_elements()});
     return Run(2 * values.bytes(),
                [&] { return group_->AllReduce(stream_, values); });
   }
   absl::Status Broadcast(const Tensor& values, int root) override {
+    calls_.push_back(
+        {Call::kBroadcast, values.dtype(), values.num_elements(), root});
     return Run(values.bytes(),
                [&] { return group_->Broadcast(stream_, values, root); });
   }
@@ -95,7 +100,50 @@ class SlowLink : public BlockingCollectives {
   void End() override { group_->Abort(absl::CancelledError("ended")); }
   int64_t bytes_sent() const override { return bytes_; }
 
+  // REQUIRES, of both: no collective is queued.
+  void Forget() { calls_.clear(); }
+  // What it was asked for since Forget, again, one behind the other, with
+  // nothing computed in between.
+  absl::Status Repeat() {
+    const std::vector<Call> calls = std::move(calls_);
+    int64_t most = 0;
+    for (const Call& call : calls) {
+      most = std::max(most, call.elements * DTypeBytes(call.dtype));
+    }
+    std::vector<char> full(static_cast<size_t>(most * world()), 0);
+    std::vector<char> shard(static_cast<size_t>(most), 0);
+    for (const Call& call : calls) {
+      const int64_t n = call.elements;
+      const Tensor one(shard.data(), call.dtype, {n});
+      const Tensor all(full.data(), call.dtype, {n * world()});
+      absl::Status status;
+      switch (call.kind) {
+        case Call::kAllGather:
+          status = AllGather(one, all);
+          break;
+        case Call::kReduceScatter:
+          status = ReduceScatterParts(all, n, one, /*accumulate=*/false);
+          break;
+        case Call::kAllReduce:
+          status = AllReduce(one);
+          break;
+        case Call::kBroadcast:
+          status = Broadcast(one, call.root);
+          break;
+      }
+      GW_RETURN_IF_ERROR(status);
+    }
+    return absl::OkStatus();
+  }
+
  private:
+  struct Call {
+    enum { kAllGather, kReduceScatter, kAllReduce, kBroadcast } kind;
+    DType dtype;
+    int64_t elements;
+    int root = 0;
+  };
+
   absl::Status Run(int64_t bytes,
                    const std::function<Collectives::Ticket()>& collective) {
     const Clock::time_point start = Clock::now();
@@ -114,6 +162,7 @@ class SlowLink : public BlockingCollectives {
   const double& bytes_per_second_;
   IdleStream stream_;
   std::atomic<int64_t> bytes_{0};
+  std::vector<Call> calls_;
 };
 
 std::string WriteModel() {
@@ -164,6 +213,7 @@ struct Rank {
   std::unique_ptr<CpuDevice> device = std::make_unique<CpuDevice>(1);
   std::unique_ptr<Kernels> kernels = NewCpuKernels();
   std::unique_ptr<Collectives> collectives;
+  SlowLink* link = nullptr;  // of `collectives`
   std::unique_ptr<Trainer> trainer;
 };
 
@@ -200,24 +250,42 @@ void Step(std::vector<Rank>& ranks) {
   });
 }
 
-struct Measured {
-  double step = 0, compute = 0, busy = 0;
+struct Timed {
+  double seconds = 0, waited = 0;
   int64_t bytes = 0;
 };
 
-Measured Measure(std::vector<Rank>& ranks) {
-  Step(ranks);
+Timed TimedStep(std::vector<Rank>& ranks) {
+  for (Rank& rank : ranks) rank.link->Forget();
   const auto before = ranks[0].collectives->statistics();
   const Clock::time_point start = Clock::now();
-  const int rounds = absl::GetFlag(FLAGS_rounds);
-  for (int i = 0; i < rounds; ++i) Step(ranks);
-  Measured m;
-  m.step = Since(start) / rounds;
+  Step(ranks);
+  Timed timed;
+  timed.seconds = Since(start);
   const auto after = ranks[0].collectives->statistics();
-  m.compute = m.step - (after.wait_seconds - before.wait_seconds) / rounds;
-  m.busy = (after.busy_seconds - before.busy_seconds) / rounds;
-  m.bytes = (after.bytes_sent - before.bytes_sent) / rounds;
-  return m;
+  timed.waited = after.wait_seconds - before.wait_seconds;
+  timed.bytes = after.bytes_sent - before.bytes_sent;
+  return timed;
+}
+
+// Seconds that the collectives of the last step take alone.
+double Communication(std::vector<Rank>& ranks) {
+  // What the optimizer step has begun to gather is behind this.
+  OnAll(ranks, [](Rank& rank) {
+    IdleStream stream;
+    float value = 0;
+    const auto ticket =
+        rank.collectives->AllReduce(stream, Tensor(&value, DType::kF32, {1}));
+    GW_CHECK(rank.collectives->Wait(stream, ticket).ok());
+  });
+  const Clock::time_point start = Clock::now();
+  OnAll(ranks, [](Rank& rank) { GW_CHECK(rank.link->Repeat().ok()); });
+  return Since(start);
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
 }
 
 void Main() {
@@ -227,8 +295,10 @@ void Main() {
   std::vector<Rank> ranks(static_cast<size_t>(world));
   auto groups = NewLocalCollectives(world, absl::Minutes(5));
   for (size_t r = 0; r < ranks.size(); ++r) {
-    ranks[r].collectives = NewQueuedCollectives(
-        std::make_unique<SlowLink>(std::move(groups[r]), &bytes_per_second));
+    auto link =
+        std::make_unique<SlowLink>(std::move(groups[r]), &bytes_per_second);
+    ranks[r].link = link.get();
+    ranks[r].collectives = NewQueuedCollectives(std::move(link));
   }
   OnAll(ranks, [&](Rank& rank) {
     TrainerOptions options;
@@ -242,13 +312,25 @@ void Main() {
     GW_CHECK(trainer.ok());
     rank.trainer = *std::move(trainer);
   });
-  double alone = 0;
+  (void)TimedStep(ranks);
+  const Timed first = TimedStep(ranks);
   for (const double share : kShares) {
-    const Measured probe = Measure(ranks);
-    if (share == 0) alone = probe.compute;
-    bytes_per_second =
-        share == 0 ? 0 : static_cast<double>(probe.bytes) / (share * alone);
-    const Measured m = share == 0 ? probe : Measure(ranks);
+    const double limit = share == 0
+                             ? 0
+                             : static_cast<double>(first.bytes) /
+                                   (share * (first.seconds - first.waited));
+    std::vector<double> steps, computing, communicating;
+    // In turns: the machine's own speed changes.
+    for (int round = 0; round < absl::GetFlag(FLAGS_rounds); ++round) {
+      bytes_per_second = 0;
+      const Timed free = TimedStep(ranks);
+      computing.push_back(free.seconds - free.waited);
+      bytes_per_second = limit;
+      steps.push_back(TimedStep(ranks).seconds);
+      communicating.push_back(Communication(ranks));
+    }
+    const double step = Median(steps), compute = Median(computing);
+    const double communication = Median(communicating);
     const nlohmann::ordered_json line = {
         {"bench", "overlap"},
         {"commit", absl::GetFlag(FLAGS_commit)},
@@ -257,11 +339,11 @@ void Main() {
         {"vocab", absl::GetFlag(FLAGS_vocab)},
         {"tied", absl::GetFlag(FLAGS_tied)},
         {"keep_gathered", absl::GetFlag(FLAGS_keep_gathered)},
-        {"gbps", bytes_per_second * 1e-9},
-        {"step_ms", m.step * 1e3},
-        {"compute_ms", m.compute * 1e3},
-        {"communication_ms", m.busy * 1e3},
-        {"of_the_longer", m.step / std::max(m.compute, m.busy)}};
+        {"gbps", limit * 1e-9},
+        {"step_ms", step * 1e3},
+        {"compute_ms", compute * 1e3},
+        {"communication_ms", communication * 1e3},
+        {"of_the_longer", step / std::max(compute, communication)}};
     std::printf("%s\n", line.dump().c_str());
     std::fflush(stdout);
   }
