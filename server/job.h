@@ -431,7 +431,10 @@ class Job {
   void Fence(Handle& handle, const absl::Status& error)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Drops the result of an operation whose time is over.
-  void Expire(Operation& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Expire(const OperationPtr& op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Those of expired operations that are neither run again nor still to be
+  // written to the database. REQUIRES: !committing_.
+  void DropShapes() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Release(const std::string& activation_id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Describe(const OperationPtr& op, v1::Operation& out) const
@@ -489,6 +492,7 @@ class Job {
   std::map<std::string, Activation> activations_;
   // Ended operations with results, oldest first.
   std::deque<OperationPtr> results_;
+  std::vector<OperationPtr> shapes_to_drop_;
 
   // Ended operations that the log does not know of yet, in order; checkpoints.
   std::deque<OperationPtr> ended_;

@@ -254,6 +254,16 @@ void Job::Describe(const OperationPtr& op, v1::Operation& out) const {
                     (!logged || op->outcome_at < journal_->durable()));
     out.set_durable_through_seq((*handle)->durable_through);
   }
+  if (op->result_expired && op->record.state() == v1::OPERATION_STATE_DONE) {
+    out.clear_result();
+    out.set_state(v1::OPERATION_STATE_FAILED);
+    *out.mutable_error() = ToOperationError(
+        ErrorBuilder(absl::StatusCode::kFailedPrecondition, "RESULT_EXPIRED")
+            .With("seq_id", op->seq)
+            .Message("The operation was executed and its result has been kept "
+                     "for its time. It is not run again."));
+    return;
+  }
   if (op->record.state() != v1::OPERATION_STATE_QUEUED) return;
   const OpQueue& queue = (*handle)->queue;
   out.set_queue_position(static_cast<int32_t>(
@@ -306,7 +316,7 @@ absl::Status Job::LoadItems(const OperationPtr& op) {
   }
   absl::StatusOr<Journal::Entry> entry = journal_->Read(at);
   absl::MutexLock lock(&mu_);
-  if (absl::IsNotFound(entry.status())) Expire(*op);
+  if (absl::IsNotFound(entry.status())) Expire(op);
   if (!op->stored) return absl::OkStatus();
   GW_RETURN_IF_ERROR(entry.status());
   op->stored = false;
@@ -383,9 +393,10 @@ void Job::Housekeep(Clock::time_point now) {
   for (const std::string& id : expired) Release(id);
   while (!results_.empty() &&
          now - results_.front()->ended > environment_->result_retention) {
-    Expire(*results_.front());
+    Expire(results_.front());
     results_.pop_front();
   }
+  if (!committing_) DropShapes();
   // What needs no checkpoint must not keep the log for ever.
   if (!journal_broken_ && references_.empty() && !committing_ &&
       journal_->end() - referenced_at_ > kLogBytes) {
@@ -395,20 +406,26 @@ void Job::Housekeep(Clock::time_point now) {
   }
 }
 
-void Job::Expire(Operation& op) {
-  op.expired = true;
-  op.stored = false;
-  std::vector<v1::LogprobItem>().swap(op.logprobs);
-  std::vector<DatumShape>().swap(op.shapes);
-  if (op.record.state() != v1::OPERATION_STATE_DONE) return;
-  // What stays tells a repetition that it was executed.
-  op.record.clear_result();
-  op.record.set_state(v1::OPERATION_STATE_FAILED);
-  *op.record.mutable_error() = ToOperationError(
-      ErrorBuilder(absl::StatusCode::kFailedPrecondition, "RESULT_EXPIRED")
-          .With("seq_id", op.seq)
-          .Message("The operation was executed and its result has been kept "
-                   "for its time. It is not run again."));
+void Job::Expire(const OperationPtr& op) {
+  op->expired = true;
+  op->result_expired = true;
+  op->stored = false;
+  std::vector<v1::LogprobItem>().swap(op->logprobs);
+  // What tells a repetition that it was executed stays, and what running it
+  // again needs, for as long as that may happen.
+  if (!op->shapes.empty()) shapes_to_drop_.push_back(op);
+}
+
+void Job::DropShapes() {
+  std::erase_if(shapes_to_drop_, [this](const OperationPtr& op) {
+    const auto has = [&op](const auto& operations) {
+      return std::find(operations.begin(), operations.end(), op) !=
+             operations.end();
+    };
+    if (has(history_) || has(unreferenced_)) return false;
+    std::vector<DatumShape>().swap(op->shapes);
+    return true;
+  });
 }
 
 void Job::Release(const std::string& activation_id) {

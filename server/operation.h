@@ -102,6 +102,9 @@ struct Operation {
   bool acknowledged = false;
   // The arrays have been dropped.
   bool expired = false;
+  // Nobody is told of what it gave any more; `record` still has it, for when it
+  // is run again.
+  bool result_expired = false;
 
   Clock::time_point submitted, started, ended;
   // Signalled at every change of record and logprobs.

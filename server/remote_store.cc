@@ -126,7 +126,14 @@ void RemoteStore::RunOnce() {
     removals.swap(to_remove_);
   }
   for (const CheckpointRef& ref : removals) {
-    if (const absl::Status status = Remove(ref); !status.ok()) {
+    absl::Status status = CheckNoChild(ref);
+    if (absl::IsFailedPrecondition(status)) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      kept_for_child_.push_back(ref);
+      continue;
+    }
+    status.Update(Remove(ref));
+    if (!status.ok()) {
       spdlog::warn("{} is not removed from {}: {}", ref.path(), url(),
                    std::string(status.message()));
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -319,7 +326,12 @@ absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
   const std::string directory = catalogue_.DirectoryOf(ref);
   FileSystem& files = PosixFileSystem();
   const auto there = files.Stat(directory);
-  if (!absl::IsNotFound(there.status())) return there.status();
+  if (!absl::IsNotFound(there.status())) {
+    GW_RETURN_IF_ERROR(there.status());
+    const auto row = catalogue_.Get(ref);
+    if (!row.ok() || row->parent().empty()) return absl::OkStatus();
+    return FetchOne({ref.job_id, row->parent(), true});
+  }
   GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
   if (!commit.has_value()) return RemoteCheckpoints::Missing(ref.path());
   // What a delta applies to comes first.
@@ -335,7 +347,9 @@ absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
     if (saved_.count(ref.path()) == 0) stored_[ref.path()] = commit->digest;
   }
   spdlog::info("{} was fetched from {}", ref.path(), url());
-  return absl::OkStatus();
+  if (commit->parent.empty()) return absl::OkStatus();
+  // It may have expired again before anything on the disk needed it.
+  return FetchOne({ref.job_id, commit->parent, true});
 }
 
 absl::Status RemoteStore::Fetch(const CheckpointRef& ref) {
@@ -349,15 +363,31 @@ absl::Status RemoteStore::Remove(const CheckpointRef& ref) {
     stored_.erase(ref.path());
     failures_.erase(ref.path());
   }
-  return remote_.Remove(ref.path());
+  GW_RETURN_IF_ERROR(remote_.Remove(ref.path()));
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (kept_for_child_.empty()) return absl::OkStatus();
+    // It may have been the last child.
+    for (CheckpointRef& kept : kept_for_child_) {
+      to_remove_.push_back(std::move(kept));
+    }
+    kept_for_child_.clear();
+  }
+  Wake();
+  return absl::OkStatus();
 }
 
 absl::Status RemoteStore::CheckNoChild(const CheckpointRef& ref) {
   if (!ref.snapshot) return absl::OkStatus();
-  GW_ASSIGN_OR_RETURN(const auto rows, List(ref.job_id));
-  for (const v1::Checkpoint& row : rows) {
-    if (row.parent() == ref.name)
-      return SnapshotHasChildren(ref.name, row.name());
+  const std::string folder = "jobs/" + ref.job_id + "/" + kFolders[1];
+  GW_ASSIGN_OR_RETURN(const auto names, remote_.ListNames(folder));
+  for (const std::string& name : names) {
+    const auto commit = remote_.Find(folder + "/" + name);
+    // One that is damaged says of no parent.
+    if (absl::IsUnavailable(commit.status())) return commit.status();
+    if (commit.ok() && commit->has_value() && (*commit)->parent == ref.name) {
+      return SnapshotHasChildren(ref.name, name);
+    }
   }
   return absl::OkStatus();
 }

@@ -54,7 +54,8 @@ class RemoteStore {
   absl::Status Fetch(const CheckpointRef& ref);
   // Of what is not on the disk any more: the copy is gone when this returns.
   absl::Status Remove(const CheckpointRef& ref);
-  // The same in the background, however often it has to be tried.
+  // The same in the background, however often it has to be tried, and not
+  // before the last delta to it has gone from the store.
   void RemoveLater(const CheckpointRef& ref);
   // FAILED_PRECONDITION SNAPSHOT_HAS_CHILDREN: the store has a delta to it.
   absl::Status CheckNoChild(const CheckpointRef& ref);
@@ -90,7 +91,7 @@ class RemoteStore {
   std::map<std::string, std::string> stored_;  // digests by path
   std::set<std::string> saved_;                // since it was looked at
   std::map<std::string, absl::Status> failures_;
-  std::deque<CheckpointRef> to_remove_;
+  std::deque<CheckpointRef> to_remove_, kept_for_child_;
   std::thread thread_;
 };
 

@@ -245,6 +245,51 @@ def test_a_delta_comes_back_with_its_chain(bucket, models, tmp_path):
         assert service.fetch_checkpoint(path).weight_id == weight_id
 
 
+def test_what_a_delta_in_the_store_needs_stays_there(bucket, models, tmp_path):
+    often = "--collect_seconds=0.2"
+    with serving(tmp_path / "one", often) as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        base = client.save_weights_for_sampler(
+            "base", type="base", ttl=2
+        ).result()
+        train(client, 1)
+        saved = client.save_weights_for_sampler("delta", type="delta")
+        delta = saved.result().path
+        stored(service, delta)
+        weight_id = service.verify_checkpoint(delta).weight_id
+        expiry = service.get_checkpoint(base.path).expire_time
+    until(lambda: time.time() > expiry.ToSeconds() + 1)
+    prefix = "team/a/jobs/job/snapshots"
+    with serving(tmp_path / "two", often) as (_, service):
+        # Of both, on a disk without the delta: what has expired goes from it.
+        service.fetch_checkpoint(base.path)
+        folder = tmp_path / "two" / "jobs" / "job" / "snapshots" / "base"
+        until(lambda: not folder.exists())
+        error = refusal(lambda: service.delete_checkpoint(base.path))
+        assert error.reason == "SNAPSHOT_HAS_CHILDREN"
+        assert service.fetch_checkpoint(delta).weight_id == weight_id
+        assert service.verify_checkpoint(delta).weight_id == weight_id
+        # When the disk has lost it, it comes back with what needs it.
+        shutil.rmtree(folder)
+        service.fetch_checkpoint(delta)
+        assert service.verify_checkpoint(delta).weight_id == weight_id
+        # It goes with the last that needs it.
+        service.delete_checkpoint(delta)
+        until(lambda: not bucket.keys(prefix))
+    with serving(tmp_path / "three") as (_, service):
+        path = service.create_training_client(models["llama"], job_id="job")
+        base = path.save_weights_for_sampler("base", type="base").result()
+        train(path, 1)
+        saved = path.save_weights_for_sampler("delta", type="delta").result()
+        stored(service, saved.path)
+    with serving(tmp_path / "four") as (_, service):
+        service.fetch_checkpoint(base.path)
+        error = refusal(lambda: service.delete_checkpoint(base.path))
+        assert error.reason == "SNAPSHOT_HAS_CHILDREN"
+        assert service.verify_checkpoint(base.path).weight_id == base.weight_id
+        assert service.fetch_checkpoint(saved.path).weight_id == saved.weight_id
+
+
 def test_a_base_in_shards_comes_back_with_all_of_them(bucket, models, tmp_path):
     flag = "--snapshot_shard_bytes=20000"
     with serving(tmp_path / "one", flag) as (_, service):

@@ -215,6 +215,40 @@ def test_a_checkpoint_that_nobody_knows_is_in_nobodys_way(models, tmp_path):
         assert points_of(tmp_path) == [(1, 1)]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_whose_results_have_expired_are_run_again(
+    models, tmp_path, world_size
+):
+    spec = {"world_size": world_size}
+    with serving(tmp_path, "--result_retention_seconds=1") as (server, stubs):
+        want = train(new_model(stubs, models, "calm", **spec), 3)
+        model = new_model(stubs, models, **spec)
+        train(model, 2)
+        last = model.forward_backward(calls.batch(DATA))
+        model.logprobs(last, len(DATA))
+
+        def told():
+            return stubs.wait(last.op_id)
+
+        assert told().state == operations_pb2.OPERATION_STATE_DONE
+        end = time.monotonic() + 60
+        while told().state == operations_pb2.OPERATION_STATE_DONE:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        expired = told()
+        assert expired.state == operations_pb2.OPERATION_STATE_FAILED
+        assert expired.error.reason == "RESULT_EXPIRED"
+        assert not expired.HasField("forward")
+        ranks = ranks_of(server.process.pid)
+        assert len(ranks) == 2 * world_size
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+        step = model.result(model.optim_step(learning_rate=0.01))
+        assert step.optim_step.grad_norm == want[2][2]
+        assert recovered(stubs).last_recovery.fidelity == BIT_IDENTICAL
+        assert told().error.reason == "RESULT_EXPIRED"
+
+
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_a_damaged_checkpoint_only_makes_it_longer(models, tmp_path, damaged):
     flag = "--auto_checkpoint_steps=2"
