@@ -132,7 +132,7 @@ void RemoteStore::RunOnce() {
       kept_for_child_.push_back(ref);
       continue;
     }
-    status.Update(Remove(ref));
+    if (status.ok()) status = Remove(ref);
     if (!status.ok()) {
       spdlog::warn("{} is not removed from {}: {}", ref.path(), url(),
                    std::string(status.message()));

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -160,6 +161,31 @@ TEST(OplogSyncTest, AFailedSyncFailsAllWhoWait) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(failed, kThreads);
+}
+
+// A record that found no space is cut off while another is synced, and of
+// several syncs one alone is told that something could not be written.
+TEST(OplogSyncTest, WhatIsCutVouchesForNothingElse) {
+  CrashFileSystem files;
+  auto log = OpenLog(files, 1 << 20);
+  LogRecord first = MakeRecord(1, 10), refused = MakeRecord(2, 10);
+  ASSERT_TRUE(AppendTo(*log, 1, &first).ok());
+  std::atomic<bool> begun = false;
+  std::thread other;
+  files.set_before_sync([&] {
+    if (begun.exchange(true)) return;
+    const int64_t calls = files.calls();
+    files.FailAt(calls + 1, Fault::kNoSpace);
+    other =
+        std::thread([&] { EXPECT_FALSE(AppendTo(*log, 1, &refused).ok()); });
+    while (files.calls() == calls) std::this_thread::yield();
+    // Long enough to be ready before this one, if it does not wait for it.
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    files.FailAt(files.calls() + 1, Fault::kIoError);
+  });
+  EXPECT_EQ(ReasonOf(log->Sync(first.end)), "STORAGE_IO");
+  other.join();
+  EXPECT_LT(log->durable_offset(), first.end);
 }
 
 TEST(OplogSyncTest, ReadersAndTrimmersMayBeThere) {

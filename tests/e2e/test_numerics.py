@@ -376,6 +376,6 @@ def test_the_three_ways_to_a_gradient_are_one(new_client, stubs):
     parts = calls.gradient_parts(gradients)
     backward = model.backward(forward.forward.activation_id, parts)
     assert not model.result(backward).backward.recomputed
-    model.optim_step(learning_rate=1e-2)
+    model.result(model.optim_step(learning_rate=1e-2))
     digests.append(model.result(model.save_snapshot("end")).snapshot.digest)
     assert digests[0] == digests[1] == digests[2]

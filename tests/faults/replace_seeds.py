@@ -10,6 +10,7 @@ OVERWRITE = "tests/e2e/test_overwrite.py"
 INIT = "tests/e2e/test_init_from.py"
 REPLAY = "tests/e2e/test_replay.py"
 STORAGE = "tests/e2e/test_object_storage.py"
+NEEDED = f"{STORAGE}::test_what_a_delta_in_the_store_needs_stays_there"
 
 REPLACE_SEEDS = (
     Seed(
@@ -229,5 +230,25 @@ REPLACE_SEEDS = (
         "commit.epoch <= epoch_;",
         'return commit.folder.starts_with(server_ + "-");',
         (REMOTE,),
+    ),
+    Seed(
+        "parent_of_a_copied_delta_expires",
+        "a copy of a base goes when it has expired, whatever needs it",
+        "server/remote_store.cc",
+        "absl::Status status = CheckNoChild(ref);",
+        "absl::Status status;",
+        (NEEDED,),
+    ),
+    Seed(
+        "expired_results_cannot_be_run_again",
+        "the shapes of datums go with the results, though a rank that dies "
+        "needs them",
+        "server/job_operations.cc",
+        "if (has(history_) || has(unreferenced_)) return false;",
+        "if (!has(history_) && has(unreferenced_)) return false;",
+        (
+            "tests/e2e/test_recovery.py::"
+            "test_steps_whose_results_have_expired_are_run_again",
+        ),
     ),
 )

@@ -129,7 +129,7 @@ REMOTE_SEEDS = (
         "parent_goes_before_its_delta",
         "a copy is removed that another one needs",
         "server/checkpoint_service.cc",
-        "    GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));\n",
+        "  GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));\n",
         "",
         ("tests/e2e/test_object_storage.py",),
     ),
