@@ -89,7 +89,8 @@ absl::Status Oplog::BeginSegment() {
   segment_end_ = kSegmentHeaderBytes;
   sealed_ = false;
   std::lock_guard<std::mutex> lock(mutex_);
-  segments_.push_back({.name = name, .begin = header.begin});
+  segments_.push_back(
+      {.name = name, .begin = header.begin, .epoch = header.epoch});
   file_ = std::move(file);
   return absl::OkStatus();
 }

@@ -25,7 +25,8 @@ struct SegmentScan {
 
 absl::StatusOr<SegmentScan> Scan(FileSystem& files,
                                  const std::string& directory,
-                                 const OplogFindings::Segment& segment) {
+                                 const OplogFindings::Segment& segment,
+                                 int64_t limit) {
   SegmentScan scan = {.end = segment.begin, .durable = segment.begin};
   GW_ASSIGN_OR_RETURN(const std::unique_ptr<SegmentReader> reader,
                       SegmentReader::Open(files, directory, segment.name));
@@ -39,6 +40,7 @@ absl::StatusOr<SegmentScan> Scan(FileSystem& files,
   for (;;) {
     RecordHeader record;
     scan.end = reader->offset();
+    if (scan.end >= limit) return scan;
     GW_ASSIGN_OR_RETURN(const Found found, reader->Next(&record, nullptr));
     if (found == Found::kEnd) return scan;
     if (found == Found::kInvalid || sealed) break;
@@ -67,7 +69,8 @@ absl::StatusOr<OplogFindings> FindSegments(FileSystem& files,
     const auto named = ParseSegmentName(name);
     if (!named) continue;
     highest = std::max(highest, named->epoch);
-    findings.segments.push_back({.name = name, .begin = named->begin});
+    findings.segments.push_back(
+        {.name = name, .begin = named->begin, .epoch = named->epoch});
   }
   if (epoch < highest) return EpochFenced(epoch, highest);
   return findings;
@@ -116,9 +119,14 @@ absl::StatusOr<OplogFindings> ExamineOplog(FileSystem& files,
           segments[i - 1].name, findings.end,
           "the next segment begins at " + std::to_string(segments[i].begin));
     }
-    GW_ASSIGN_OR_RETURN(const SegmentScan scan,
-                        Scan(files, directory, segments[i]));
     const bool last = i + 1 == segments.size();
+    // Who has begun the next one had examined this up to there. What follows
+    // was written after that, by one that had lost its lease and did not know
+    // yet.
+    const bool taken_over = !last && segments[i + 1].epoch > segments[i].epoch;
+    GW_ASSIGN_OR_RETURN(const SegmentScan scan,
+                        Scan(files, directory, segments[i],
+                             taken_over ? segments[i + 1].begin : INT64_MAX));
     // The segments before the last were synced before the next was begun. (A
     // watermark above the cut is seen below.)
     if (scan.torn && (!last || scan.synced)) {

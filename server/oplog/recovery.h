@@ -24,6 +24,7 @@ struct OplogFindings {
   struct Segment {
     std::string name;
     int64_t begin = 0;  // log offset
+    int64_t epoch = 0;
   };
   std::vector<Segment> segments;  // in the log's order
   // Of the last good record. Bytes of the last segment's file behind it, if
