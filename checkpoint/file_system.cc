@@ -160,6 +160,7 @@ absl::Status FileSystem::Outcome(int64_t result, const std::string& path,
 
 absl::StatusOr<std::unique_ptr<File>> FileSystem::Create(
     const std::string& path, int mode) {
+  GW_RETURN_IF_ERROR(MayChange());
   std::unique_ptr<File> file;
   GW_RETURN_IF_ERROR(
       Outcome(Repeat([&] { return CallCreate(path, mode, &file); }), path,
@@ -177,17 +178,20 @@ absl::StatusOr<std::unique_ptr<File>> FileSystem::Open(const std::string& path,
 }
 
 absl::Status FileSystem::MakeDirectory(const std::string& path, int mode) {
+  GW_RETURN_IF_ERROR(MayChange());
   return Outcome(Repeat([&] { return CallMakeDirectory(path, mode); }), path,
                  "make a directory");
 }
 
 absl::Status FileSystem::Rename(const std::string& from,
                                 const std::string& to) {
+  GW_RETURN_IF_ERROR(MayChange());
   return Outcome(Repeat([&] { return CallRename(from, to); }), to, "rename");
 }
 
 absl::StatusOr<bool> FileSystem::Exchange(const std::string& one,
                                           const std::string& other) {
+  GW_RETURN_IF_ERROR(MayChange());
   const int result = Repeat([&] { return CallExchange(one, other); });
   if (result == -EINVAL || result == -ENOSYS || result == -EOPNOTSUPP) {
     return false;
@@ -198,6 +202,7 @@ absl::StatusOr<bool> FileSystem::Exchange(const std::string& one,
 
 absl::StatusOr<bool> FileSystem::Link(const std::string& file,
                                       const std::string& name) {
+  GW_RETURN_IF_ERROR(MayChange());
   const int result = Repeat([&] { return CallLink(file, name); });
   if (result == -EPERM || result == -EXDEV || result == -EMLINK ||
       result == -ENOSYS || result == -EOPNOTSUPP) {
@@ -208,6 +213,7 @@ absl::StatusOr<bool> FileSystem::Link(const std::string& file,
 }
 
 absl::Status FileSystem::Remove(const std::string& path) {
+  GW_RETURN_IF_ERROR(MayChange());
   return Outcome(Repeat([&] { return CallRemove(path); }), path, "remove");
 }
 

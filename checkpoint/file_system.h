@@ -125,6 +125,11 @@ class FileSystem {
   absl::StatusOr<int64_t> FreeBytes(const std::string& path);
 
  protected:
+  friend class FencedFiles;
+
+  // Asked before a name is made, changed or removed, which fails with its
+  // error.
+  virtual absl::Status MayChange() { return absl::OkStatus(); }
   // As in File.
   virtual int CallOpen(const std::string& path, Access access,
                        std::unique_ptr<File>* file) = 0;

@@ -94,11 +94,13 @@ absl::Status StateReader::WithName(const absl::Status& status) const {
 }
 
 absl::StatusOr<StateHeader> ReadStateHeader(FileSystem& files,
-                                            const std::string& directory) {
+                                            const std::string& directory,
+                                            std::string* digest) {
   auto text = ReadStateFile(files, directory, kManifestName, kMaxManifestBytes);
   if (absl::IsNotFound(text.status())) return WhatIsThere(files, directory);
   GW_RETURN_IF_ERROR(text.status());
   GW_ASSIGN_OR_RETURN(StateManifest manifest, ParseManifest(*text));
+  if (digest != nullptr) *digest = std::move(manifest.digest);
   return std::move(manifest.header);
 }
 

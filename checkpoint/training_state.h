@@ -184,10 +184,12 @@ absl::Status RemoveLeftovers(FileSystem& files, const std::string& parent);
 absl::StatusOr<bool> LinkState(FileSystem& files, const std::string& directory,
                                const std::string& to);
 
-// What a checkpoint's manifest says, without a look at the rest.
+// What a checkpoint's manifest says, without a look at the rest. `digest`: that
+// of StateSummary, if it is wanted.
 // Errors: those of StateReader::Open that the manifest alone can have.
 absl::StatusOr<StateHeader> ReadStateHeader(FileSystem& files,
-                                            const std::string& directory);
+                                            const std::string& directory,
+                                            std::string* digest = nullptr);
 
 // Thread rule: one thread at a time.
 class StateReader {

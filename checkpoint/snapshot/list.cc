@@ -108,12 +108,16 @@ absl::Status RemoveSnapshot(FileSystem& files, const std::string& directory,
 }
 
 absl::StatusOr<std::vector<std::string>> RemoveExpired(
-    FileSystem& files, const std::string& directory, int64_t now_micros) {
+    FileSystem& files, const std::string& directory, int64_t now_micros,
+    const std::function<int64_t(const SnapshotManifest&)>& expires_micros) {
   GW_ASSIGN_OR_RETURN(const auto snapshots, ListSnapshots(files, directory));
   std::vector<const SnapshotManifest*> expired;
   for (const ListedSnapshot& snapshot : snapshots) {
-    if (snapshot.manifest.ok() && snapshot.manifest->expires_micros != 0 &&
-        snapshot.manifest->expires_micros <= now_micros) {
+    if (!snapshot.manifest.ok()) continue;
+    const int64_t expires = expires_micros != nullptr
+                                ? expires_micros(*snapshot.manifest)
+                                : snapshot.manifest->expires_micros;
+    if (expires != 0 && expires <= now_micros) {
       expired.push_back(&*snapshot.manifest);
     }
   }
@@ -124,7 +128,8 @@ absl::StatusOr<std::vector<std::string>> RemoveExpired(
   std::vector<std::string> removed;
   for (const SnapshotManifest* each : expired) {
     const absl::Status status = RemoveSnapshot(files, directory, each->name);
-    if (absl::IsFailedPrecondition(status)) continue;  // it has children
+    const auto detail = GetErrorDetail(status);
+    if (detail && detail->reason == "SNAPSHOT_HAS_CHILDREN") continue;
     GW_RETURN_IF_ERROR(status);
     removed.push_back(each->name);
   }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -42,9 +43,13 @@ absl::Status RemoveSnapshot(FileSystem& files, const std::string& directory,
 
 // Removes those that have expired, children before their parents; a parent of
 // one that has not stays. Returns the names.
+// `expires_micros`: of one, if another time than its manifest's counts; 0:
+// never.
 // REQUIRES: as RemoveSnapshot.
 absl::StatusOr<std::vector<std::string>> RemoveExpired(
-    FileSystem& files, const std::string& directory, int64_t now_micros);
+    FileSystem& files, const std::string& directory, int64_t now_micros,
+    const std::function<int64_t(const SnapshotManifest&)>& expires_micros =
+        nullptr);
 
 // For the start of a process, while nobody saves: removes what earlier ones
 // have left of saves and removals, puts back what a delta needs, and syncs, so
