@@ -39,7 +39,8 @@ struct Pair {
   std::string job;
 };
 
-absl::StatusOr<Pair> ReadPair(const CheckpointCatalogue& catalogue,
+absl::StatusOr<Pair> ReadPair(FileSystem& files,
+                              const CheckpointCatalogue& catalogue,
                               const CheckpointRef& from,
                               const CheckpointRef& to, CpuDevice& device) {
   GW_RETURN_IF_ERROR(CheckSnapshot(from, "from"));
@@ -49,10 +50,10 @@ absl::StatusOr<Pair> ReadPair(const CheckpointCatalogue& catalogue,
        {std::pair(&from, &pair.from), std::pair(&to, &pair.to)}) {
     const std::string directory = DirectoryOf(catalogue.DirectoryOf(*ref));
     GW_ASSIGN_OR_RETURN(const auto chain,
-                        ReadChain(PosixFileSystem(), directory, ref->name));
+                        ReadChain(files, directory, ref->name));
     // Again for each: the first one has taken some of it.
     GW_ASSIGN_OR_RETURN(
-        *image, SnapshotImage::Read(PosixFileSystem(), directory, chain,
+        *image, SnapshotImage::Read(files, directory, chain,
                                     device.AvailableBytes(), &device.pool()));
     if (ref == &from) pair.from_base_id = chain.front().weight_id;
     pair.step = chain.back().optimizer_step;
@@ -84,20 +85,20 @@ absl::Status CheckpointCatalogue::VerifySnapshot(
     const CheckpointRef& ref) const {
   const std::string directory = SnapshotsOf(ref.job_id);
   GW_ASSIGN_OR_RETURN(const auto chain,
-                      ReadChain(PosixFileSystem(), directory, ref.name));
+                      ReadChain(*files_, directory, ref.name));
   for (const SnapshotManifest& each : chain) {
     for (const SnapshotFile& file : each.files) {
       if (NamesWeights(file.name)) continue;  // below
-      const auto content = ReadSnapshotFile(PosixFileSystem(),
-                                            directory + "/" + each.name, file);
+      const auto content =
+          ReadSnapshotFile(*files_, directory + "/" + each.name, file);
       if (!content.ok()) {
         return WithErrorMetadata(content.status(), "snapshot", each.name);
       }
     }
   }
   CpuDevice device(0);
-  return SnapshotImage::Read(PosixFileSystem(), directory, chain,
-                             device.AvailableBytes(), &device.pool())
+  return SnapshotImage::Read(*files_, directory, chain, device.AvailableBytes(),
+                             &device.pool())
       .status();
 }
 
@@ -119,7 +120,7 @@ absl::StatusOr<v1::PromotedModel> CheckpointCatalogue::Promote(
   request.shard_bytes = shard_bytes;
   request.pool = &device.pool();
   GW_ASSIGN_OR_RETURN(const SnapshotManifest manifest,
-                      PromoteSnapshot(PosixFileSystem(), request));
+                      PromoteSnapshot(*files_, request));
   v1::PromotedModel model;
   model.set_model_id(model_id);
   model.set_local_path(request.models_directory + "/" + model_id);
@@ -135,7 +136,8 @@ absl::StatusOr<v1::PromotedModel> CheckpointCatalogue::Promote(
 absl::StatusOr<v1::CheckpointDiff> CheckpointCatalogue::Diff(
     const CheckpointRef& from, const CheckpointRef& to) const {
   CpuDevice device(0);
-  GW_ASSIGN_OR_RETURN(const Pair pair, ReadPair(*this, from, to, device));
+  GW_ASSIGN_OR_RETURN(const Pair pair,
+                      ReadPair(*files_, *this, from, to, device));
   const SnapshotDiff diff =
       DiffTensors(pair.from->tensors(), pair.to->tensors());
   v1::CheckpointDiff reply;
@@ -165,7 +167,8 @@ absl::StatusOr<std::string> CheckpointCatalogue::ExportDiff(
     const CheckpointRef& from, const CheckpointRef& to,
     v1::DiffFormat format) const {
   CpuDevice device(0);
-  GW_ASSIGN_OR_RETURN(const Pair pair, ReadPair(*this, from, to, device));
+  GW_ASSIGN_OR_RETURN(const Pair pair,
+                      ReadPair(*files_, *this, from, to, device));
   return Encode(pair, format, &device.pool());
 }
 

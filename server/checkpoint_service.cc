@@ -139,6 +139,17 @@ absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Fetch(
   return Get(ref);
 }
 
+absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::SetTtl(
+    const v1::SetCheckpointTtlRequest& request) const {
+  GW_ASSIGN_OR_RETURN(const CheckpointRef ref,
+                      ParseCatalogueRef(request.path(), "path"));
+  GW_RETURN_IF_ERROR(CheckTtl(request.ttl_seconds()));
+  GW_ASSIGN_OR_RETURN(v1::Checkpoint row,
+                      catalogue().SetTtl(ref, request.ttl_seconds()));
+  if (context_.remote != nullptr) context_.remote->Fill(ref, row);
+  return row;
+}
+
 absl::StatusOr<v1::ListCheckpointsResponse> CheckpointServiceImpl::List(
     const v1::ListCheckpointsRequest& request) const {
   GW_RETURN_IF_ERROR(CheckList(request));
@@ -216,6 +227,15 @@ grpc::Status CheckpointServiceImpl::DeleteCheckpoint(
     v1::Checkpoint* reply) {
   return Answer(
       *request, [this](const auto& ref) { return Delete(ref); }, reply);
+}
+
+grpc::Status CheckpointServiceImpl::SetCheckpointTtl(
+    grpc::ServerContext*, const v1::SetCheckpointTtlRequest* request,
+    v1::Checkpoint* reply) {
+  auto row = SetTtl(*request);
+  if (!row.ok()) return ToGrpcStatus(row.status());
+  *reply = *std::move(row);
+  return grpc::Status::OK;
 }
 
 grpc::Status CheckpointServiceImpl::FetchCheckpoint(

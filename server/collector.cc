@@ -12,8 +12,10 @@
 namespace gradwire {
 
 Collector::Collector(CheckpointCatalogue catalogue, absl::Duration interval,
+                     CheckpointCatalogue::BeforeDelete before,
                      std::function<void(const CheckpointRef& ref)> on_deleted)
     : catalogue_(std::move(catalogue)),
+      before_(std::move(before)),
       on_deleted_(std::move(on_deleted)),
       thread_([this, interval] { Run(interval); }) {}
 
@@ -30,7 +32,8 @@ void Collector::Run(absl::Duration interval) {
   std::string failure;
   for (;;) {
     std::vector<std::string> paths;
-    const absl::Status status = catalogue_.DeleteExpired(absl::Now(), paths);
+    const absl::Status status =
+        catalogue_.DeleteExpired(absl::Now(), before_, paths);
     for (const std::string& path : paths) {
       spdlog::info("{} has expired and was deleted", path);
       if (auto ref = ParseCatalogueRef(path, "path"); ref.ok()) {

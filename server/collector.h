@@ -16,8 +16,9 @@ namespace gradwire {
 class Collector {
  public:
   // Begins at once, and again after each `interval`; the destructor ends it.
-  // `on_deleted` is told of each.
+  // `before` is asked of each, and `on_deleted` told.
   Collector(CheckpointCatalogue catalogue, absl::Duration interval,
+            CheckpointCatalogue::BeforeDelete before,
             std::function<void(const CheckpointRef& ref)> on_deleted);
   ~Collector();
 
@@ -25,6 +26,7 @@ class Collector {
   void Run(absl::Duration interval);
 
   const CheckpointCatalogue catalogue_;
+  const CheckpointCatalogue::BeforeDelete before_;
   const std::function<void(const CheckpointRef& ref)> on_deleted_;
   std::mutex mutex_;
   std::condition_variable ending_;

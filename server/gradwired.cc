@@ -151,7 +151,8 @@ int ExitCode(const absl::Status& status) {
   const std::string reason = detail ? detail->reason : "";
   for (const char* of_state :
        {"STATE_DIR_LOCKED", "STATE_DIR_UNUSABLE", "STATE_VERSION",
-        "METADATA_CORRUPT", "STORAGE_FULL", "STORAGE_IO", "SYSTEM_LIMIT"}) {
+        "EPOCH_FENCED", "METADATA_CORRUPT", "STORAGE_FULL", "STORAGE_IO",
+        "SYSTEM_LIMIT"}) {
     if (reason == of_state) return kStateDirectory;
   }
   if (reason == "PORT_TAKEN") return kPortTaken;

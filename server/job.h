@@ -24,6 +24,7 @@
 #include "gradwire/v1/jobs.pb.h"
 #include "gradwire/v1/rank.pb.h"
 #include "gradwire/v1/training.pb.h"
+#include "server/checkpoint_catalogue.h"
 #include "server/job_state.h"
 #include "server/journal.h"
 #include "server/metadata/metadata.h"
@@ -33,6 +34,7 @@
 #include "server/operation.h"
 #include "server/rank_group.h"
 #include "server/session_table.h"
+#include "server/space_reserve.h"
 
 namespace gradwire {
 
@@ -55,6 +57,11 @@ struct JobEnvironment {
   // How long ranks wait for each other in one collective.
   absl::Duration collective_timeout = absl::Seconds(120);
   Metadata* metadata = nullptr;
+  // The machine's, for a server with this lease.
+  FileSystem* files = nullptr;
+  SpaceReserve* reserve = nullptr;
+  // Where checkpoint/fence.h finds who has it.
+  std::string epoch_directory;
   // Of a job there lie in <jobs_directory>/<job>/: snapshots/<name>,
   // checkpoints/<name>, its op-log in log/, and in recovery/<number> the
   // checkpoints that its recovery begins with.
@@ -77,6 +84,10 @@ struct JobEnvironment {
       [](const CheckpointRef&) {};
   // Told of every change of a job's state; called with the job's mutex held.
   std::function<void(const v1::Job&)> on_change;
+
+  CheckpointCatalogue catalogue() const {
+    return CheckpointCatalogue(jobs_directory, *files, *metadata);
+  }
 };
 
 // Thread rule: all methods from any thread.
@@ -349,6 +360,8 @@ class Job {
   // Until there is some; CANCELLED when the server stops.
   absl::Status AwaitSpace(const std::function<absl::Status()>& write)
       ABSL_LOCKS_EXCLUDED(mu_);
+  // What it has saved is in the metadata, and known as made now.
+  absl::Status RecordSaved(const Operation& op) const ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status Record(const std::vector<OperationPtr>& ended)
       ABSL_LOCKS_EXCLUDED(mu_);
   void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -197,8 +197,7 @@ OperationPtr Job::ResetOf(const Handle& handle) const {
     return op;
   }
   v1::RankLoadState& load = *op->request.command.mutable_load_state();
-  load.set_directory(
-      CheckpointCatalogue(environment_->jobs_directory).DirectoryOf(*ref));
+  load.set_directory(environment_->catalogue().DirectoryOf(*ref));
   load.set_path(init.ref());
   load.set_optimizer(init.optimizer());
   return op;
@@ -232,8 +231,7 @@ absl::StatusOr<Job::Handle*> Job::Attach(
     GW_ASSIGN_OR_RETURN(
         const CheckpointRef ref,
         ParseCatalogueRef(request.init_from().ref(), "init_from.ref"));
-    GW_RETURN_IF_ERROR(
-        CheckpointCatalogue(environment_->jobs_directory).Get(ref).status());
+    GW_RETURN_IF_ERROR(environment_->catalogue().Get(ref).status());
   }
   {
     absl::MutexLock lock(&mu_);

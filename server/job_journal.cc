@@ -33,7 +33,7 @@ bool MustBeDurable(const Operation& op) {
 
 absl::Status Job::OpenJournal(const JobRow& row) {
   GW_ASSIGN_OR_RETURN(
-      journal_, Journal::Open(PosixFileSystem(), environment_->metadata, row,
+      journal_, Journal::Open(*environment_->files, environment_->metadata, row,
                               directory() + "/log"));
   return absl::OkStatus();
 }
@@ -41,6 +41,11 @@ absl::Status Job::OpenJournal(const JobRow& row) {
 // ---- Before an operation is answered ----------
 
 absl::StatusOr<int64_t> Job::Log(const OperationPtr& op) {
+  // What cannot be recorded when it has been run is not begun.
+  if (const absl::Status room = environment_->reserve->Hold();
+      absl::IsResourceExhausted(room)) {
+    return room;
+  }
   v1::JournalOp record;
   record.set_kind(op->kind);
   record.set_activation_id(op->activation_id);
@@ -57,7 +62,7 @@ absl::StatusOr<int64_t> Job::Log(const OperationPtr& op) {
   *record.mutable_create_time() = op->record.create_time();
   if (op->request.command.has_save_state()) {
     const auto there =
-        PosixFileSystem().Stat(op->request.command.save_state().directory());
+        environment_->files->Stat(op->request.command.save_state().directory());
     op->name_taken = !absl::IsNotFound(there.status());
     record.set_name_taken(op->name_taken);
   }
@@ -143,6 +148,8 @@ absl::Status Job::AwaitSpace(const std::function<absl::Status()>& write) {
     if (!absl::IsResourceExhausted(status) || absl::Now() > deadline) {
       return status;
     }
+    // What has been done comes before what may come.
+    if (environment_->reserve->Release()) continue;
     // The next server runs what is not recorded again.
     if (stopping()) return absl::CancelledError("the server stops");
     if (!told) {
@@ -154,8 +161,26 @@ absl::Status Job::AwaitSpace(const std::function<absl::Status()>& write) {
   }
 }
 
+absl::Status Job::RecordSaved(const Operation& op) const {
+  std::string saved;
+  if (op.record.has_save_state()) saved = op.record.save_state().path();
+  if (op.record.has_snapshot()) saved = op.record.snapshot().path();
+  const auto ref = ParseCatalogueRef(saved, "path");
+  if (!ref.ok()) return absl::OkStatus();
+  const absl::Status known = environment_->catalogue().Saved(*ref);
+  if (absl::IsFailedPrecondition(known)) return known;  // fenced
+  // On a disk that is full, for example. What its files say goes then, until
+  // the collector makes up for it.
+  if (!known.ok()) {
+    spdlog::warn("job {}: {} is not in the metadata: {}", id_, saved,
+                 std::string(known.message()));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
   bool durable = false;
+  for (const OperationPtr& op : ended) GW_RETURN_IF_ERROR(RecordSaved(*op));
   for (const OperationPtr& op : ended) {
     // Nobody changes it between its end and its publication.
     int64_t array_bytes = 0;

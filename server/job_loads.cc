@@ -19,7 +19,7 @@ std::string Job::KeptAt(const Operation& op) const {
 }
 
 absl::Status Job::KeepLoaded(const Next& next, v1::RankLoadState& load) const {
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = *environment_->files;
   const std::string& from = load.directory();
   const std::string kept = next.kept_at + from.substr(from.find_last_of('/'));
   if (next.replays) {
@@ -75,14 +75,14 @@ std::set<std::string> Job::LoadsInUse() const {
 
 std::vector<std::string> Job::ListLoaded() const {
   const std::string parent = directory() + "/loaded";
-  auto names = PosixFileSystem().List(parent);
+  auto names = environment_->files->List(parent);
   if (!names.ok()) return {};
   for (std::string& name : *names) name = parent + "/" + name;
   return *std::move(names);
 }
 
 absl::Status Job::RemoveLoaded(const std::string& directory) const {
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = *environment_->files;
   const auto names = files.List(directory);
   if (absl::IsNotFound(names.status())) return absl::OkStatus();
   GW_RETURN_IF_ERROR(names.status());

@@ -108,7 +108,7 @@ int64_t Job::LogNeededFrom(int64_t from, int64_t replay_from) const {
 }
 
 absl::Status Job::AddReference(const Reference& reference) {
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = *environment_->files;
   if (!reference.usable) {
     return RemoveState(files, PointDirectory(*reference.point));
   }
@@ -178,7 +178,7 @@ absl::Status Job::AddReference(const Reference& reference) {
 }
 
 void Job::RemoveDurableState() {
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = *environment_->files;
   for (const std::string part : {"/log", "/recovery"}) {
     const auto names = files.List(directory() + part);
     if (!names.ok()) continue;

@@ -178,6 +178,8 @@ Dispatch Job::LoadModel(int64_t id) const {
     load.set_collective_timeout_seconds(
         absl::ToDoubleSeconds(environment_->collective_timeout));
     load.set_snapshot_shard_bytes(environment_->snapshot_shard_bytes);
+    load.set_epoch_directory(environment_->epoch_directory);
+    load.set_epoch(environment_->metadata->epoch());
   }
   return dispatch;
 }

@@ -274,7 +274,7 @@ void Job::RestoreActivations() {
 }
 
 absl::Status Job::RemoveStrayPoints() {
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = *environment_->files;
   const std::string parent = directory() + "/recovery";
   absl::Status removed = RemoveLeftovers(files, parent);
   if (absl::IsNotFound(removed)) return absl::OkStatus();

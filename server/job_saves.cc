@@ -79,8 +79,7 @@ bool Job::FindSaved(const OperationPtr& op, const v1::RankDone& done) {
   }
   const auto name = done.error().metadata().find("value");
   if (name == done.error().metadata().end()) return false;
-  const auto saved = CheckpointCatalogue(environment_->jobs_directory)
-                         .Get({id_, name->second});
+  const auto saved = environment_->catalogue().Get({id_, name->second});
   if (!saved.ok() || saved->optimizer_step() != done.optimizer_step() ||
       saved->weight_version() != done.weight_version()) {
     return false;

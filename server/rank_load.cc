@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "base/status.h"
+#include "checkpoint/fence.h"
 #include "server/default_precision.h"
 #include "server/grpc_status.h"
 #include "server/kernels_id.h"
@@ -72,6 +73,9 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   options.micro_batch_tokens = load.spec().micro_batch_tokens();
   options.forward_only = forward_only_ = load.spec().forward_only();
   options.snapshot_shard_bytes = load.snapshot_shard_bytes();
+  files_ =
+      FencedFileSystem(PosixFileSystem(), load.epoch_directory(), load.epoch());
+  options.files = files_.get();
   if (world_ > 1) link_.Send(progress(v1::JOB_PHASE_COLLECTIVES, 0));
   if (absl::Status joined = JoinGroup(load); !joined.ok()) return fail(joined);
   options.collectives = group_.world.get();

@@ -63,6 +63,7 @@ class RankWorker {
   int world_ = 1;
   bool forward_only_ = false;
   RankGroupMember group_;
+  std::unique_ptr<FileSystem> files_;  // as its server may change them
   std::unique_ptr<Trainer> trainer_;
   // What is being saved.
   v1::RankSaveState saving_;

@@ -54,11 +54,13 @@ absl::Status Replaced(const CheckpointRef& ref) {
 }  // namespace
 
 RemoteStore::RemoteStore(std::unique_ptr<ObjectStore> store,
-                         CheckpointCatalogue catalogue, std::string server,
-                         int64_t epoch, Metrics* metrics)
+                         CheckpointCatalogue catalogue, FileSystem& files,
+                         Metadata* metadata, Metrics* metrics)
     : store_(std::move(store)),
       catalogue_(std::move(catalogue)),
-      remote_(*store_, PosixFileSystem(), std::move(server), epoch),
+      files_(files),
+      metadata_(metadata),
+      remote_(*store_, files_, metadata->server_id(), metadata->epoch()),
       metrics_(metrics),
       thread_([this] { Run(); }) {}
 
@@ -110,6 +112,7 @@ void RemoteStore::Fill(const CheckpointRef& ref, v1::Checkpoint& row) const {
 // ---- In the background ----
 
 void RemoteStore::Run() {
+  TakeRemovals();
   while (true) {
     RunOnce();
     std::unique_lock<std::mutex> lock(mutex_);
@@ -119,27 +122,69 @@ void RemoteStore::Run() {
   }
 }
 
-void RemoteStore::RunOnce() {
-  std::deque<CheckpointRef> removals;
+void RemoteStore::TakeRemovals() {
+  const auto paths = metadata_->Removals();
+  if (!paths.ok()) {
+    spdlog::warn("copies to remove are not known: {}",
+                 std::string(paths.status().message()));
+    return;
+  }
+  for (const RemovalRow& row : *paths) {
+    const auto ref = ParseCatalogueRef(row.path, "path");
+    if (!ref.ok()) continue;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    to_remove_.push_back({*ref, row.digest});
+  }
+}
+
+absl::Status RemoteStore::RemoveOne(const Removal& removal) {
+  const CheckpointRef& ref = removal.ref;
+  const auto there = catalogue_.Get(ref);
+  const auto is_it = [&](const std::string& digest) {
+    return removal.digest.empty() || removal.digest == digest;
+  };
+  // It was to go from the disk, and has not, or has come back; it may be
+  // damaged there.
+  if (absl::IsDataLoss(there.status()) ||
+      (there.ok() && is_it(there->digest()))) {
+    return metadata_->EndRemoval(ref.path());
+  }
+  // Of a disk that fails nobody knows what has gone from it.
+  if (!there.ok() && !absl::IsNotFound(there.status())) return there.status();
+  if (!removal.digest.empty()) {
+    GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
+    // Another one has taken its name since.
+    if (commit.has_value() && !is_it(commit->digest)) {
+      return metadata_->EndRemoval(ref.path());
+    }
+  }
+  GW_RETURN_IF_ERROR(CheckNoChild(ref));
+  return Remove(ref);
+}
+
+void RemoteStore::RemoveDue() {
+  std::deque<Removal> removals;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     removals.swap(to_remove_);
   }
-  for (const CheckpointRef& ref : removals) {
-    absl::Status status = CheckNoChild(ref);
-    if (absl::IsFailedPrecondition(status)) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      kept_for_child_.push_back(ref);
+  for (const Removal& removal : removals) {
+    const absl::Status status = RemoveOne(removal);
+    if (status.ok()) continue;
+    const auto detail = GetErrorDetail(status);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (detail && detail->reason == "SNAPSHOT_HAS_CHILDREN") {
+      kept_for_child_.push_back(removal);
       continue;
     }
-    if (status.ok()) status = Remove(ref);
-    if (!status.ok()) {
-      spdlog::warn("{} is not removed from {}: {}", ref.path(), url(),
-                   std::string(status.message()));
-      const std::lock_guard<std::mutex> lock(mutex_);
-      to_remove_.push_back(ref);
-    }
+    spdlog::warn("{} is not removed from {}: {}", removal.ref.path(), url(),
+                 std::string(status.message()));
+    to_remove_.push_back(removal);
   }
+}
+
+void RemoteStore::RunOnce() {
+  RemoveDue();
   auto refs = catalogue_.Refs();
   if (!refs.ok()) {
     spdlog::warn("checkpoints to store cannot be listed: {}",
@@ -210,7 +255,7 @@ absl::Status RemoteStore::Store(const CheckpointRef& ref) {
   const std::string link = LinkOf(ref);
   const absl::Status stored = StoreFrom(ref, link, *row);
   // What stays, the next server removes.
-  (void)RemoveIfThere(PosixFileSystem(), link);
+  (void)RemoveIfThere(files_, link);
   return stored;
 }
 
@@ -236,7 +281,7 @@ absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
                                          v1::Checkpoint& row) const {
   // Snapshots are never replaced.
   if (ref.snapshot) return false;
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = files_;
   const std::string directory = catalogue_.DirectoryOf(ref);
   for (int i = 0; i < kMostReplacements; ++i) {
     GW_RETURN_IF_ERROR(RemoveIfThere(files, link));
@@ -324,7 +369,7 @@ absl::StatusOr<std::vector<v1::Checkpoint>> RemoteStore::List(
 
 absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
   const std::string directory = catalogue_.DirectoryOf(ref);
-  FileSystem& files = PosixFileSystem();
+  FileSystem& files = files_;
   const auto there = files.Stat(directory);
   if (!absl::IsNotFound(there.status())) {
     GW_RETURN_IF_ERROR(there.status());
@@ -340,6 +385,10 @@ absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
     GW_RETURN_IF_ERROR(FetchOne({ref.job_id, commit->parent, true}));
   }
   GW_RETURN_IF_ERROR(MakeDirectories(files, gradwire::DirectoryOf(directory)));
+  // Before anybody sees it, who would take it for a new one.
+  GW_RETURN_IF_ERROR(catalogue_.WillFetch(ref, commit->digest,
+                                          RowOf(ref, *commit, url()).kind(),
+                                          commit->created_micros));
   GW_RETURN_IF_ERROR(remote_.Fetch(ref.path(), directory).status());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -363,12 +412,22 @@ absl::Status RemoteStore::Remove(const CheckpointRef& ref) {
     stored_.erase(ref.path());
     failures_.erase(ref.path());
   }
+  // What is interrupted, the next server ends; one that has lost its lease does
+  // not begin.
+  std::string digest;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    digest = will_remove_[ref.path()];
+    will_remove_.erase(ref.path());
+  }
+  GW_RETURN_IF_ERROR(metadata_->AddRemoval({ref.path(), digest}));
   GW_RETURN_IF_ERROR(remote_.Remove(ref.path()));
+  GW_RETURN_IF_ERROR(metadata_->EndRemoval(ref.path()));
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (kept_for_child_.empty()) return absl::OkStatus();
     // It may have been the last child.
-    for (CheckpointRef& kept : kept_for_child_) {
+    for (Removal& kept : kept_for_child_) {
       to_remove_.push_back(std::move(kept));
     }
     kept_for_child_.clear();
@@ -392,10 +451,19 @@ absl::Status RemoteStore::CheckNoChild(const CheckpointRef& ref) {
   return absl::OkStatus();
 }
 
+absl::Status RemoteStore::WillRemove(const CheckpointRef& ref,
+                                     const std::string& digest) {
+  GW_RETURN_IF_ERROR(metadata_->AddRemoval({ref.path(), digest}));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  will_remove_[ref.path()] = digest;
+  return absl::OkStatus();
+}
+
 void RemoteStore::RemoveLater(const CheckpointRef& ref) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    to_remove_.push_back(ref);
+    to_remove_.push_back({ref, will_remove_[ref.path()]});
+    will_remove_.erase(ref.path());
   }
   Wake();
 }

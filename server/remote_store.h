@@ -27,9 +27,9 @@ namespace gradwire {
 class RemoteStore {
  public:
   // Begins at once: what earlier lives of this server have left, then what is
-  // on the disk and not in the store. `metrics` outlives it.
+  // on the disk and not in the store. The others outlive it.
   RemoteStore(std::unique_ptr<ObjectStore> store, CheckpointCatalogue catalogue,
-              std::string server, int64_t epoch, Metrics* metrics);
+              FileSystem& files, Metadata* metadata, Metrics* metrics);
   ~RemoteStore() { End(); }
   // Cuts off what is being stored or fetched; the next server begins it again.
   // Requests fail from then on.
@@ -54,8 +54,12 @@ class RemoteStore {
   absl::Status Fetch(const CheckpointRef& ref);
   // Of what is not on the disk any more: the copy is gone when this returns.
   absl::Status Remove(const CheckpointRef& ref);
-  // The same in the background, however often it has to be tried, and not
-  // before the last delta to it has gone from the store.
+  // Of what will go from the disk: its copy goes as well, if need be after the
+  // next start of the server. Errors: those of Metadata.
+  // `digest`: what is to go; "": whatever is there.
+  absl::Status WillRemove(const CheckpointRef& ref, const std::string& digest);
+  // Now it has: Remove in the background, however often it has to be tried, and
+  // not before the last delta to it has gone from the store.
   void RemoveLater(const CheckpointRef& ref);
   // FAILED_PRECONDITION SNAPSHOT_HAS_CHILDREN: the store has a delta to it.
   absl::Status CheckNoChild(const CheckpointRef& ref);
@@ -63,6 +67,13 @@ class RemoteStore {
  private:
   void Wake();
   void Run();
+  struct Removal {
+    CheckpointRef ref;
+    std::string digest;  // as in WillRemove
+  };
+  void TakeRemovals();
+  absl::Status RemoveOne(const Removal& removal);
+  void RemoveDue();
   void RunOnce();
   absl::Status Store(const CheckpointRef& ref);
   absl::Status StoreFrom(const CheckpointRef& ref, const std::string& link,
@@ -80,6 +91,8 @@ class RemoteStore {
 
   const std::unique_ptr<ObjectStore> store_;
   const CheckpointCatalogue catalogue_;
+  FileSystem& files_;
+  Metadata* const metadata_;
   RemoteCheckpoints remote_;
   Metrics* const metrics_;
 
@@ -91,7 +104,8 @@ class RemoteStore {
   std::map<std::string, std::string> stored_;  // digests by path
   std::set<std::string> saved_;                // since it was looked at
   std::map<std::string, absl::Status> failures_;
-  std::deque<CheckpointRef> to_remove_, kept_for_child_;
+  std::deque<Removal> to_remove_, kept_for_child_;
+  std::map<std::string, std::string> will_remove_;  // digests by path
   std::thread thread_;
 };
 

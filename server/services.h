@@ -86,6 +86,9 @@ class CheckpointServiceImpl final : public v1::CheckpointService::Service {
   grpc::Status DeleteCheckpoint(grpc::ServerContext* call,
                                 const v1::CheckpointRequest* request,
                                 v1::Checkpoint* reply) override;
+  grpc::Status SetCheckpointTtl(grpc::ServerContext* call,
+                                const v1::SetCheckpointTtlRequest* request,
+                                v1::Checkpoint* reply) override;
   grpc::Status FetchCheckpoint(grpc::ServerContext* call,
                                const v1::CheckpointRequest* request,
                                v1::Checkpoint* reply) override;
@@ -111,11 +114,13 @@ class CheckpointServiceImpl final : public v1::CheckpointService::Service {
   absl::StatusOr<v1::Checkpoint> Get(const CheckpointRef& ref) const;
   absl::StatusOr<v1::Checkpoint> Delete(const CheckpointRef& ref) const;
   absl::StatusOr<v1::Checkpoint> Fetch(const CheckpointRef& ref) const;
+  absl::StatusOr<v1::Checkpoint> SetTtl(
+      const v1::SetCheckpointTtlRequest& request) const;
   static grpc::Status Answer(const v1::CheckpointRequest& request,
                              const Call& call, v1::Checkpoint* reply);
 
   CheckpointCatalogue catalogue() const {
-    return CheckpointCatalogue(context_.environment->jobs_directory);
+    return context_.environment->catalogue();
   }
 
   ServiceContext& context_;

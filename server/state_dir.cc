@@ -49,23 +49,6 @@ std::vector<fs::path> Entries(const fs::path& directory) {
   return entries;
 }
 
-// What a server that was killed in the middle of a save has left.
-absl::Status RemovePending(const std::string& jobs, const std::string& models) {
-  GW_RETURN_IF_ERROR(RecoverSnapshots(PosixFileSystem(), models));
-  for (const fs::path& job : Entries(jobs)) {
-    GW_RETURN_IF_ERROR(
-        RecoverSnapshots(PosixFileSystem(), (job / "snapshots").string()));
-    const absl::Status removed =
-        RemoveLeftovers(PosixFileSystem(), (job / "checkpoints").string());
-    if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
-    for (const char* folder : {"checkpoints", "snapshots"}) {
-      GW_RETURN_IF_ERROR(
-          RemoveUnfinishedFetches(PosixFileSystem(), (job / folder).string()));
-    }
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<StateDir>> StateDir::Open(
@@ -103,18 +86,41 @@ absl::StatusOr<std::unique_ptr<StateDir>> StateDir::Open(
   }
   fs::create_directories(dir->jobs(), failure);
   if (failure) return Unusable("its jobs cannot be made", failure.value());
-  GW_RETURN_IF_ERROR(RemovePending(dir->jobs(), dir->path_ + "/models"));
-  dir->socket_ = dir->path_ + "/ranks.sock";
-  if (dir->socket_.size() > kMaxSocketPath) {
+  // On a full disk it is for what comes now.
+  unlink(dir->reserve().c_str());
+  return dir;
+}
+
+absl::Status StateDir::PlaceSocket(int64_t epoch) {
+  for (const fs::path& each : Entries(path_)) {
+    if (each.extension() == ".sock") unlink(each.c_str());
+  }
+  const std::string name = "/ranks-" + std::to_string(epoch) + ".sock";
+  socket_ = path_ + name;
+  if (socket_.size() > kMaxSocketPath) {
     char folder[] = "/tmp/gradwire-XXXXXX";
     if (mkdtemp(folder) == nullptr) {
       return Unusable("there is no place for its socket", errno);
     }
-    dir->socket_dir_ = folder;
-    dir->socket_ = dir->socket_dir_ + "/ranks.sock";
+    socket_dir_ = folder;
+    socket_ = socket_dir_ + name;
   }
-  unlink(dir->socket_.c_str());
-  return dir;
+  return absl::OkStatus();
+}
+
+absl::Status StateDir::RemoveLeftovers(FileSystem& files) const {
+  GW_RETURN_IF_ERROR(RecoverSnapshots(files, path_ + "/models"));
+  for (const fs::path& job : Entries(jobs())) {
+    GW_RETURN_IF_ERROR(RecoverSnapshots(files, (job / "snapshots").string()));
+    const absl::Status removed =
+        gradwire::RemoveLeftovers(files, (job / "checkpoints").string());
+    if (!removed.ok() && !absl::IsNotFound(removed)) return removed;
+    for (const char* folder : {"checkpoints", "snapshots"}) {
+      GW_RETURN_IF_ERROR(
+          RemoveUnfinishedFetches(files, (job / folder).string()));
+    }
+  }
+  return absl::OkStatus();
 }
 
 StateDir::~StateDir() {

@@ -7,13 +7,13 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "checkpoint/file_system.h"
 
 namespace gradwire {
 
 class StateDir {
  public:
   // Makes the directory (0700) and locks it for the life of this object.
-  // Leftovers of unfinished snapshots are removed.
   // Errors: FAILED_PRECONDITION STATE_DIR_LOCKED, STATE_DIR_UNUSABLE.
   static absl::StatusOr<std::unique_ptr<StateDir>> Open(
       const std::string& path);
@@ -22,7 +22,20 @@ class StateDir {
   const std::string& path() const { return path_; }
   std::string jobs() const { return path_ + "/jobs"; }
   std::string metadata() const { return path_ + "/gradwire.db"; }
-  // A path for the ranks' socket, short enough for one.
+  // Of checkpoint/fence.h.
+  std::string epochs() const { return path_ + "/epoch"; }
+
+  // Removes what a server that ended in the middle of a save has left. For one
+  // that has the lease: what another one writes is none of that.
+  // Errors: those of RemoveLeftovers and RecoverSnapshots.
+  absl::Status RemoveLeftovers(FileSystem& files) const;
+
+  // Of SpaceReserve.
+  std::string reserve() const { return path_ + "/reserve"; }
+  // Chooses a path for the ranks' socket, short enough for one, that no server
+  // with another epoch has, and takes away the sockets of those.
+  // Errors: FAILED_PRECONDITION STATE_DIR_UNUSABLE.
+  absl::Status PlaceSocket(int64_t epoch);
   const std::string& socket() const { return socket_; }
 
  private:

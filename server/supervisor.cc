@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "checkpoint/fence.h"
 #include "server/describe_device.h"
 #include "server/host_port.h"
 #include "server/rank_hello.h"
@@ -113,11 +114,30 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
 
   std::unique_ptr<Supervisor> server(new Supervisor);
   GW_ASSIGN_OR_RETURN(server->state_dir_, StateDir::Open(options.state_dir));
+  const std::string epochs = server->state_dir_->epochs();
+  GW_ASSIGN_OR_RETURN(const int64_t seen,
+                      HighestEpoch(PosixFileSystem(), epochs));
   GW_ASSIGN_OR_RETURN(server->metadata_,
-                      Metadata::Open(server->state_dir_->metadata()));
+                      Metadata::Open(server->state_dir_->metadata(), seen));
+  // From here on no earlier server changes anything, be it as it may with the
+  // lock; then comes what it has left.
+  const int64_t epoch = server->metadata_->epoch();
+  GW_RETURN_IF_ERROR(RaiseEpoch(PosixFileSystem(), epochs, epoch));
+  server->files_ = FencedFileSystem(PosixFileSystem(), epochs, epoch);
+  GW_RETURN_IF_ERROR(server->state_dir_->RemoveLeftovers(*server->files_));
+  GW_RETURN_IF_ERROR(server->state_dir_->PlaceSocket(epoch));
   GW_RETURN_IF_ERROR(server->sessions_.Restore(server->metadata_.get()));
   JobEnvironment& environment = server->environment_;
   environment.metadata = server->metadata_.get();
+  environment.files = server->files_.get();
+  environment.epoch_directory = epochs;
+  server->reserve_ = std::make_unique<SpaceReserve>(
+      *server->files_, server->state_dir_->reserve());
+  environment.reserve = server->reserve_.get();
+  if (const absl::Status held = environment.reserve->Hold(); !held.ok()) {
+    spdlog::warn("no space is kept on the disk: {}",
+                 std::string(held.message()));
+  }
   environment.max_recoveries = options.max_recoveries;
   environment.auto_checkpoint_steps = options.auto_checkpoint_steps;
   environment.max_replay_seconds = options.max_replay_seconds;
@@ -177,8 +197,17 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
   GW_RETURN_IF_ERROR(server->jobs_.Restore());
   GW_RETURN_IF_ERROR(server->StartPublicListener(options.listen));
   server->collector_ = std::make_unique<Collector>(
-      CheckpointCatalogue(environment.jobs_directory),
-      absl::Seconds(options.collect_seconds),
+      environment.catalogue(), absl::Seconds(options.collect_seconds),
+      [remote = server->remote_.get(), reserve = environment.reserve](
+          const CheckpointRef& ref, const std::string& digest) {
+        if (remote == nullptr) return absl::OkStatus();
+        absl::Status noted = remote->WillRemove(ref, digest);
+        // What goes makes more space than that.
+        if (absl::IsResourceExhausted(noted) && reserve->Release()) {
+          noted = remote->WillRemove(ref, digest);
+        }
+        return noted;
+      },
       [remote = server->remote_.get()](const CheckpointRef& ref) {
         if (remote != nullptr) remote->RemoveLater(ref);
       });
@@ -222,9 +251,9 @@ absl::Status Supervisor::StartRemoteStore(const SupervisorOptions& options) {
   } else {
     GW_RETURN_IF_ERROR(there);
   }
-  remote_ = std::make_unique<RemoteStore>(
-      std::move(store), CheckpointCatalogue(environment_.jobs_directory),
-      metadata_->server_id(), metadata_->epoch(), &registry_);
+  remote_ =
+      std::make_unique<RemoteStore>(std::move(store), environment_.catalogue(),
+                                    *files_, metadata_.get(), &registry_);
   environment_.on_saved = [remote = remote_.get()](const CheckpointRef& ref) {
     remote->Saved(ref);
   };

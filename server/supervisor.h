@@ -83,6 +83,8 @@ class Supervisor {
 
   std::unique_ptr<StateDir> state_dir_;
   std::unique_ptr<Metadata> metadata_;
+  std::unique_ptr<FileSystem> files_;  // with this server's epoch
+  std::unique_ptr<SpaceReserve> reserve_;
   Metrics registry_;
   // Jobs tell it of what they save.
   std::unique_ptr<RemoteStore> remote_;

@@ -113,17 +113,6 @@ absl::Status Unsupported(const char* field, const std::string& value,
                " is not supported by this server; use " + limit + ".");
 }
 
-absl::Status CheckTtl(double seconds) {
-  // A century.
-  constexpr double kMost = 100.0 * 366 * 86400;
-  if (seconds >= 0 && seconds <= kMost) return absl::OkStatus();
-  return ErrorBuilder(absl::StatusCode::kInvalidArgument, "OPTION_OUT_OF_RANGE")
-      .With("field", "ttl_seconds")
-      .With("value", seconds)
-      .With("limit", kMost)
-      .Message("ttl_seconds must be 0 (kept) or up to a hundred years.");
-}
-
 absl::Status CheckUserMetadata(
     const google::protobuf::Map<std::string, std::string>& metadata) {
   constexpr size_t kMostNames = 64, kMostName = 128, kMostBytes = 16 << 10;
@@ -173,8 +162,7 @@ std::string JobOfModel(const std::string& model_id) {
 
 std::string DirectoryOf(const ServiceContext& context,
                         const CheckpointRef& ref) {
-  return CheckpointCatalogue(context.environment->jobs_directory)
-      .DirectoryOf(ref);
+  return context.environment->catalogue().DirectoryOf(ref);
 }
 
 absl::Status CheckSnapshot(const v1::SaveSnapshotRequest& request) {

@@ -50,8 +50,7 @@ absl::StatusOr<SnapshotPlan> TrainerImpl::MakeSnapshotPlan(
   request.tensors = TensorsOf(table_, state_.weight.dtype());
   request.memory_bytes = AvailableHostBytes();
   request.shard_bytes = options_.snapshot_shard_bytes;
-  return PlanSnapshot(PosixFileSystem(), std::move(request),
-                      device_.host_threads());
+  return PlanSnapshot(files_, std::move(request), device_.host_threads());
 }
 
 absl::StatusOr<ExportOutcome> TrainerImpl::SaveSnapshot(
@@ -68,7 +67,7 @@ absl::StatusOr<ExportOutcome> TrainerImpl::SaveSnapshot(
       done[0] = 1;
     } else if (status.ok()) {
       outcome.reason = plan->reason;
-      auto made = SnapshotWriter::Create(PosixFileSystem(), *std::move(plan));
+      auto made = SnapshotWriter::Create(files_, *std::move(plan));
       status = made.status();
       if (made.ok()) writer = *std::move(made);
     }

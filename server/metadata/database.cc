@@ -112,6 +112,9 @@ absl::StatusOr<std::unique_ptr<Database>> Database::Open(
   sqlite3_busy_timeout(handle, kBusyMilliseconds);
   GW_RETURN_IF_ERROR(database->Execute("PRAGMA journal_mode=WAL"));
   GW_RETURN_IF_ERROR(database->Execute("PRAGMA synchronous=FULL"));
+  // Pages of the write-ahead log: so little that what is written again and
+  // again takes no space that a full disk would not have.
+  GW_RETURN_IF_ERROR(database->Execute("PRAGMA wal_autocheckpoint=32"));
   GW_RETURN_IF_ERROR(database->Execute("PRAGMA foreign_keys=ON"));
 
   int64_t have = 0;

@@ -58,6 +58,20 @@ CREATE TABLE server (
   only INTEGER PRIMARY KEY CHECK (only = 1),
   id TEXT NOT NULL);
 INSERT INTO server VALUES (1, lower(hex(randomblob(6)))))",
+      R"(
+CREATE TABLE checkpoints (
+  path TEXT PRIMARY KEY,
+  job_id TEXT NOT NULL,
+  digest TEXT NOT NULL,
+  kind TEXT NOT NULL,
+  promotable INTEGER NOT NULL,
+  created_microseconds INTEGER NOT NULL,
+  expires_microseconds INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX checkpoints_of_job
+  ON checkpoints (job_id, created_microseconds);
+CREATE TABLE removals (
+  path TEXT PRIMARY KEY,
+  digest TEXT NOT NULL) WITHOUT ROWID)",
   };
   return *migrations;
 }
@@ -65,14 +79,15 @@ INSERT INTO server VALUES (1, lower(hex(randomblob(6)))))",
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Metadata>> Metadata::Open(
-    const std::string& path) {
+    const std::string& path, int64_t seen) {
   std::unique_ptr<Metadata> metadata(new Metadata);
   GW_ASSIGN_OR_RETURN(metadata->database_, Database::Open(path, Migrations()));
   Database& database = *metadata->database_;
   GW_ASSIGN_OR_RETURN(
       Statement lease,
-      database.Prepare("UPDATE lease SET epoch = epoch + 1 RETURNING epoch"));
-  GW_RETURN_IF_ERROR(lease.Step().status());
+      database.Prepare(
+          "UPDATE lease SET epoch = max(epoch, ?) + 1 RETURNING epoch"));
+  GW_RETURN_IF_ERROR(lease.Bind(seen).Step().status());
   metadata->epoch_ = lease.Int(0);
   // It has not been committed before it is through.
   GW_RETURN_IF_ERROR(lease.Run());
@@ -83,9 +98,18 @@ absl::StatusOr<std::unique_ptr<Metadata>> Metadata::Open(
   return metadata;
 }
 
-template <typename Write>
-absl::Status Metadata::Transact(const Write& write) {
+absl::Status Metadata::Transact(const std::function<absl::Status()>& write) {
   std::lock_guard<std::mutex> lock(mutex_);
+  absl::Status status = TransactOnce(write);
+  if (!absl::IsResourceExhausted(status)) return status;
+  // The disk is full, also of transactions that the database itself may have by
+  // now: then their space is free.
+  const auto truncated = database_->Execute("PRAGMA wal_checkpoint(TRUNCATE)");
+  return truncated.ok() ? TransactOnce(write) : status;
+}
+
+absl::Status Metadata::TransactOnce(
+    const std::function<absl::Status()>& write) {
   GW_RETURN_IF_ERROR(database_->Execute("BEGIN IMMEDIATE"));
   const auto run = [&]() -> absl::Status {
     {

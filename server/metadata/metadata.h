@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -62,6 +64,23 @@ struct SessionRow {
   bool finished = false;
 };
 
+// A checkpoint or snapshot that was published. Its files say what it holds;
+// this, what they cannot: when it was made, and when it goes, which may change.
+// Times are microseconds since 1970.
+struct CheckpointRow {
+  std::string path;    // jobs/<job>/checkpoints/<name> or .../snapshots/<name>
+  std::string digest;  // of its files: of others with this name it says nothing
+  std::string kind;    // "training", "base", "delta"
+  bool promotable = false;
+  int64_t created_microseconds = 0;
+  int64_t expires_microseconds = 0;  // 0: never
+};
+
+struct RemovalRow {
+  std::string path;    // as in CheckpointRow
+  std::string digest;  // of what is to go; "": of whatever is there
+};
+
 // Errors of all methods: those of Database; of all that write:
 // FAILED_PRECONDITION EPOCH_FENCED (epoch, highest): another server has taken
 // the lease since. After OK what was written outlasts a power loss.
@@ -69,9 +88,10 @@ struct SessionRow {
 // Thread rule: all methods from any thread.
 class Metadata {
  public:
-  // Takes the lease: epoch() is above all that there were.
-  static absl::StatusOr<std::unique_ptr<Metadata>> Open(
-      const std::string& path);
+  // Takes the lease: epoch() is above all that there were, and above `seen`,
+  // which is known from elsewhere: the file may be from a backup.
+  static absl::StatusOr<std::unique_ptr<Metadata>> Open(const std::string& path,
+                                                        int64_t seen = 0);
 
   int64_t epoch() const { return epoch_; }
   // Of this file; twelve of [0-9a-f].
@@ -117,12 +137,35 @@ class Metadata {
   // Oldest first.
   absl::StatusOr<std::vector<RecoveryPoint>> Points(const std::string& job_id);
 
+  // That it was published. It is younger than all of its job, whatever the
+  // clock says.
+  absl::Status AddCheckpoint(const CheckpointRow& row);
+  // As it is given.
+  absl::Status PutCheckpoint(const CheckpointRow& row);
+  // The same, unless something is known of the same files.
+  absl::Status LearnCheckpoint(const CheckpointRow& row);
+  // The same, unless something is known of other files with this name: false.
+  absl::StatusOr<bool> ChangeCheckpoint(const CheckpointRow& row);
+  // What is known of these files.
+  absl::Status ForgetCheckpoint(const std::string& path,
+                                const std::string& digest);
+  absl::StatusOr<std::optional<CheckpointRow>> FindCheckpoint(
+      const std::string& path);
+  // By path.
+  absl::StatusOr<std::vector<CheckpointRow>> Checkpoints();
+
+  // Copies in an object store that are to go, until they have.
+  absl::Status AddRemoval(const RemovalRow& row);
+  absl::Status EndRemoval(const std::string& path);
+  absl::StatusOr<std::vector<RemovalRow>> Removals();
+
  private:
   Metadata() = default;
 
-  // Runs `write` in a transaction, unless the lease is lost.
-  template <typename Write>
-  absl::Status Transact(const Write& write);
+  // Runs `write` in a transaction, unless the lease is lost; again in another
+  // one, if the disk is full of what the write-ahead log need not keep.
+  absl::Status Transact(const std::function<absl::Status()>& write);
+  absl::Status TransactOnce(const std::function<absl::Status()>& write);
 
   std::mutex mutex_;
   std::unique_ptr<Database> database_;  // guarded by mutex_

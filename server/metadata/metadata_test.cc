@@ -81,6 +81,9 @@ TEST_F(MetadataTest, EveryOpeningTakesAHigherEpoch) {
   EXPECT_EQ(Open()->epoch(), 1);
   EXPECT_EQ(Open()->epoch(), 2);
   EXPECT_EQ(Open()->epoch(), 3);
+  // The file is from a backup, and there was a fourth.
+  EXPECT_EQ((*Metadata::Open(path(), 4))->epoch(), 5);
+  EXPECT_EQ((*Metadata::Open(path(), 4))->epoch(), 6);
 }
 
 TEST_F(MetadataTest, ALostLeaseWritesNothing) {
@@ -222,6 +225,159 @@ TEST_F(MetadataTest, AReferenceIsTakenAsAWhole) {
   ASSERT_EQ(operations->size(), 3u);
   EXPECT_EQ(operations->at(0).outcome, "one");
   EXPECT_EQ(metadata->Jobs()->at(0).log_begin, 18);
+}
+
+CheckpointRow CheckpointOf(const std::string& name, const std::string& digest,
+                           int64_t created) {
+  CheckpointRow row;
+  row.path = "jobs/a/checkpoints/" + name;
+  row.digest = digest;
+  row.kind = "training";
+  row.created_microseconds = created;
+  row.expires_microseconds = created + 10;
+  return row;
+}
+
+TEST_F(MetadataTest, ACheckpointKeepsItsTimes) {
+  {
+    const auto metadata = Open();
+    ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 100)).ok());
+    // Found again: it is the same one.
+    ASSERT_TRUE(metadata->LearnCheckpoint(CheckpointOf("one", "d1", 900)).ok());
+  }
+  const auto metadata = Open();
+  auto row = *metadata->FindCheckpoint("jobs/a/checkpoints/one");
+  ASSERT_TRUE(row.has_value());
+  EXPECT_EQ(row->digest, "d1");
+  EXPECT_EQ(row->kind, "training");
+  EXPECT_FALSE(row->promotable);
+  EXPECT_EQ(row->created_microseconds, 100);
+  EXPECT_EQ(row->expires_microseconds, 110);
+  row->expires_microseconds = 0;
+  row->promotable = true;
+  ASSERT_TRUE(metadata->PutCheckpoint(*row).ok());
+  row = *metadata->FindCheckpoint("jobs/a/checkpoints/one");
+  EXPECT_EQ(row->expires_microseconds, 0);
+  EXPECT_TRUE(row->promotable);
+  // One that is equal has taken its name: it is as new as any.
+  ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 200)).ok());
+  row = *metadata->FindCheckpoint("jobs/a/checkpoints/one");
+  EXPECT_EQ(row->created_microseconds, 200);
+  EXPECT_EQ(row->expires_microseconds, 210);
+  // And another one, of which nobody has told, and which is older.
+  ASSERT_TRUE(metadata->LearnCheckpoint(CheckpointOf("one", "d2", 50)).ok());
+  row = *metadata->FindCheckpoint("jobs/a/checkpoints/one");
+  EXPECT_EQ(row->digest, "d2");
+  EXPECT_EQ(row->expires_microseconds, 60);
+  // What is said of the one before is of no more use.
+  EXPECT_FALSE(*metadata->ChangeCheckpoint(CheckpointOf("one", "d1", 7)));
+  ASSERT_TRUE(metadata->ForgetCheckpoint(row->path, "d1").ok());
+  EXPECT_EQ((*metadata->FindCheckpoint(row->path))->created_microseconds, 50);
+  EXPECT_TRUE(*metadata->ChangeCheckpoint(CheckpointOf("one", "d2", 8)));
+  EXPECT_EQ((*metadata->FindCheckpoint(row->path))->created_microseconds, 8);
+  EXPECT_EQ(metadata->Checkpoints()->size(), 1u);
+  ASSERT_TRUE(metadata->ForgetCheckpoint(row->path, "d2").ok());
+  EXPECT_FALSE(metadata->FindCheckpoint(row->path)->has_value());
+}
+
+// The newest one is what a job is resumed from.
+TEST_F(MetadataTest, AClockThatGoesBackMakesNoOlderCheckpoint) {
+  const auto metadata = Open();
+  ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 500)).ok());
+  ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("two", "d2", 400)).ok());
+  CheckpointRow other = CheckpointOf("three", "d3", 400);
+  other.path = "jobs/b/snapshots/three";
+  ASSERT_TRUE(metadata->AddCheckpoint(other).ok());
+  const auto two = *metadata->FindCheckpoint("jobs/a/checkpoints/two");
+  EXPECT_EQ(two->created_microseconds, 501);
+  EXPECT_EQ(two->expires_microseconds, 511) << "its time to live stays";
+  EXPECT_EQ((*metadata->FindCheckpoint(other.path))->created_microseconds, 400)
+      << "of another job";
+}
+
+TEST_F(MetadataTest, RemovalsStayUntilTheyHaveEnded) {
+  {
+    const auto metadata = Open();
+    ASSERT_TRUE(metadata->AddRemoval({"jobs/a/snapshots/b", "d1"}).ok());
+    ASSERT_TRUE(metadata->AddRemoval({"jobs/a/snapshots/a", "d2"}).ok());
+    ASSERT_TRUE(metadata->AddRemoval({"jobs/a/snapshots/a", "d3"}).ok());
+  }
+  const auto metadata = Open();
+  const auto rows = metadata->Removals();
+  ASSERT_EQ(rows->size(), 2u);
+  EXPECT_EQ(rows->at(0).path, "jobs/a/snapshots/a");
+  EXPECT_EQ(rows->at(0).digest, "d3");
+  EXPECT_EQ(rows->at(1).digest, "d1");
+  ASSERT_TRUE(metadata->EndRemoval("jobs/a/snapshots/a").ok());
+  EXPECT_EQ(metadata->Removals()->size(), 1u);
+}
+
+// As servers of those versions have left it.
+constexpr char kVersion1[] = R"(
+CREATE TABLE lease (
+  only INTEGER PRIMARY KEY CHECK (only = 1), epoch INTEGER NOT NULL);
+INSERT INTO lease VALUES (1, 41);
+CREATE TABLE sessions (
+  session_id TEXT PRIMARY KEY, finished INTEGER NOT NULL);
+INSERT INTO sessions VALUES ('s-1', 1);
+CREATE TABLE jobs (
+  ordinal INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL UNIQUE,
+  spec BLOB NOT NULL, created_microseconds INTEGER NOT NULL,
+  state INTEGER NOT NULL, error BLOB NOT NULL, profile BLOB NOT NULL,
+  log_watermark INTEGER NOT NULL, log_begin INTEGER NOT NULL);
+INSERT INTO jobs VALUES (1, 'a', x'0102', 77, 0, x'', x'03', 1000, 200);
+CREATE TABLE handles (
+  job_id TEXT NOT NULL, number INTEGER NOT NULL, model_id TEXT NOT NULL,
+  session_id TEXT NOT NULL, request BLOB NOT NULL, attached INTEGER NOT NULL,
+  closed_below INTEGER NOT NULL, fenced INTEGER NOT NULL,
+  PRIMARY KEY (job_id, number)) WITHOUT ROWID;
+INSERT INTO handles VALUES ('a', 1, 'a.model', 's-1', x'04', 0, 5, 0);
+CREATE TABLE operations (
+  job_id TEXT NOT NULL, handle INTEGER NOT NULL, seq INTEGER NOT NULL,
+  outcome BLOB NOT NULL, PRIMARY KEY (job_id, handle, seq)) WITHOUT ROWID;
+INSERT INTO operations VALUES ('a', 1, 3, x'0506');
+CREATE TABLE recovery_points (
+  job_id TEXT NOT NULL, number INTEGER NOT NULL, replay_from INTEGER NOT NULL,
+  optimizer_step INTEGER NOT NULL, weight_version INTEGER NOT NULL,
+  PRIMARY KEY (job_id, number)) WITHOUT ROWID;
+INSERT INTO recovery_points VALUES ('a', 9, 300, 8, 7);
+PRAGMA user_version=1)";
+constexpr char kVersion2[] = R"(
+CREATE TABLE server (
+  only INTEGER PRIMARY KEY CHECK (only = 1), id TEXT NOT NULL);
+INSERT INTO server VALUES (1, '0123456789ab');
+PRAGMA user_version=2)";
+
+TEST_F(MetadataTest, WhatOlderServersHaveWrittenIsKept) {
+  for (const int version : {1, 2}) {
+    for (const char* end : {"", "-wal", "-shm"}) {
+      std::filesystem::remove(path() + end);
+    }
+    Execute(kVersion1);
+    if (version == 2) Execute(kVersion2);
+    for (int opening = 0; opening < 2; ++opening) {
+      const auto metadata = Open();
+      EXPECT_EQ(metadata->epoch(), 42 + opening);
+      EXPECT_EQ(metadata->server_id().size(), 12u);
+      if (version == 2) {
+        EXPECT_EQ(metadata->server_id(), "0123456789ab");
+      }
+      EXPECT_TRUE(metadata->Sessions()->at(0).finished);
+      const JobRow job = metadata->Jobs()->at(0);
+      EXPECT_EQ(job.job_id, "a");
+      EXPECT_EQ(job.spec, "\1\2");
+      EXPECT_EQ(job.created_microseconds, 77);
+      EXPECT_EQ(job.log_watermark, 1000);
+      EXPECT_EQ(job.log_begin, 200);
+      EXPECT_EQ(metadata->Handles("a")->at(0).closed_below, 5);
+      EXPECT_EQ(metadata->Operations("a")->at(0).outcome, "\5\6");
+      EXPECT_EQ(metadata->Points("a")->at(0).replay_from, 300);
+      // And what is new works.
+      ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 100)).ok());
+      EXPECT_EQ(metadata->Checkpoints()->size(), 1u);
+      EXPECT_TRUE(metadata->Removals()->empty());
+    }
+  }
 }
 
 TEST_F(MetadataTest, ANewerSchemaIsRefused) {

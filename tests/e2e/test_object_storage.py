@@ -263,6 +263,7 @@ def test_what_a_delta_in_the_store_needs_stays_there(bucket, models, tmp_path):
     with serving(tmp_path / "two", often) as (_, service):
         # Of both, on a disk without the delta: what has expired goes from it.
         service.fetch_checkpoint(base.path)
+        service.set_checkpoint_ttl(base.path, 2)
         folder = tmp_path / "two" / "jobs" / "job" / "snapshots" / "base"
         until(lambda: not folder.exists())
         error = refusal(lambda: service.delete_checkpoint(base.path))
@@ -274,6 +275,7 @@ def test_what_a_delta_in_the_store_needs_stays_there(bucket, models, tmp_path):
         service.fetch_checkpoint(delta)
         assert service.verify_checkpoint(delta).weight_id == weight_id
         # It goes with the last that needs it.
+        service.set_checkpoint_ttl(base.path, 2)
         service.delete_checkpoint(delta)
         until(lambda: not bucket.keys(prefix))
     with serving(tmp_path / "three") as (_, service):
@@ -365,6 +367,48 @@ def test_what_is_deleted_is_deleted_there_as_well(bucket, models, tmp_path):
         assert error.reason == "CHECKPOINT_NOT_FOUND"
         error = refusal(lambda: service.fetch_checkpoint(kept))
         assert error.reason == "REMOTE_CHECKPOINT_NOT_FOUND"
+
+
+def test_what_expires_while_the_store_is_away_goes_from_it_later(
+    bucket, models, tmp_path, monkeypatch
+):
+    state = tmp_path / "one"
+    prefix = "team/a/jobs/job"
+    with serving(state) as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        stay = client.save_state("stay").result().path
+        gone = client.save_state("gone").result().path
+        snapshot = client.save_weights_for_sampler("gone", type="base")
+        paths = [stay, gone, snapshot.result().path]
+        for path in paths:
+            stored(service, path)
+    with monkeypatch.context() as away:
+        away.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with serving(state, "--collect_seconds=0.1") as (server, service):
+            for path in paths[1:]:
+                service.set_checkpoint_ttl(path, 1e-3)
+            until(lambda: len(service.list_checkpoints("job")) == 1)
+            server.process.kill()
+            server.process.wait()
+    assert bucket.keys(f"{prefix}/checkpoints/gone/")
+    with serving(state):
+        until(lambda: not bucket.keys(f"{prefix}/checkpoints/gone/"))
+        until(lambda: not bucket.keys(f"{prefix}/snapshots/gone/"))
+        assert bucket.keys(f"{prefix}/checkpoints/stay/")
+
+
+def test_what_is_fetched_is_as_old_as_it_was(bucket, models, tmp_path):
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("state", ttl=3600).result().path
+        want = stored(service, path)
+    with serving(tmp_path / "two") as (_, service):
+        got = service.fetch_checkpoint(path)
+        # It was brought back by somebody, and stays until somebody says when
+        # it goes: that may have been changed, and the copy does not know.
+        assert got.create_time == want.create_time
+        assert not got.HasField("expire_time")
+        assert service.get_checkpoint(path) == got
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "commit"])

@@ -347,6 +347,9 @@ def test_what_is_replaced_is_of_no_more_use(tmp_path, overwrite, cancelled):
         seq = 4 if cancelled else 3
         save = life.model.save_state("best", seq=seq, overwrite=overwrite)
         saved = operations_pb2.SaveStateResult()
+        # Else what has run is recorded from it.
+        (reserve,) = tmp_path.rglob("reserve")
+        reserve.unlink()
         with full(tmp_path):
             logprobs = [(i, [-1.0] * 59) for i in range(100)]
             life.rank.send_logprobs(forward.command_id, logprobs)
@@ -547,13 +550,19 @@ def test_the_log_keeps_what_no_checkpoint_has(new_client, tmp_path):
             life.stubs.watch("job", lambda job: job.ready)
 
 
-def test_a_full_disk_only_makes_it_longer(tmp_path):
+@pytest.mark.parametrize("reserve", [True, False])
+def test_a_full_disk_only_makes_it_longer(tmp_path, reserve):
+    """If at all: what has run is told, from the space that is kept for it."""
     with small_disk(tmp_path), Life(tmp_path) as life:
         life.attach()
         step = life.model.optim_step()
         command = life.next()
         # More than may be left of a page.
         large = calls.batch(sequences(VOCAB, [60] * 100))
+        (kept,) = tmp_path.rglob("reserve")
+        assert kept.stat().st_size >= 16 << 10
+        if not reserve:
+            kept.unlink()
         with full(tmp_path):
             life.rank.send_done(command, step=1, version=1)
             refused = calls.refusal(
@@ -564,10 +573,20 @@ def test_a_full_disk_only_makes_it_longer(tmp_path):
             request = operations_pb2.WaitOperationRequest(
                 op_id=step.op_id, timeout_seconds=0.5
             )
-            waiting = life.stubs.operations.WaitOperation(request)
-            assert waiting.state == operations_pb2.OPERATION_STATE_RUNNING
+            if reserve:
+                assert life.model.result(step).durable
+                # And nothing that could not be told is begun.
+                small = calls.refusal(
+                    life.stubs, lambda: life.model.zero_grad(seq=2)
+                )
+                assert small.reason == "STORAGE_FULL"
+            else:
+                waiting = life.stubs.operations.WaitOperation(request)
+                assert waiting.state == operations_pb2.OPERATION_STATE_RUNNING
         assert life.model.result(step).durable
         # Its number is open.
         again = life.model.zero_grad(seq=2)
         life.answer("zero_grad", step=1, version=1)
         life.model.result(again)
+        # For the next time.
+        assert kept.stat().st_size >= 16 << 10

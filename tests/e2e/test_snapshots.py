@@ -499,6 +499,69 @@ def test_what_has_expired_goes_but_for_a_parent(models, tmp_path):
         assert "kept" in names()
 
 
+def test_when_something_expires_can_be_changed(models, tmp_path, monkeypatch):
+    with serving(tmp_path) as (server, service):
+        client = start(service, models, "job")
+        long = save(client, "long", ttl=3600).path
+        kept = save(client, "kept").path
+        state = client.save_state("state", ttl=3600).result().path
+        before = {path: service.get_checkpoint(path) for path in (long, state)}
+        for path, ttl in ((long, None), (kept, 86400), (state, 7200.5)):
+            row = service.set_checkpoint_ttl(path, ttl)
+            assert row == service.get_checkpoint(path)
+            assert row.HasField("expire_time") == (ttl is not None)
+        for path, row in before.items():
+            # Nothing else has changed, the time of its making least of all.
+            now = service.get_checkpoint(path)
+            now.expire_time.CopyFrom(row.expire_time)
+            assert now == row
+        want = {row.path: row for row in service.list_checkpoints("job")}
+        assert len(want) == 3
+        server.process.kill()
+        server.process.wait()
+    # A file's time is a matter of who has touched it.
+    for path in (long, kept, state):
+        folder = pathlib.Path(want[path].local_path)
+        for file in folder.iterdir():
+            os.utime(file, (1e9, 1e9))
+        os.utime(folder, (1e9, 1e9))
+    with serving(tmp_path, "--collect_seconds=0.1") as (server, service):
+        rows = {row.path: row for row in service.list_checkpoints("job")}
+        assert rows == want
+        lives = (
+            rows[state].expire_time.ToDatetime()
+            - rows[state].create_time.ToDatetime()
+        )
+        assert lives.total_seconds() == 7200.5
+        # What is taken from it goes at once, and nothing else does.
+        for path in (kept, state):
+            service.set_checkpoint_ttl(path, 1e-3)
+
+        def names():
+            return {row.name for row in service.list_checkpoints("job")}
+
+        until(lambda: names() == {"long"})
+        # The name is free, for one that stays.
+        client = start(service, models, "job", take_over=True)
+        again = service.get_checkpoint(client.save_state("state").result().path)
+        assert not again.HasField("expire_time")
+        assert again.create_time.ToDatetime() > (
+            want[state].create_time.ToDatetime()
+        )
+
+        set_ttl = service.set_checkpoint_ttl
+        assert reason(set_ttl, kept, 5) == "CHECKPOINT_NOT_FOUND"
+        for wrong in (0, -1, float("nan"), 1e12):
+            assert reason(set_ttl, long, wrong) == "OPTION_OUT_OF_RANGE"
+        assert reason(set_ttl, "../x", 5) == "INVALID_NAME"
+        monkeypatch.setenv("GRADWIRE_ADDRESS", server.address)
+        assert cli.main(["checkpoint", "ttl", long, "90"]) == 0
+        assert service.get_checkpoint(long).HasField("expire_time")
+        assert cli.main(["checkpoint", "ttl", long, "never"]) == 0
+        assert not service.get_checkpoint(long).HasField("expire_time")
+        assert cli.main(["checkpoint", "ttl", long, "soon"]) != 0
+
+
 def until(condition):
     """Asks the server again and again; it answers at its own pace."""
     deadline = time.monotonic() + 60
@@ -571,9 +634,10 @@ def test_a_full_disk_is_said_and_loses_nothing(models, tmp_path):
             )
             assert found == "STORAGE_FULL"
             assert os.listdir(tmp_path / "models") == []
-            # The job is there, and trains on.
-            step(client, 1)
+            # The job is there, and with some room it trains on.
+            assert service.get_job("job").ready
             service.delete_checkpoint(f"jobs/job/snapshots/{names[0]}")
+            step(client, 1)
             save(client, "room")
             rows = service.list_checkpoints("job")
             for row in rows:

@@ -23,8 +23,12 @@ from processes import Watched, ranks_by_number  # noqa: E402
 
 # Of waits that end early where all is well.
 LONG = 60
-# "restart" is an operator's SIGTERM, all others are SIGKILL.
-KINDS = ("client", "rank", "supervisor", "all", "restart")
+# "restart" is an operator's SIGTERM, which is waited for; "preempted" one of a
+# machine that is taken away, with SIGKILL when its grace is over. Others are
+# SIGKILL.
+KINDS = ("client", "rank", "supervisor", "all", "restart", "preempted")
+# Seconds.
+GRACES = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 1, 5, 25)
 # Clients are forked from a process that has imported what takes long.
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(["torch", "gradwire"])
@@ -139,9 +143,10 @@ class Life:
             orphans = ranks
         if kind in ("client", "all"):
             pids.append(self.client.pid)
-        if kind in ("supervisor", "all", "restart"):
+        if kind in ("supervisor", "all", "restart", "preempted"):
             pids.append(self.server.pid)
-        number = signal.SIGTERM if kind == "restart" else signal.SIGKILL
+        stops = kind in ("restart", "preempted")
+        number = signal.SIGTERM if stops else signal.SIGKILL
         with contextlib.ExitStack() as stack:
             ending = []
             for pid in pids + orphans:
@@ -150,6 +155,10 @@ class Life:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
+            if kind == "preempted":
+                with Watched(self.server.pid) as server:
+                    if not server.has_ended(rng.choice(GRACES)):
+                        self.server.kill()
             for process in ending:
                 if not process.has_ended(LONG):
                     told = f"process {process.pid} outlives the end of {kind}"

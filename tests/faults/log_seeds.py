@@ -182,8 +182,8 @@ METADATA_SEEDS = (
         "epoch_not_taken",
         "two servers have the same epoch",
         "server/metadata/metadata.cc",
-        "UPDATE lease SET epoch = epoch + 1 RETURNING epoch",
-        "UPDATE lease SET epoch = 1 RETURNING epoch",
+        "UPDATE lease SET epoch = max(epoch, ?) + 1 RETURNING epoch",
+        "UPDATE lease SET epoch = max(1, ?) RETURNING epoch",
         ("//server/metadata:metadata_test",),
     ),
     Seed(

@@ -235,8 +235,8 @@ REPLACE_SEEDS = (
         "parent_of_a_copied_delta_expires",
         "a copy of a base goes when it has expired, whatever needs it",
         "server/remote_store.cc",
-        "absl::Status status = CheckNoChild(ref);",
-        "absl::Status status;",
+        "  GW_RETURN_IF_ERROR(CheckNoChild(ref));\n  return Remove(ref);",
+        "  return Remove(ref);",
         (NEEDED,),
     ),
     Seed(

@@ -4,6 +4,7 @@ each, and the tests that must see them. seeded_bugs.py plants them in turn."""
 
 from call_seeds import CLIENT_SEEDS, QUEUE_SEEDS
 from checkpoint_seeds import CHECKPOINT_SEEDS, SNAPSHOT_SEEDS
+from fence_seeds import FENCE_SEEDS
 from job_seeds import JOB_SEEDS
 from kernel_seeds import KERNEL_SEEDS
 from log_seeds import METADATA_SEEDS, OPLOG_SEEDS
@@ -24,4 +25,5 @@ SEEDS = (
     *KERNEL_SEEDS,
     *SHARDING_SEEDS,
     *REPLACE_SEEDS,
+    *FENCE_SEEDS,
 )

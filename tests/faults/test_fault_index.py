@@ -130,7 +130,7 @@ def run(scenario, want, folder, kind, at):
     shutil.copytree(
         scenario.state,
         folder / "state",
-        ignore=shutil.ignore_patterns("ranks.sock"),
+        ignore=shutil.ignore_patterns("*.sock"),
     )
     fault = Fault(folder / "control", kind, at)
     logs = folder / "faulty.log", folder / "clean.log"

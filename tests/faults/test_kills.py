@@ -2,7 +2,8 @@
 """Kill anything at any time, and the training is the same in every bit.
 
 A script trains a tiny model while {client, rank, supervisor, all} die of
-SIGKILL, or the server is restarted, at random moments. In the end all results,
+SIGKILL, or the server is restarted, or told to end and killed when its grace is
+over (0 to 25 s), at random moments. In the end all results,
 the final weights and the optimizer's state must equal those of a run that
 nobody disturbed. A last line of JSON has the count, the outcome and how long it
 took from a kill to the next result.
@@ -172,7 +173,16 @@ def test_whatever_dies_nothing_changes(
     left, number = KILLS // 2, 0
     while left > 0:
         # Where no client dies, no result may be missing.
-        kinds = KINDS if number % 2 else ("rank", "supervisor", "restart")
+        kinds = (
+            KINDS
+            if number % 2
+            else (
+                "rank",
+                "supervisor",
+                "restart",
+                "preempted",
+            )
+        )
         left -= kill_and_compare(
             tmp_path / str(number),
             model,

@@ -223,6 +223,22 @@ def _promote(service: Any, args: argparse.Namespace) -> None:
     _say(f"{model_id}  {_mib(model.bytes)}  {model.local_path}")
 
 
+def _set_ttl(service: Any, args: argparse.Namespace) -> None:
+    path, given = _needed(args, 2, "a path, and seconds or never")
+    try:
+        ttl = None if given == "never" else float(given)
+    except ValueError:
+        raise UserError(
+            f"{given} is no number of seconds; give one, or never",
+            reason="OPTION_OUT_OF_RANGE",
+        ) from None
+    row = service.set_checkpoint_ttl(path, ttl)
+    if args.json:
+        print(json.dumps(_checkpoint_fields(row)))
+        return
+    _say(_checkpoint_line(row))
+
+
 def _diff(service: Any, args: argparse.Namespace) -> None:
     before, after = _needed(args, 2, "two paths")
     if args.export:
@@ -234,6 +250,10 @@ def _diff(service: Any, args: argparse.Namespace) -> None:
         except BaseException:
             pathlib.Path(partial).unlink(missing_ok=True)
             raise
+        if args.json:
+            fields = {"file": args.export, "format": args.format, "bytes": size}
+            print(json.dumps(fields))
+            return
         _say(f"{args.export}  {args.format}  {_mib(size)}")
         return
     diff = service.diff_checkpoints(before, after)
@@ -278,6 +298,9 @@ def _checkpoint(args: argparse.Namespace) -> int:
             return 0
         if args.action == "diff":
             _diff(service, args)
+            return 0
+        if args.action == "ttl":
+            _set_ttl(service, args)
             return 0
         (path,) = _needed(args, 1, "a path")
         call = {
@@ -358,8 +381,8 @@ def _parser() -> argparse.ArgumentParser:
     job.set_defaults(run=_job)
     checkpoint = commands.add_parser(
         "checkpoint",
-        help="list, get, verify, promote, diff, fetch, delete checkpoints and "
-        "snapshots",
+        help="list, get, verify, promote, diff, ttl, fetch, delete checkpoints "
+        "and snapshots",
     )
     checkpoint.add_argument(
         "action",
@@ -369,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
             "verify",
             "promote",
             "diff",
+            "ttl",
             "fetch",
             "delete",
         ),
@@ -377,7 +401,8 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "other",
         nargs="?",
-        help="the model's id (promote), the later snapshot's path (diff)",
+        help="the model's id (promote), the later snapshot's path (diff), "
+        "seconds since it was made, or never (ttl)",
     )
     checkpoint.add_argument(
         "--export", metavar="FILE", help="write the difference (diff)"

@@ -253,6 +253,21 @@ class ServiceClient:
             self._checkpoints.DeleteCheckpoint, request, timeout=None
         )
 
+    def set_checkpoint_ttl(self, path: str, ttl: float | None) -> Any:
+        """Changes when the server may delete a checkpoint or snapshot: `ttl`
+        seconds after it was made, which may have passed, or never (None)."""
+        if ttl is not None and not ttl > 0:
+            raise invalid(
+                "OPTION_OUT_OF_RANGE",
+                f"ttl is {ttl!r}; give seconds above 0, or None: it stays",
+                field="ttl",
+                value=ttl,
+            )
+        request = checkpoints_pb2.SetCheckpointTtlRequest(
+            path=path, ttl_seconds=ttl or 0.0
+        )
+        return self.call(self._checkpoints.SetCheckpointTtl, request)
+
     def fetch_checkpoint(self, path: str) -> Any:
         """Brings a checkpoint or snapshot that is in the object store alone
         back to the server's disk, with what it needs. `load_state` does so by

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of the lease, and of what the database says of checkpoints."""
+
+from seed import Seed
+
+FENCE = "//checkpoint:fence_test"
+METADATA = "//server/metadata:metadata_test"
+FENCING = "tests/e2e/test_fencing.py"
+SNAPSHOTS = "tests/e2e/test_snapshots.py"
+TTL = f"{SNAPSHOTS}::test_when_something_expires_can_be_changed"
+STORAGE = "tests/e2e/test_object_storage.py"
+
+FENCE_SEEDS = (
+    Seed(
+        "epoch_unchecked_on_publish",
+        "who has lost the lease publishes and deletes all the same",
+        "checkpoint/fence.cc",
+        "  if (highest <= epoch) return absl::OkStatus();",
+        "  if (highest <= epoch || epoch > 0) return absl::OkStatus();",
+        (FENCE, FENCING),
+    ),
+    Seed(
+        "epoch_unknown_to_ranks",
+        "a rank publishes for a server that was taken over",
+        "server/rank_load.cc",
+        "  options.files = files_.get();\n",
+        "",
+        (FENCING,),
+    ),
+    Seed(
+        "epoch_not_synced",
+        "a power loss gives the lease back to who had it before",
+        "checkpoint/fence.cc",
+        "  GW_RETURN_IF_ERROR(files.SyncDirectory(directory));\n"
+        "  GW_RETURN_IF_ERROR(CheckEpoch",
+        "  GW_RETURN_IF_ERROR(CheckEpoch",
+        (FENCE,),
+    ),
+    Seed(
+        "checkpoint_older_than_its_predecessor",
+        "after the clock went back, a job is resumed from an older checkpoint",
+        "server/metadata/metadata_checkpoints.cc",
+        "std::max(row.created_microseconds, newest.Int(0) + 1);",
+        "std::max(row.created_microseconds, int64_t{0});",
+        (METADATA,),
+    ),
+    Seed(
+        "fetched_as_new",
+        "what is fetched is the newest of its job",
+        "server/remote_store.cc",
+        "                                          commit->created_micros));",
+        "                                          int64_t{9} << 50));",
+        (STORAGE,),
+    ),
+    Seed(
+        "changed_ttl_ignored",
+        "what was to stay is deleted",
+        "server/checkpoint_catalogue.cc",
+        "  FillKnownTimes(known, row);\n}\n\nabsl::Status "
+        "CheckpointCatalogue::ListStatesOf(",
+        "  (void)known;\n}\n\nabsl::Status CheckpointCatalogue::ListStatesOf(",
+        (TTL,),
+    ),
+    Seed(
+        "removal_forgotten",
+        "copies of what has expired stay in the store for ever",
+        "server/remote_store.cc",
+        "  TakeRemovals();\n",
+        "",
+        (STORAGE,),
+    ),
+    Seed(
+        "log_of_who_was_taken_over_is_read",
+        "what a server appends that had lost its lease breaks the log",
+        "server/oplog/recovery.cc",
+        "             taken_over ? segments[i + 1].begin : INT64_MAX));",
+        "             taken_over ? INT64_MAX : INT64_MAX));",
+        (FENCING,),
+    ),
+    Seed(
+        "removal_of_what_came_back",
+        "a copy goes though its checkpoint is on the disk again",
+        "server/remote_store.cc",
+        "      (there.ok() && is_it(there->digest()))) {",
+        "      (there.ok() && removal.digest == removal.ref.name)) {",
+        (STORAGE,),
+    ),
+    Seed(
+        "reserve_kept",
+        "on a full disk, what has run is not told",
+        "server/job_journal.cc",
+        "    if (environment_->reserve->Release()) continue;\n",
+        "",
+        ("tests/e2e/test_replay.py::test_a_full_disk_only_makes_it_longer",),
+    ),
+    Seed(
+        "reserve_not_made_again",
+        "on a full disk, what cannot be told is begun",
+        "server/job_journal.cc",
+        "      absl::IsResourceExhausted(room)) {\n    return room;",
+        "      absl::IsAborted(room)) {\n    return room;",
+        ("tests/e2e/test_replay.py::test_a_full_disk_only_makes_it_longer",),
+    ),
+    Seed(
+        "equal_checkpoint_keeps_its_time",
+        "what is saved again goes when the one before would have",
+        "server/catalogue_times.cc",
+        "  return metadata_->AddCheckpoint(RowOf(ref, *row));",
+        "  return metadata_->LearnCheckpoint(RowOf(ref, *row));",
+        ("tests/e2e/test_overwrite.py::test_pages_go_on_where_they_were",),
+    ),
+)
