@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "base/error.h"
 #include "base/status.h"
@@ -89,25 +90,38 @@ std::mutex& CheckpointCatalogue::Removals() {
   return mutex;
 }
 
-absl::Status CheckpointCatalogue::Saved(const CheckpointRef& ref) const {
+absl::Status CheckpointCatalogue::Saved(const CheckpointRef& ref,
+                                        bool again) const {
   // What the metadata may know is of one that was equal and had this name.
   const auto row = ref.snapshot ? GetSnapshot(ref) : GetState(ref, Known());
   if (absl::IsNotFound(row.status())) return absl::OkStatus();
   GW_RETURN_IF_ERROR(row.status());
-  return metadata_->AddCheckpoint(RowOf(ref, *row));
+  const CheckpointRow known = RowOf(ref, *row);
+  return again ? metadata_->LearnCheckpoint(known)
+               : metadata_->AddCheckpoint(known);
 }
 
 absl::Status CheckpointCatalogue::WillFetch(const CheckpointRef& ref,
                                             const std::string& digest,
                                             const std::string& kind,
                                             int64_t created_micros) const {
+  // A sweep that has removed it forgets it as well, before this.
+  const std::lock_guard<std::mutex> lock(Removals());
+  GW_ASSIGN_OR_RETURN(const auto known, metadata_->FindCheckpoint(ref.path()));
+  const auto has_expired = [](const CheckpointRow& row) {
+    return row.expires_microseconds != 0 &&
+           row.expires_microseconds <= absl::ToUnixMicros(absl::Now());
+  };
+  if (known.has_value() && known->digest == digest && !has_expired(*known)) {
+    return absl::OkStatus();
+  }
   CheckpointRow row;
   row.path = ref.path();
   row.digest = digest;
   row.kind = kind;
   row.promotable = ref.snapshot;
   row.created_microseconds = created_micros;
-  return metadata_->LearnCheckpoint(row);
+  return metadata_->PutCheckpoint(row);
 }
 
 absl::StatusOr<v1::Checkpoint> CheckpointCatalogue::SetTtl(
@@ -125,7 +139,7 @@ absl::StatusOr<v1::Checkpoint> CheckpointCatalogue::SetTtl(
           static_cast<int64_t>(std::llround(ttl_seconds * 1e6));
     }
     // What it was to lose in a store, it keeps.
-    GW_RETURN_IF_ERROR(metadata_->EndRemoval(known.path));
+    GW_RETURN_IF_ERROR(metadata_->EndRemoval({known.path, known.digest}));
     GW_ASSIGN_OR_RETURN(bool changed, metadata_->ChangeCheckpoint(known));
     // Another one may have taken its name since; or what is known of this name
     // is older.
@@ -169,7 +183,7 @@ void CheckpointCatalogue::Learn(const CheckpointRef& ref, const Known& known,
 
 absl::Status CheckpointCatalogue::DeleteExpiredStates(
     const std::string& job, int64_t now_micros, const Known& known,
-    const BeforeDelete& before, std::vector<std::string>& paths) const {
+    const BeforeDelete& before, std::vector<Deleted>& deleted) const {
   GW_ASSIGN_OR_RETURN(
       const std::vector<std::string> names,
       NamesIn(*files_, jobs_directory_ + "/" + job + "/checkpoints"));
@@ -199,7 +213,7 @@ absl::Status CheckpointCatalogue::DeleteExpiredStates(
     const absl::StatusOr<bool> removed =
         RemoveStateIf(*files_, DirectoryOf(ref), expired);
     if (removed.ok() && *removed) {
-      paths.push_back(path);
+      deleted.push_back({ref, digest});
       metadata_->ForgetCheckpoint(ref.path(), digest).IgnoreError();
     }
     if (!absl::IsNotFound(removed.status())) first.Update(removed.status());
@@ -209,14 +223,14 @@ absl::Status CheckpointCatalogue::DeleteExpiredStates(
 
 absl::Status CheckpointCatalogue::DeleteExpired(
     absl::Time now, const BeforeDelete& before,
-    std::vector<std::string>& paths) const {
+    std::vector<Deleted>& deleted) const {
   const std::lock_guard<std::mutex> lock(Removals());
   const int64_t now_micros = absl::ToUnixMicros(now);
   GW_ASSIGN_OR_RETURN(const auto jobs, NamesIn(*files_, jobs_directory_));
   GW_ASSIGN_OR_RETURN(const Known known, AllKnown());
   absl::Status first;
   for (const std::string& job : jobs) {
-    first.Update(DeleteExpiredStates(job, now_micros, known, before, paths));
+    first.Update(DeleteExpiredStates(job, now_micros, known, before, deleted));
     std::map<std::string, std::string> digests;
     const auto expires = [&](const SnapshotManifest& manifest) -> int64_t {
       const CheckpointRef ref = {job, manifest.name, true};
@@ -235,9 +249,9 @@ absl::Status CheckpointCatalogue::DeleteExpired(
     first.Update(names.status());
     if (!names.ok()) continue;
     for (const std::string& name : *names) {
-      const std::string path = CheckpointRef{job, name, true}.path();
-      paths.push_back("gradwire://" + path);
-      metadata_->ForgetCheckpoint(path, digests[name]).IgnoreError();
+      deleted.push_back({{job, name, true}, digests[name]});
+      metadata_->ForgetCheckpoint(deleted.back().ref.path(), digests[name])
+          .IgnoreError();
     }
   }
   return first;

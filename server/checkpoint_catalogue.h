@@ -61,16 +61,20 @@ class CheckpointCatalogue {
   // Also one that is damaged. Errors: CHECKPOINT_NOT_FOUND;
   // SNAPSHOT_HAS_CHILDREN; the file system's.
   absl::StatusOr<v1::Checkpoint> Delete(const CheckpointRef& ref) const;
-  // Deletes what has expired at `now`, and returns the paths. Goes on after an
+  // Deletes what has expired at `now`, and returns it. Goes on after an
   // error, and returns the first one at the end. `before`: asked of each, and
   // that stays which it has an error for.
   using BeforeDelete = std::function<absl::Status(const CheckpointRef& ref,
                                                   const std::string& digest)>;
+  struct Deleted {
+    CheckpointRef ref;
+    std::string digest;
+  };
   absl::Status DeleteExpired(absl::Time now, const BeforeDelete& before,
-                             std::vector<std::string>& paths) const;
+                             std::vector<Deleted>& deleted) const;
   // It was published: from now on its times are in the metadata. If it has gone
-  // already, nothing is done.
-  absl::Status Saved(const CheckpointRef& ref) const;
+  // already, nothing is done. `again`: the metadata may know it already.
+  absl::Status Saved(const CheckpointRef& ref, bool again) const;
   // What comes from elsewhere will be published: it is as old as it was, and
   // does not expire, unless the metadata know better.
   absl::Status WillFetch(const CheckpointRef& ref, const std::string& digest,
@@ -117,7 +121,7 @@ class CheckpointCatalogue {
   absl::Status DeleteExpiredStates(const std::string& job, int64_t now_micros,
                                    const Known& known,
                                    const BeforeDelete& before,
-                                   std::vector<std::string>& paths) const;
+                                   std::vector<Deleted>& deleted) const;
   absl::StatusOr<v1::Checkpoint> GetSnapshot(const CheckpointRef& ref) const;
   absl::Status VerifySnapshot(const CheckpointRef& ref) const;
   absl::StatusOr<v1::Checkpoint> VerifyState(const CheckpointRef& ref) const;

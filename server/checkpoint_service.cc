@@ -128,7 +128,7 @@ absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Delete(
     row = std::move(there);
   }
   GW_RETURN_IF_ERROR(row.status());
-  GW_RETURN_IF_ERROR(remote->Remove(ref));
+  GW_RETURN_IF_ERROR(remote->Remove(ref, row->digest()));
   return row;
 }
 

@@ -13,7 +13,7 @@ namespace gradwire {
 
 Collector::Collector(CheckpointCatalogue catalogue, absl::Duration interval,
                      CheckpointCatalogue::BeforeDelete before,
-                     std::function<void(const CheckpointRef& ref)> on_deleted)
+                     OnDeleted on_deleted)
     : catalogue_(std::move(catalogue)),
       before_(std::move(before)),
       on_deleted_(std::move(on_deleted)),
@@ -31,14 +31,13 @@ Collector::~Collector() {
 void Collector::Run(absl::Duration interval) {
   std::string failure;
   for (;;) {
-    std::vector<std::string> paths;
+    std::vector<CheckpointCatalogue::Deleted> deleted;
     const absl::Status status =
-        catalogue_.DeleteExpired(absl::Now(), before_, paths);
-    for (const std::string& path : paths) {
-      spdlog::info("{} has expired and was deleted", path);
-      if (auto ref = ParseCatalogueRef(path, "path"); ref.ok()) {
-        on_deleted_(*ref);
-      }
+        catalogue_.DeleteExpired(absl::Now(), before_, deleted);
+    for (const CheckpointCatalogue::Deleted& each : deleted) {
+      spdlog::info("gradwire://{} has expired and was deleted",
+                   each.ref.path());
+      on_deleted_(each);
     }
     // Once for each reason.
     const std::string now(status.message());

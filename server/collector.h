@@ -15,11 +15,12 @@ namespace gradwire {
 
 class Collector {
  public:
+  using OnDeleted =
+      std::function<void(const CheckpointCatalogue::Deleted& deleted)>;
   // Begins at once, and again after each `interval`; the destructor ends it.
   // `before` is asked of each, and `on_deleted` told.
   Collector(CheckpointCatalogue catalogue, absl::Duration interval,
-            CheckpointCatalogue::BeforeDelete before,
-            std::function<void(const CheckpointRef& ref)> on_deleted);
+            CheckpointCatalogue::BeforeDelete before, OnDeleted on_deleted);
   ~Collector();
 
  private:
@@ -27,7 +28,7 @@ class Collector {
 
   const CheckpointCatalogue catalogue_;
   const CheckpointCatalogue::BeforeDelete before_;
-  const std::function<void(const CheckpointRef& ref)> on_deleted_;
+  const OnDeleted on_deleted_;
   std::mutex mutex_;
   std::condition_variable ending_;
   bool end_ = false;  // guarded by mutex_

@@ -361,7 +361,7 @@ class Job {
   absl::Status AwaitSpace(const std::function<absl::Status()>& write)
       ABSL_LOCKS_EXCLUDED(mu_);
   // What it has saved is in the metadata, and known as made now.
-  absl::Status RecordSaved(const Operation& op) const ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status RecordSaved(const Operation& op) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status Record(const std::vector<OperationPtr>& ended)
       ABSL_LOCKS_EXCLUDED(mu_);
   void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -41,11 +41,6 @@ absl::Status Job::OpenJournal(const JobRow& row) {
 // ---- Before an operation is answered ----------
 
 absl::StatusOr<int64_t> Job::Log(const OperationPtr& op) {
-  // What cannot be recorded when it has been run is not begun.
-  if (const absl::Status room = environment_->reserve->Hold();
-      absl::IsResourceExhausted(room)) {
-    return room;
-  }
   v1::JournalOp record;
   record.set_kind(op->kind);
   record.set_activation_id(op->activation_id);
@@ -161,16 +156,18 @@ absl::Status Job::AwaitSpace(const std::function<absl::Status()>& write) {
   }
 }
 
-absl::Status Job::RecordSaved(const Operation& op) const {
+absl::Status Job::RecordSaved(const Operation& op) {
   std::string saved;
   if (op.record.has_save_state()) saved = op.record.save_state().path();
   if (op.record.has_snapshot()) saved = op.record.snapshot().path();
   const auto ref = ParseCatalogueRef(saved, "path");
   if (!ref.ok()) return absl::OkStatus();
-  const absl::Status known = environment_->catalogue().Saved(*ref);
-  if (absl::IsFailedPrecondition(known)) return known;  // fenced
-  // On a disk that is full, for example. What its files say goes then, until
-  // the collector makes up for it.
+  const absl::Status known = AwaitSpace(
+      [&] { return environment_->catalogue().Saved(*ref, op.is_again); });
+  if (absl::IsFailedPrecondition(known) || absl::IsCancelled(known)) {
+    return known;  // fenced, or the server stops
+  }
+  // What its files say goes then, until the collector makes up for it.
   if (!known.ok()) {
     spdlog::warn("job {}: {} is not in the metadata: {}", id_, saved,
                  std::string(known.message()));

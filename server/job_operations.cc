@@ -73,7 +73,10 @@ absl::StatusOr<OperationPtr> Job::Submit(const std::string& model_id,
   GW_ASSIGN_OR_RETURN(const OperationPtr admitted, Admit(op));
   if (admitted != op) return admitted;
 
-  const absl::StatusOr<int64_t> at = Log(op);
+  // What cannot be recorded when it has been run is not begun.
+  const absl::Status room = environment_->reserve->Hold();
+  const absl::StatusOr<int64_t> at =
+      absl::IsResourceExhausted(room) ? room : Log(op);
   const absl::Status logged = at.status();
   absl::MutexLock lock(&mu_);
   op->logging = false;

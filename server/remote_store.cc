@@ -138,6 +138,8 @@ void RemoteStore::TakeRemovals() {
 }
 
 absl::Status RemoteStore::RemoveOne(const Removal& removal) {
+  // What is seen here must not come back before it has gone.
+  const std::lock_guard<std::mutex> fetching(fetching_);
   const CheckpointRef& ref = removal.ref;
   const auto there = catalogue_.Get(ref);
   const auto is_it = [&](const std::string& digest) {
@@ -147,19 +149,21 @@ absl::Status RemoteStore::RemoveOne(const Removal& removal) {
   // damaged there.
   if (absl::IsDataLoss(there.status()) ||
       (there.ok() && is_it(there->digest()))) {
-    return metadata_->EndRemoval(ref.path());
+    return metadata_->EndRemoval({ref.path(), removal.digest});
   }
   // Of a disk that fails nobody knows what has gone from it.
   if (!there.ok() && !absl::IsNotFound(there.status())) return there.status();
-  if (!removal.digest.empty()) {
-    GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
-    // Another one has taken its name since.
-    if (commit.has_value() && !is_it(commit->digest)) {
-      return metadata_->EndRemoval(ref.path());
-    }
+  const auto commit = remote_.Find(ref.path());
+  // One that is damaged goes.
+  if (!commit.ok() && !absl::IsDataLoss(commit.status())) {
+    return commit.status();
+  }
+  // Another one has taken its name since.
+  if (commit.ok() && commit->has_value() && !is_it((*commit)->digest)) {
+    return metadata_->EndRemoval({ref.path(), removal.digest});
   }
   GW_RETURN_IF_ERROR(CheckNoChild(ref));
-  return Remove(ref);
+  return RemoveCopy(removal);
 }
 
 void RemoteStore::RemoveDue() {
@@ -167,9 +171,14 @@ void RemoteStore::RemoveDue() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     removals.swap(to_remove_);
+    // The last child may have gone, be it by another server.
+    for (Removal& kept : kept_for_child_) removals.push_back(std::move(kept));
+    kept_for_child_.clear();
   }
+  bool away = false;
   for (const Removal& removal : removals) {
-    const absl::Status status = RemoveOne(removal);
+    const absl::Status status =
+        away ? absl::UnavailableError("") : RemoveOne(removal);
     if (status.ok()) continue;
     const auto detail = GetErrorDetail(status);
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -177,9 +186,12 @@ void RemoteStore::RemoveDue() {
       kept_for_child_.push_back(removal);
       continue;
     }
+    to_remove_.push_back(removal);
+    // It would say so of each.
+    if (away) continue;
+    away = absl::IsUnavailable(status);
     spdlog::warn("{} is not removed from {}: {}", removal.ref.path(), url(),
                  std::string(status.message()));
-    to_remove_.push_back(removal);
   }
 }
 
@@ -320,7 +332,7 @@ absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
   };
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
                       remote_.Store(ref.path(), source));
-  if (!SetStored(ref, commit.digest)) return remote_.Remove(ref.path());
+  if (!SetStored(ref, commit.digest)) return RemoveCopy({ref, commit.digest});
   metrics_->CountUploadBytes(commit.bytes());
   spdlog::info("{} is in {}, {} MiB", ref.path(), url(), commit.bytes() >> 20);
   return absl::OkStatus();
@@ -406,32 +418,28 @@ absl::Status RemoteStore::Fetch(const CheckpointRef& ref) {
   return FetchOne(ref);
 }
 
-absl::Status RemoteStore::Remove(const CheckpointRef& ref) {
-  {
+absl::Status RemoteStore::Remove(const CheckpointRef& ref,
+                                 const std::string& digest) {
+  const std::lock_guard<std::mutex> fetching(fetching_);
+  return RemoveCopy({ref, digest});
+}
+
+absl::Status RemoteStore::RemoveCopy(const Removal& removal) {
+  const CheckpointRef& ref = removal.ref;
+  const auto is_no_longer_stored = [&] {
     const std::lock_guard<std::mutex> lock(mutex_);
     stored_.erase(ref.path());
     failures_.erase(ref.path());
-  }
+  };
   // What is interrupted, the next server ends; one that has lost its lease does
   // not begin.
-  std::string digest;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    digest = will_remove_[ref.path()];
-    will_remove_.erase(ref.path());
-  }
-  GW_RETURN_IF_ERROR(metadata_->AddRemoval({ref.path(), digest}));
+  GW_RETURN_IF_ERROR(WillRemove(ref, removal.digest));
+  is_no_longer_stored();
   GW_RETURN_IF_ERROR(remote_.Remove(ref.path()));
-  GW_RETURN_IF_ERROR(metadata_->EndRemoval(ref.path()));
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (kept_for_child_.empty()) return absl::OkStatus();
-    // It may have been the last child.
-    for (Removal& kept : kept_for_child_) {
-      to_remove_.push_back(std::move(kept));
-    }
-    kept_for_child_.clear();
-  }
+  // What was stored or fetched meanwhile is stored once more.
+  is_no_longer_stored();
+  GW_RETURN_IF_ERROR(metadata_->EndRemoval({ref.path(), removal.digest}));
+  // It may have been the last child of another.
   Wake();
   return absl::OkStatus();
 }
@@ -453,17 +461,14 @@ absl::Status RemoteStore::CheckNoChild(const CheckpointRef& ref) {
 
 absl::Status RemoteStore::WillRemove(const CheckpointRef& ref,
                                      const std::string& digest) {
-  GW_RETURN_IF_ERROR(metadata_->AddRemoval({ref.path(), digest}));
-  const std::lock_guard<std::mutex> lock(mutex_);
-  will_remove_[ref.path()] = digest;
-  return absl::OkStatus();
+  return metadata_->AddRemoval({ref.path(), digest});
 }
 
-void RemoteStore::RemoveLater(const CheckpointRef& ref) {
+void RemoteStore::RemoveLater(const CheckpointRef& ref,
+                              const std::string& digest) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    to_remove_.push_back({ref, will_remove_[ref.path()]});
-    will_remove_.erase(ref.path());
+    to_remove_.push_back({ref, digest});
   }
   Wake();
 }

@@ -53,14 +53,14 @@ class RemoteStore {
   // Errors: those of RemoteCheckpoints::Fetch.
   absl::Status Fetch(const CheckpointRef& ref);
   // Of what is not on the disk any more: the copy is gone when this returns.
-  absl::Status Remove(const CheckpointRef& ref);
+  // `digest`: what is to go; "": whatever is there.
+  absl::Status Remove(const CheckpointRef& ref, const std::string& digest);
   // Of what will go from the disk: its copy goes as well, if need be after the
   // next start of the server. Errors: those of Metadata.
-  // `digest`: what is to go; "": whatever is there.
   absl::Status WillRemove(const CheckpointRef& ref, const std::string& digest);
   // Now it has: Remove in the background, however often it has to be tried, and
   // not before the last delta to it has gone from the store.
-  void RemoveLater(const CheckpointRef& ref);
+  void RemoveLater(const CheckpointRef& ref, const std::string& digest);
   // FAILED_PRECONDITION SNAPSHOT_HAS_CHILDREN: the store has a delta to it.
   absl::Status CheckNoChild(const CheckpointRef& ref);
 
@@ -69,10 +69,12 @@ class RemoteStore {
   void Run();
   struct Removal {
     CheckpointRef ref;
-    std::string digest;  // as in WillRemove
+    std::string digest;  // as in Remove
   };
   void TakeRemovals();
   absl::Status RemoveOne(const Removal& removal);
+  // With fetching_ held, but for what nobody could fetch yet.
+  absl::Status RemoveCopy(const Removal& removal);
   void RemoveDue();
   void RunOnce();
   absl::Status Store(const CheckpointRef& ref);
@@ -105,7 +107,6 @@ class RemoteStore {
   std::set<std::string> saved_;                // since it was looked at
   std::map<std::string, absl::Status> failures_;
   std::deque<Removal> to_remove_, kept_for_child_;
-  std::map<std::string, std::string> will_remove_;  // digests by path
   std::thread thread_;
 };
 

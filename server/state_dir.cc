@@ -14,6 +14,7 @@
 #include <sstream>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "base/error.h"
 #include "base/status.h"
 #include "checkpoint/file_system.h"
@@ -93,8 +94,15 @@ absl::StatusOr<std::unique_ptr<StateDir>> StateDir::Open(
 
 absl::Status StateDir::PlaceSocket(int64_t epoch) {
   for (const fs::path& each : Entries(path_)) {
-    if (each.extension() == ".sock") unlink(each.c_str());
+    const std::string stem = each.stem().string();
+    int64_t other = 0;
+    if (each.extension() == ".sock" && stem.starts_with("ranks-") &&
+        absl::SimpleAtoi(stem.substr(6), &other) && other <= epoch) {
+      unlink(each.c_str());
+    }
   }
+  // Of older versions.
+  unlink((path_ + "/ranks.sock").c_str());
   const std::string name = "/ranks-" + std::to_string(epoch) + ".sock";
   socket_ = path_ + name;
   if (socket_.size() > kMaxSocketPath) {

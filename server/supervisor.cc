@@ -208,8 +208,10 @@ absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Start(
         }
         return noted;
       },
-      [remote = server->remote_.get()](const CheckpointRef& ref) {
-        if (remote != nullptr) remote->RemoveLater(ref);
+      [remote =
+           server->remote_.get()](const CheckpointCatalogue::Deleted& deleted) {
+        if (remote == nullptr) return;
+        remote->RemoveLater(deleted.ref, deleted.digest);
       });
   for (const char* service : kServices) server->health_.Set(service, true);
   server->serving_ = true;

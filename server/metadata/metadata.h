@@ -156,7 +156,8 @@ class Metadata {
 
   // Copies in an object store that are to go, until they have.
   absl::Status AddRemoval(const RemovalRow& row);
-  absl::Status EndRemoval(const std::string& path);
+  // The row as it is given: of another digest it stays.
+  absl::Status EndRemoval(const RemovalRow& row);
   absl::StatusOr<std::vector<RemovalRow>> Removals();
 
  private:

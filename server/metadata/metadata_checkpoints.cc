@@ -135,12 +135,13 @@ absl::Status Metadata::AddRemoval(const RemovalRow& row) {
   });
 }
 
-absl::Status Metadata::EndRemoval(const std::string& path) {
+absl::Status Metadata::EndRemoval(const RemovalRow& row) {
   return Transact([&]() -> absl::Status {
     GW_ASSIGN_OR_RETURN(
         Statement end,
-        database_->Prepare("DELETE FROM removals WHERE path = ?"));
-    return end.Bind(path).Run();
+        database_->Prepare(
+            "DELETE FROM removals WHERE path = ? AND digest = ?"));
+    return end.Bind(row.path).Bind(row.digest).Run();
   });
 }
 

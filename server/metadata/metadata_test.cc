@@ -308,7 +308,9 @@ TEST_F(MetadataTest, RemovalsStayUntilTheyHaveEnded) {
   EXPECT_EQ(rows->at(0).path, "jobs/a/snapshots/a");
   EXPECT_EQ(rows->at(0).digest, "d3");
   EXPECT_EQ(rows->at(1).digest, "d1");
-  ASSERT_TRUE(metadata->EndRemoval("jobs/a/snapshots/a").ok());
+  ASSERT_TRUE(metadata->EndRemoval({"jobs/a/snapshots/a", "d2"}).ok());
+  EXPECT_EQ(metadata->Removals()->size(), 2u) << "of another digest";
+  ASSERT_TRUE(metadata->EndRemoval({"jobs/a/snapshots/a", "d3"}).ok());
   EXPECT_EQ(metadata->Removals()->size(), 1u);
 }
 

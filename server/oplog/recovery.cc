@@ -150,6 +150,20 @@ absl::Status MendOplog(FileSystem& files, const std::string& directory,
     const OplogFindings::Segment& last = findings->segments.back();
     const std::string path = directory + "/" + last.name;
     if (findings->end == last.begin) {
+      // The one before it is the last again, and ends where this began.
+      if (findings->segments.size() > 1) {
+        const auto& before = findings->segments[findings->segments.size() - 2];
+        const int64_t bytes =
+            kSegmentHeaderBytes + findings->end - before.begin;
+        GW_ASSIGN_OR_RETURN(const std::unique_ptr<File> file,
+                            files.Open(directory + "/" + before.name,
+                                       FileSystem::Access::kReadWrite));
+        GW_ASSIGN_OR_RETURN(const int64_t there, file->Size());
+        if (there > bytes) {
+          GW_RETURN_IF_ERROR(file->Truncate(bytes));
+          GW_RETURN_IF_ERROR(file->Sync());
+        }
+      }
       // Without records it is of no use, and its name may be wanted again.
       GW_RETURN_IF_ERROR(files.Remove(path));
       findings->segments.pop_back();

@@ -274,9 +274,13 @@ def test_what_a_delta_in_the_store_needs_stays_there(bucket, models, tmp_path):
         shutil.rmtree(folder)
         service.fetch_checkpoint(delta)
         assert service.verify_checkpoint(delta).weight_id == weight_id
-        # It goes with the last that needs it.
-        service.set_checkpoint_ttl(base.path, 2)
+        # It has come back, and stays, though nothing needs it any more.
         service.delete_checkpoint(delta)
+        until(lambda: not bucket.keys(f"{prefix}/delta/"))
+        time.sleep(1)
+        assert bucket.keys(f"{prefix}/base/")
+        assert service.verify_checkpoint(base.path).weight_id == base.weight_id
+        service.set_checkpoint_ttl(base.path, 2)
         until(lambda: not bucket.keys(prefix))
     with serving(tmp_path / "three") as (_, service):
         path = service.create_training_client(models["llama"], job_id="job")

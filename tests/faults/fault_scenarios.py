@@ -24,9 +24,13 @@ from fault_promises import (
     settled,
     train,
 )
-from file_faults import KILLS, PATIENCE, Broken, Server, Stubs, calls
+from file_faults import PATIENCE, Broken, Server, Stubs, calls
 from gradwire import GradwireError
-from gradwire._proto.gradwire.v1 import jobs_pb2
+from gradwire._proto.gradwire.v1 import (
+    checkpoints_pb2,
+    jobs_pb2,
+    training_pb2,
+)
 from gradwire.errors import from_rpc
 
 TRIES = 4
@@ -72,7 +76,7 @@ class Client:
         raise Refused from failure
 
     def _check_death(self, error):
-        if self.fault.fired and self.fault.kind in KILLS:
+        if self.fault.ends_server:
             self.server.ended()
             raise Died from error
 
@@ -128,6 +132,7 @@ class Scenario:
     meets, and `check` asks the next server, which has none."""
 
     from_the_start = False  # whether the fault may meet the start as well
+    program = "gradwired"  # whose calls they are
 
     def __init__(self, model, folder):
         self.spec = {"base_model": str(model), "precision": "f32"}
@@ -203,6 +208,7 @@ class Trained(Scenario):
     """Begins with a job that was trained for some steps."""
 
     steps = 3
+    point = 2  # the newest that there is
 
     def prepare(self):
         with self.server() as (server, stubs):
@@ -213,7 +219,7 @@ class Trained(Scenario):
             model = calls.Model(stubs, self.told.model_id)
             train(model, 0, self.steps, 1)
             self.told.seq = 2 * self.steps
-            await_point(self.state, 2)
+            await_point(self.state, self.point)
             self.end(server, stubs, model)
 
     def end(self, server, stubs, model):
@@ -312,6 +318,58 @@ class Deletion(Trained):
         raise Broken("a deleted job's name can be taken")
 
 
+class Saves(Trained):
+    """Of checkpoints, one over another, and of snapshots, which a rank writes
+    after it has recovered."""
+
+    program = "gradwire_rank"
+    steps = point = STEPS
+
+    def suffer(self, client):
+        super().suffer(client)
+        told = client.told
+        told.saved = {}
+        client.job()
+        model = calls.Model(client.stubs, told.model_id)
+        state, snapshot = model.save_state, model.save_snapshot
+        for save, name, options in (
+            (state, "one", {}),
+            (snapshot, "base", {"kind": training_pb2.SNAPSHOT_KIND_BASE}),
+            (snapshot, "delta", {"kind": training_pb2.SNAPSHOT_KIND_DELTA}),
+            (state, "one", {"overwrite": True, "user_metadata": {"is": "2"}}),
+            (state, "two", {}),
+        ):
+            if name == "delta" and not any("/base" in p for p in told.saved):
+                continue  # for want of a parent
+            told.seq += 1
+            ref = save(name, seq=told.seq, **options)
+            # One that has failed has failed for good.
+            with contextlib.suppress(Refused):
+                done = client.call(lambda ref=ref: model.result(ref), tries=1)
+                result = getattr(done, done.WhichOneof("result"))
+                told.saved[result.path] = result
+
+    def check(self, stubs, told, want):
+        super().check(stubs, told, want)
+        catalogue = stubs.checkpoints
+        request = checkpoints_pb2.ListCheckpointsRequest(job_id=JOB)
+        listed = {}
+        for row in catalogue.ListCheckpoints(request).checkpoints:
+            path = checkpoints_pb2.CheckpointRequest(path=row.path)
+            listed[row.path] = catalogue.VerifyCheckpoint(path)
+        for path, result in told.saved.items():
+            if path not in listed:
+                raise Broken(f"{path} was told and is not there")
+            row = listed[path]
+            # Of what may have been replaced since, it is one of the two.
+            replaced = row.user_metadata and path.endswith("/one")
+            if row.kind == "training" and row.digest != result.digest:
+                if not replaced:
+                    raise Broken(f"{path} is not what was told")
+            elif row.weight_id != getattr(result, "weight_id", ""):
+                raise Broken(f"{path} has other weights than were told")
+
+
 SCENARIOS = {
     "first_start": FirstStart,
     "recovery": Recovery,
@@ -320,4 +378,5 @@ SCENARIOS = {
     "delete": Deletion,
     "take_over": TakeOver,
     "train": Training,
+    "save": Saves,
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Preloaded into a server, counts its calls to files below one directory and
-// lets one of them fail. Whoever has started the server maps the same Control,
-// which outlives it. Used by file_faults.py.
+// Preloaded into a server, counts its calls to files below one directory, or
+// those of its rank, and lets one of them fail. Whoever has started the server
+// maps the same Control, which outlives it. Used by file_faults.py.
 //
 // Calls of all threads are counted together, each only where the chosen fault
 // can meet it: a disk is not full for who removes a file. Descriptors that are
@@ -72,10 +72,23 @@ Function Real(const char* name) {
 // The function below this one, looked up once.
 #define REAL(name) static const auto real = Real<decltype(&name)>(#name)
 
+// "gradwired", for example.
+std::string Program() {
+  char path[4096];
+  const ssize_t size = readlink("/proc/self/exe", path, sizeof(path));
+  const std::string whole(path, size < 0 ? 0 : static_cast<size_t>(size));
+  return whole.substr(whole.rfind('/') + 1);
+}
+
 bool Begin() {
   const char* path = getenv("GRADWIRE_FAULT_CONTROL");
   const char* under = getenv("GRADWIRE_FAULT_UNDER");
-  // Neither ranks nor anything else that is started from here.
+  const char* program = getenv("GRADWIRE_FAULT_IN");
+  if (program != nullptr && program != std::string_view(Program())) {
+    // It may be what is started from here.
+    return false;
+  }
+  // Nothing that is started from here.
   unsetenv("LD_PRELOAD");
   if (path == nullptr || under == nullptr) return false;
   directory = under;

@@ -82,7 +82,7 @@ FENCE_SEEDS = (
         "a copy goes though its checkpoint is on the disk again",
         "server/remote_store.cc",
         "      (there.ok() && is_it(there->digest()))) {",
-        "      (there.ok() && removal.digest == removal.ref.name)) {",
+        "      (there.ok() && removal.digest == ref.name)) {",
         (STORAGE,),
     ),
     Seed(
@@ -96,17 +96,17 @@ FENCE_SEEDS = (
     Seed(
         "reserve_not_made_again",
         "on a full disk, what cannot be told is begun",
-        "server/job_journal.cc",
-        "      absl::IsResourceExhausted(room)) {\n    return room;",
-        "      absl::IsAborted(room)) {\n    return room;",
+        "server/job_operations.cc",
+        "      absl::IsResourceExhausted(room) ? room : Log(op);",
+        "      absl::IsAborted(room) ? room : Log(op);",
         ("tests/e2e/test_replay.py::test_a_full_disk_only_makes_it_longer",),
     ),
     Seed(
         "equal_checkpoint_keeps_its_time",
         "what is saved again goes when the one before would have",
         "server/catalogue_times.cc",
-        "  return metadata_->AddCheckpoint(RowOf(ref, *row));",
-        "  return metadata_->LearnCheckpoint(RowOf(ref, *row));",
+        "               : metadata_->AddCheckpoint(known);",
+        "               : metadata_->LearnCheckpoint(known);",
         ("tests/e2e/test_overwrite.py::test_pages_go_on_where_they_were",),
     ),
 )

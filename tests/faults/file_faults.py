@@ -13,6 +13,7 @@ import time
 
 import grpc
 from gradwire._proto.gradwire.v1 import (
+    checkpoints_pb2_grpc,
     jobs_pb2_grpc,
     operations_pb2_grpc,
     sessions_pb2_grpc,
@@ -59,9 +60,10 @@ class _Control(ctypes.Structure):
 
 
 class Fault:
-    """What is to happen at which call; `at` 0 only counts."""
+    """What is to happen at which call of which program; `at` 0 only counts."""
 
-    def __init__(self, path, kind="kill", at=0):
+    def __init__(self, path, kind="kill", at=0, program="gradwired"):
+        self.program = program
         self.path = path
         self.kind = kind
         self.at = at
@@ -74,6 +76,11 @@ class Fault:
 
     def arm(self):
         self._control.armed = 1
+
+    @property
+    def ends_server(self):
+        """Whether it did."""
+        return self.fired and self.kind in KILLS and self.program == "gradwired"
 
     @property
     def fired(self):
@@ -108,6 +115,7 @@ class Server:
             environment["LD_PRELOAD"] = str(find_shim())
             environment["GRADWIRE_FAULT_CONTROL"] = str(fault.path)
             environment["GRADWIRE_FAULT_UNDER"] = os.path.realpath(state)
+            environment["GRADWIRE_FAULT_IN"] = fault.program
         self._begin = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
@@ -172,6 +180,7 @@ class Stubs(calls.Stubs):
         self.sessions = sessions_pb2_grpc.SessionServiceStub(channel)
         self.training = training_pb2_grpc.TrainingServiceStub(channel)
         self.operations = operations_pb2_grpc.OperationServiceStub(channel)
+        self.checkpoints = checkpoints_pb2_grpc.CheckpointServiceStub(channel)
 
 
 class _Deadlines(

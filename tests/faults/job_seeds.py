@@ -67,8 +67,8 @@ JOB_SEEDS = (
         "op_not_logged",
         "an operation is answered before it is in the log, and never is",
         "server/job_operations.cc",
-        "const absl::StatusOr<int64_t> at = Log(op);",
-        "const absl::StatusOr<int64_t> at = int64_t{-1};",
+        "absl::IsResourceExhausted(room) ? room : Log(op);",
+        "absl::StatusOr<int64_t>(-1);",
         (f"{RECOVERY}::test_a_clean_stop_loses_nothing_that_was_accepted",),
     ),
     Seed(

@@ -163,8 +163,11 @@ OPLOG_SEEDS = (
         "log_mending_not_synced",
         "a tail that was cut off comes back",
         "server/oplog/recovery.cc",
-        "GW_RETURN_IF_ERROR(file->Sync());",
-        "",
+        "        GW_RETURN_IF_ERROR(file->WriteAt(position(at), part));\n"
+        "      }\n"
+        "      GW_RETURN_IF_ERROR(file->Sync());",
+        "        GW_RETURN_IF_ERROR(file->WriteAt(position(at), part));\n"
+        "      }",
         ("//server/oplog:crash_test",),
     ),
 )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fault at each file call of a whole server, one call at a time.
+"""A fault at each file call of a whole server, or of its rank, one call at a
+time.
 
 By default a sample of the calls, another one each day. The last line is JSON:
 how many calls each fault can meet, and which were met.
@@ -34,7 +35,6 @@ from fault_promises import (
 from fault_scenarios import SCENARIOS, Client, Died, Refused, Scenario
 from file_faults import (
     FAULTS,
-    KILLS,
     Broken,
     Fault,
     Server,
@@ -132,7 +132,7 @@ def run(scenario, want, folder, kind, at):
         folder / "state",
         ignore=shutil.ignore_patterns("*.sock"),
     )
-    fault = Fault(folder / "control", kind, at)
+    fault = Fault(folder / "control", kind, at, scenario.program)
     logs = folder / "faulty.log", folder / "clean.log"
     try:
         told = suffer(scenario, folder / "state", logs[0], fault)
@@ -180,9 +180,7 @@ def suffer(scenario, state, log, fault):
 
 
 def died(server, fault):
-    return server.ended() == -signal.SIGKILL and (
-        fault.fired and fault.kind in KILLS
-    )
+    return server.ended() == -signal.SIGKILL and fault.ends_server
 
 
 def check_refusal(server, fault):
