@@ -78,14 +78,6 @@ FENCE_SEEDS = (
         (FENCING,),
     ),
     Seed(
-        "removal_of_what_came_back",
-        "a copy goes though its checkpoint is on the disk again",
-        "server/remote_store.cc",
-        "      (there.ok() && is_it(there->digest()))) {",
-        "      (there.ok() && removal.digest == ref.name)) {",
-        (STORAGE,),
-    ),
-    Seed(
         "reserve_kept",
         "on a full disk, what has run is not told",
         "server/job_journal.cc",
