@@ -90,15 +90,23 @@ std::mutex& CheckpointCatalogue::Removals() {
   return mutex;
 }
 
-absl::Status CheckpointCatalogue::Saved(const CheckpointRef& ref,
-                                        bool again) const {
+absl::Status CheckpointCatalogue::Saved(const CheckpointRef& ref, bool again,
+                                        int64_t asked_micros) const {
   // What the metadata may know is of one that was equal and had this name.
   const auto row = ref.snapshot ? GetSnapshot(ref) : GetState(ref, Known());
   if (absl::IsNotFound(row.status())) return absl::OkStatus();
   GW_RETURN_IF_ERROR(row.status());
-  const CheckpointRow known = RowOf(ref, *row);
-  return again ? metadata_->LearnCheckpoint(known)
-               : metadata_->AddCheckpoint(known);
+  CheckpointRow known = RowOf(ref, *row);
+  if (again) {
+    GW_ASSIGN_OR_RETURN(const auto before,
+                        metadata_->FindCheckpoint(ref.path()));
+    // Not of an equal one that this has replaced.
+    if (before.has_value() && before->digest == known.digest &&
+        before->created_microseconds >= asked_micros) {
+      return absl::OkStatus();
+    }
+  }
+  return metadata_->AddCheckpoint(known);
 }
 
 absl::Status CheckpointCatalogue::WillFetch(const CheckpointRef& ref,

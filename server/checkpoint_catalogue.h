@@ -73,8 +73,10 @@ class CheckpointCatalogue {
   absl::Status DeleteExpired(absl::Time now, const BeforeDelete& before,
                              std::vector<Deleted>& deleted) const;
   // It was published: from now on its times are in the metadata. If it has gone
-  // already, nothing is done. `again`: the metadata may know it already.
-  absl::Status Saved(const CheckpointRef& ref, bool again) const;
+  // already, nothing is done. `asked_micros`: when the save was asked for; if
+  // that has run before, the metadata may know it already.
+  absl::Status Saved(const CheckpointRef& ref, bool again,
+                     int64_t asked_micros) const;
   // What comes from elsewhere will be published: it is as old as it was, and
   // does not expire, unless the metadata know better.
   absl::Status WillFetch(const CheckpointRef& ref, const std::string& digest,

@@ -117,19 +117,7 @@ absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Delete(
     const CheckpointRef& ref) const {
   RemoteStore* const remote = context_.remote;
   if (remote == nullptr) return catalogue().Delete(ref);
-  // First, for a delta may be in the store alone.
-  GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));
-  auto row = catalogue().Delete(ref);
-  if (absl::IsNotFound(row.status())) {
-    auto there = remote->Get(ref);
-    if (absl::IsNotFound(there.status())) return row;
-    // One that is damaged goes as well.
-    if (absl::IsDataLoss(there.status())) there = remote->Name(ref);
-    row = std::move(there);
-  }
-  GW_RETURN_IF_ERROR(row.status());
-  GW_RETURN_IF_ERROR(remote->Remove(ref, row->digest()));
-  return row;
+  return remote->Delete(ref);
 }
 
 absl::StatusOr<v1::Checkpoint> CheckpointServiceImpl::Fetch(

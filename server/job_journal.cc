@@ -3,6 +3,7 @@
 // became of them before anybody is told. docs/recovery.md.
 #include "base/log.h"
 #include "base/status.h"
+#include "google/protobuf/util/time_util.h"
 #include "server/failpoint.h"
 #include "server/job.h"
 #include "server/journal_records.h"
@@ -162,8 +163,12 @@ absl::Status Job::RecordSaved(const Operation& op) {
   if (op.record.has_snapshot()) saved = op.record.snapshot().path();
   const auto ref = ParseCatalogueRef(saved, "path");
   if (!ref.ok()) return absl::OkStatus();
-  const absl::Status known = AwaitSpace(
-      [&] { return environment_->catalogue().Saved(*ref, op.is_again); });
+  const absl::Status known = AwaitSpace([&] {
+    return environment_->catalogue().Saved(
+        *ref, op.is_again,
+        google::protobuf::util::TimeUtil::TimestampToMicroseconds(
+            op.record.create_time()));
+  });
   if (absl::IsFailedPrecondition(known) || absl::IsCancelled(known)) {
     return known;  // fenced, or the server stops
   }

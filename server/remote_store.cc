@@ -116,9 +116,12 @@ void RemoteStore::Run() {
   while (true) {
     RunOnce();
     std::unique_lock<std::mutex> lock(mutex_);
-    work_.wait_for(lock, kPause, [this] { return end_ || woken_; });
+    const bool woken =
+        work_.wait_for(lock, kPause, [this] { return end_ || woken_; });
     if (end_) return;
     woken_ = false;
+    // Another server may have removed it.
+    if (!woken) may_have_no_child_ = true;
   }
 }
 
@@ -138,21 +141,10 @@ void RemoteStore::TakeRemovals() {
 }
 
 absl::Status RemoteStore::RemoveOne(const Removal& removal) {
-  // What is seen here must not come back before it has gone.
-  const std::lock_guard<std::mutex> fetching(fetching_);
   const CheckpointRef& ref = removal.ref;
-  const auto there = catalogue_.Get(ref);
   const auto is_it = [&](const std::string& digest) {
     return removal.digest.empty() || removal.digest == digest;
   };
-  // It was to go from the disk, and has not, or has come back; it may be
-  // damaged there.
-  if (absl::IsDataLoss(there.status()) ||
-      (there.ok() && is_it(there->digest()))) {
-    return metadata_->EndRemoval({ref.path(), removal.digest});
-  }
-  // Of a disk that fails nobody knows what has gone from it.
-  if (!there.ok() && !absl::IsNotFound(there.status())) return there.status();
   const auto commit = remote_.Find(ref.path());
   // One that is damaged goes.
   if (!commit.ok() && !absl::IsDataLoss(commit.status())) {
@@ -162,7 +154,21 @@ absl::Status RemoteStore::RemoveOne(const Removal& removal) {
   if (commit.ok() && commit->has_value() && !is_it((*commit)->digest)) {
     return metadata_->EndRemoval({ref.path(), removal.digest});
   }
-  GW_RETURN_IF_ERROR(CheckNoChild(ref));
+  const absl::Status alone = CheckNoChild(ref);
+  // What is not on the disk must not come back before it has gone; and who
+  // fetches something else may do so for long.
+  const std::unique_lock<std::mutex> fetching(fetching_, std::try_to_lock);
+  if (!fetching.owns_lock()) return absl::AbortedError("");
+  const auto there = catalogue_.Get(ref);
+  // It was to go from the disk, and has not, or has come back; it may be
+  // damaged there.
+  if (absl::IsDataLoss(there.status()) ||
+      (there.ok() && is_it(there->digest()))) {
+    return metadata_->EndRemoval({ref.path(), removal.digest});
+  }
+  // Of a disk that fails nobody knows what has gone from it.
+  if (!there.ok() && !absl::IsNotFound(there.status())) return there.status();
+  GW_RETURN_IF_ERROR(alone);
   return RemoveCopy(removal);
 }
 
@@ -171,9 +177,11 @@ void RemoteStore::RemoveDue() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     removals.swap(to_remove_);
-    // The last child may have gone, be it by another server.
-    for (Removal& kept : kept_for_child_) removals.push_back(std::move(kept));
-    kept_for_child_.clear();
+    if (may_have_no_child_) {
+      for (Removal& kept : kept_for_child_) removals.push_back(std::move(kept));
+      kept_for_child_.clear();
+    }
+    may_have_no_child_ = false;
   }
   bool away = false;
   for (const Removal& removal : removals) {
@@ -188,7 +196,7 @@ void RemoteStore::RemoveDue() {
     }
     to_remove_.push_back(removal);
     // It would say so of each.
-    if (away) continue;
+    if (away || absl::IsAborted(status)) continue;
     away = absl::IsUnavailable(status);
     spdlog::warn("{} is not removed from {}: {}", removal.ref.path(), url(),
                  std::string(status.message()));
@@ -332,7 +340,10 @@ absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
   };
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
                       remote_.Store(ref.path(), source));
-  if (!SetStored(ref, commit.digest)) return RemoveCopy({ref, commit.digest});
+  if (!SetStored(ref, commit.digest)) {
+    RemoveLater(ref, commit.digest);
+    return WillRemove(ref, commit.digest);
+  }
   metrics_->CountUploadBytes(commit.bytes());
   spdlog::info("{} is in {}, {} MiB", ref.path(), url(), commit.bytes() >> 20);
   return absl::OkStatus();
@@ -414,14 +425,30 @@ absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
 }
 
 absl::Status RemoteStore::Fetch(const CheckpointRef& ref) {
+  // What is there needs neither the store nor to wait for it. (A snapshot may
+  // need a parent that is not there.)
+  if (!ref.snapshot && files_.Stat(catalogue_.DirectoryOf(ref)).ok()) {
+    return absl::OkStatus();
+  }
   const std::lock_guard<std::mutex> lock(fetching_);
   return FetchOne(ref);
 }
 
-absl::Status RemoteStore::Remove(const CheckpointRef& ref,
-                                 const std::string& digest) {
-  const std::lock_guard<std::mutex> fetching(fetching_);
-  return RemoveCopy({ref, digest});
+absl::StatusOr<v1::Checkpoint> RemoteStore::Delete(const CheckpointRef& ref) {
+  const std::lock_guard<std::mutex> lock(fetching_);
+  // First, for a delta may be in the store alone.
+  GW_RETURN_IF_ERROR(CheckNoChild(ref));
+  auto row = catalogue_.Delete(ref);
+  if (absl::IsNotFound(row.status())) {
+    auto there = Get(ref);
+    if (absl::IsNotFound(there.status())) return row;
+    // One that is damaged goes as well.
+    if (absl::IsDataLoss(there.status())) there = Name(ref);
+    row = std::move(there);
+  }
+  GW_RETURN_IF_ERROR(row.status());
+  GW_RETURN_IF_ERROR(RemoveCopy({ref, row->digest()}));
+  return row;
 }
 
 absl::Status RemoteStore::RemoveCopy(const Removal& removal) {
@@ -439,7 +466,10 @@ absl::Status RemoteStore::RemoveCopy(const Removal& removal) {
   // What was stored or fetched meanwhile is stored once more.
   is_no_longer_stored();
   GW_RETURN_IF_ERROR(metadata_->EndRemoval({ref.path(), removal.digest}));
-  // It may have been the last child of another.
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    may_have_no_child_ = true;
+  }
   Wake();
   return absl::OkStatus();
 }

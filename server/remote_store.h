@@ -52,14 +52,16 @@ class RemoteStore {
   // It is on the disk when this returns, with all that it needs.
   // Errors: those of RemoteCheckpoints::Fetch.
   absl::Status Fetch(const CheckpointRef& ref);
-  // Of what is not on the disk any more: the copy is gone when this returns.
-  // `digest`: what is to go; "": whatever is there.
-  absl::Status Remove(const CheckpointRef& ref, const std::string& digest);
+  // From the disk and from the store, be it in both or in one; not while
+  // anything is fetched. Errors: those of CheckNoChild and of
+  // CheckpointCatalogue::Delete.
+  absl::StatusOr<v1::Checkpoint> Delete(const CheckpointRef& ref);
   // Of what will go from the disk: its copy goes as well, if need be after the
   // next start of the server. Errors: those of Metadata.
   absl::Status WillRemove(const CheckpointRef& ref, const std::string& digest);
-  // Now it has: Remove in the background, however often it has to be tried, and
-  // not before the last delta to it has gone from the store.
+  // Now it has: its copy goes in the background, however often it has to be
+  // tried, and not before the last delta to it has gone from the store.
+  // `digest`: what is to go; "": whatever is there.
   void RemoveLater(const CheckpointRef& ref, const std::string& digest);
   // FAILED_PRECONDITION SNAPSHOT_HAS_CHILDREN: the store has a delta to it.
   absl::Status CheckNoChild(const CheckpointRef& ref);
@@ -69,11 +71,12 @@ class RemoteStore {
   void Run();
   struct Removal {
     CheckpointRef ref;
-    std::string digest;  // as in Remove
+    std::string digest;  // as in RemoveLater
   };
   void TakeRemovals();
+  // ABORTED: something is being fetched.
   absl::Status RemoveOne(const Removal& removal);
-  // With fetching_ held, but for what nobody could fetch yet.
+  // REQUIRES: fetching_ is held.
   absl::Status RemoveCopy(const Removal& removal);
   void RemoveDue();
   void RunOnce();
@@ -107,6 +110,7 @@ class RemoteStore {
   std::set<std::string> saved_;                // since it was looked at
   std::map<std::string, absl::Status> failures_;
   std::deque<Removal> to_remove_, kept_for_child_;
+  bool may_have_no_child_ = false;  // since it was looked at
   std::thread thread_;
 };
 

@@ -97,8 +97,8 @@ FENCE_SEEDS = (
         "equal_checkpoint_keeps_its_time",
         "what is saved again goes when the one before would have",
         "server/catalogue_times.cc",
-        "               : metadata_->AddCheckpoint(known);",
-        "               : metadata_->LearnCheckpoint(known);",
+        "  return metadata_->AddCheckpoint(known);",
+        "  return metadata_->LearnCheckpoint(known);",
         ("tests/e2e/test_overwrite.py::test_pages_go_on_where_they_were",),
     ),
 )

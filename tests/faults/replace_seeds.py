@@ -235,7 +235,7 @@ REPLACE_SEEDS = (
         "parent_of_a_copied_delta_expires",
         "a copy of a base goes when it has expired, whatever needs it",
         "server/remote_store.cc",
-        "  GW_RETURN_IF_ERROR(CheckNoChild(ref));\n  return RemoveCopy(",
+        "  GW_RETURN_IF_ERROR(alone);\n  return RemoveCopy(",
         "  return RemoveCopy(",
         (NEEDED,),
     ),

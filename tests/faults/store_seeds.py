@@ -128,9 +128,10 @@ REMOTE_SEEDS = (
     Seed(
         "parent_goes_before_its_delta",
         "a copy is removed that another one needs",
-        "server/checkpoint_service.cc",
-        "  GW_RETURN_IF_ERROR(remote->CheckNoChild(ref));\n",
-        "",
+        "server/remote_store.cc",
+        "  GW_RETURN_IF_ERROR(CheckNoChild(ref));\n"
+        "  auto row = catalogue_.Delete(ref);",
+        "  auto row = catalogue_.Delete(ref);",
         ("tests/e2e/test_object_storage.py",),
     ),
 )
