@@ -74,7 +74,7 @@ def test_a_forward_takes_it_too(model):
     ref = model.stubs.training.Forward(
         iter([training_pb2.ForwardRequest(header=head)])
     )
-    want = model.forward(wire.datum_stream(DATUMS))
+    want = model.forward(wire.datum_stream(DATUMS), seq=seq + 1)
     for w, g in zip(
         model.logprobs(want, len(DATUMS)),
         model.logprobs(ref, len(DATUMS)),
