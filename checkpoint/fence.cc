@@ -25,16 +25,19 @@ absl::StatusOr<int64_t> HighestEpoch(FileSystem& files,
   return highest;
 }
 
-absl::Status CheckEpoch(FileSystem& files, const std::string& directory,
-                        int64_t epoch) {
-  GW_ASSIGN_OR_RETURN(const int64_t highest, HighestEpoch(files, directory));
-  if (highest <= epoch) return absl::OkStatus();
+absl::Status EpochFenced(int64_t epoch, int64_t highest) {
   return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "EPOCH_FENCED")
       .Server()
       .With("epoch", epoch)
       .With("highest", highest)
       .Message(
           "Another server has taken over this state directory. Stop this one.");
+}
+
+absl::Status CheckEpoch(FileSystem& files, const std::string& directory,
+                        int64_t epoch) {
+  GW_ASSIGN_OR_RETURN(const int64_t highest, HighestEpoch(files, directory));
+  return highest <= epoch ? absl::OkStatus() : EpochFenced(epoch, highest);
 }
 
 absl::Status RaiseEpoch(FileSystem& files, const std::string& directory,

@@ -27,16 +27,20 @@ absl::Status RaiseEpoch(FileSystem& files, const std::string& directory,
 absl::StatusOr<int64_t> HighestEpoch(FileSystem& files,
                                      const std::string& directory);
 
-// FAILED_PRECONDITION EPOCH_FENCED (epoch, highest), if there is a higher one
+// FAILED_PRECONDITION EPOCH_FENCED (epoch, highest): who has `epoch` has lost
+// the lease to `highest`.
+absl::Status EpochFenced(int64_t epoch, int64_t highest);
+
+// EpochFenced, if there is a higher one
 // than `epoch`. A directory that is not there fences nobody.
 absl::Status CheckEpoch(FileSystem& files, const std::string& directory,
                         int64_t epoch);
 
 // `base`, as a process of this epoch may use it: all that makes, renames,
 // exchanges, links or removes a name asks CheckEpoch first, and fails with its
-// error. Files that are open stay so: what a fenced process writes to them has
-// no name by which anybody would read it.
-// `base` outlives what is returned.
+// error. Files that are open stay so: whoever keeps one open under its final
+// name has to say what of it counts (docs/oplog.md). `base` outlives what is
+// returned.
 std::unique_ptr<FileSystem> FencedFileSystem(FileSystem& base,
                                              const std::string& directory,
                                              int64_t epoch);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of the catalogue: their times.
+// What the files of the catalogue share: names, and times of rows.
 #pragma once
 
 #include <cstdint>

@@ -246,12 +246,12 @@ absl::StatusOr<Job::Handle*> Job::Attach(
   row.session_id = handle->session_id;
   row.request = request.SerializeAsString();
   row.attached = handle->attached;
-  // In this order: a handle that is known has taken over, a record without one
-  // means nothing.
   if (const absl::Status room = environment_->reserve->Hold();
       absl::IsResourceExhausted(room)) {
     return room;
   }
+  // In this order: a handle that is known has taken over, a record without one
+  // means nothing.
   GW_ASSIGN_OR_RETURN(handle->reset->logged_at, Log(handle->reset));
   GW_RETURN_IF_ERROR(environment_->metadata->AddHandle(id_, row));
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/metadata/metadata.h"
 
-#include "base/error.h"
 #include "base/status.h"
+#include "checkpoint/fence.h"
 
 namespace gradwire {
 namespace {
@@ -117,14 +117,7 @@ absl::Status Metadata::TransactOnce(
                           database_->Prepare("SELECT epoch FROM lease"));
       GW_RETURN_IF_ERROR(lease.Step().status());
       if (const int64_t highest = lease.Int(0); highest != epoch_) {
-        return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
-                            "EPOCH_FENCED")
-            .Server()
-            .With("epoch", epoch_)
-            .With("highest", highest)
-            .Message(
-                "Another server has taken over this state directory. Stop "
-                "this one.");
+        return EpochFenced(epoch_, highest);
       }
     }
     GW_RETURN_IF_ERROR(write());

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/status.h"
+#include "checkpoint/fence.h"
 #include "server/oplog/payload_hash.h"
 #include "server/oplog/segment_reader.h"
 

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/status.h"
+#include "checkpoint/fence.h"
 #include "server/oplog/format.h"
 #include "server/oplog/segment_reader.h"
 
@@ -88,16 +89,6 @@ absl::Status OplogCorrupt(const std::string& segment, int64_t offset,
                ": " + what +
                ", although it had been synced. Keep the directory for "
                "analysis, and restore the job from its last checkpoint.");
-}
-
-absl::Status EpochFenced(int64_t epoch, int64_t highest) {
-  return ErrorBuilder(absl::StatusCode::kFailedPrecondition, "EPOCH_FENCED")
-      .Server()
-      .With("epoch", epoch)
-      .With("highest", highest)
-      .Message("The op-log belongs to epoch " + std::to_string(highest) +
-               " and takes nothing from epoch " + std::to_string(epoch) +
-               ". Stop this server: another one has taken the job over.");
 }
 
 absl::StatusOr<OplogFindings> ExamineOplog(FileSystem& files,

@@ -53,6 +53,5 @@ absl::Status MendOplog(FileSystem& files, const std::string& directory,
 // Also for damage that is found later.
 absl::Status OplogCorrupt(const std::string& segment, int64_t offset,
                           const std::string& what);
-absl::Status EpochFenced(int64_t epoch, int64_t highest);
 
 }  // namespace gradwire

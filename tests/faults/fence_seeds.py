@@ -15,8 +15,8 @@ FENCE_SEEDS = (
         "epoch_unchecked_on_publish",
         "who has lost the lease publishes and deletes all the same",
         "checkpoint/fence.cc",
-        "  if (highest <= epoch) return absl::OkStatus();",
-        "  if (highest <= epoch || epoch > 0) return absl::OkStatus();",
+        "return highest <= epoch ? absl::OkStatus() :",
+        "return epoch > 0 ? absl::OkStatus() :",
         (FENCE, FENCING),
     ),
     Seed(
