@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// In the background: what is stored, and what goes from the store. What
+// requests ask for is in remote_requests.cc.
 #include "server/remote_store.h"
 
 #include <algorithm>
@@ -22,26 +24,6 @@ constexpr auto kPause = std::chrono::seconds(30);
 // Of links to what is being stored, hidden, and known to RemoveLeftovers.
 constexpr const char* kLinkEnd = "~storing.pending";
 constexpr int kMostReplacements = 16;
-constexpr const char* kFolders[] = {"checkpoints", "snapshots"};
-
-v1::Checkpoint RowOf(const CheckpointRef& ref, const RemoteCommit& commit,
-                     const std::string& url) {
-  v1::Checkpoint row;
-  row.set_path("gradwire://" + ref.path());
-  row.set_job_id(ref.job_id);
-  row.set_name(ref.name);
-  row.set_kind(!ref.snapshot           ? "training"
-               : commit.parent.empty() ? "base"
-                                       : "delta");
-  row.set_parent(commit.parent);
-  row.set_bytes(commit.bytes());
-  row.set_digest(commit.digest);
-  row.set_object_url(url + "/" + ref.path());
-  row.mutable_create_time()->set_seconds(commit.created_micros / 1'000'000);
-  row.mutable_create_time()->set_nanos(
-      static_cast<int32_t>(commit.created_micros % 1'000'000 * 1000));
-  return row;
-}
 
 absl::Status Replaced(const CheckpointRef& ref) {
   return ErrorBuilder(absl::StatusCode::kAborted, "CHECKPOINT_REPLACED")
@@ -108,8 +90,6 @@ void RemoteStore::Fill(const CheckpointRef& ref, v1::Checkpoint& row) const {
     *row.mutable_upload_error() = ToOperationError(failure->second);
   }
 }
-
-// ---- In the background ----
 
 void RemoteStore::Run() {
   TakeRemovals();
@@ -301,15 +281,14 @@ absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
                                          v1::Checkpoint& row) const {
   // Snapshots are never replaced.
   if (ref.snapshot) return false;
-  FileSystem& files = files_;
   const std::string directory = catalogue_.DirectoryOf(ref);
   for (int i = 0; i < kMostReplacements; ++i) {
-    GW_RETURN_IF_ERROR(RemoveIfThere(files, link));
-    const auto linked = LinkState(files, directory, link);
+    GW_RETURN_IF_ERROR(RemoveIfThere(files_, link));
+    const auto linked = LinkState(files_, directory, link);
     if (absl::IsResourceExhausted(linked.status())) return false;
     GW_RETURN_IF_ERROR(linked.status());
     if (!*linked) return false;
-    GW_ASSIGN_OR_RETURN(const auto reader, StateReader::Open(files, link));
+    GW_ASSIGN_OR_RETURN(const auto reader, StateReader::Open(files_, link));
     if (reader->summary().digest == row.digest()) return true;
     // It was replaced since it was looked at.
     GW_ASSIGN_OR_RETURN(row, catalogue_.Get(ref));
@@ -347,160 +326,6 @@ absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
   metrics_->CountUploadBytes(commit.bytes());
   spdlog::info("{} is in {}, {} MiB", ref.path(), url(), commit.bytes() >> 20);
   return absl::OkStatus();
-}
-
-// ---- For requests ----
-
-absl::StatusOr<v1::Checkpoint> RemoteStore::Get(const CheckpointRef& ref) {
-  GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
-  if (!commit.has_value()) return RemoteCheckpoints::Missing(ref.path());
-  return RowOf(ref, *commit, url());
-}
-
-v1::Checkpoint RemoteStore::Name(const CheckpointRef& ref) const {
-  return RowOf(ref, {}, url());
-}
-
-absl::StatusOr<std::vector<v1::Checkpoint>> RemoteStore::List(
-    const std::string& job_id) {
-  std::vector<std::string> jobs = {job_id};
-  if (job_id.empty()) {
-    GW_ASSIGN_OR_RETURN(jobs, store_->ListSegments("jobs/"));
-  }
-  std::vector<v1::Checkpoint> rows;
-  for (const std::string& job : jobs) {
-    for (const char* folder : kFolders) {
-      GW_ASSIGN_OR_RETURN(const auto names,
-                          remote_.ListNames("jobs/" + job + "/" + folder));
-      for (const std::string& name : names) {
-        if (!CheckName(name, "name").ok()) continue;
-        const CheckpointRef ref = {job, name, folder == kFolders[1]};
-        auto row = Get(ref);
-        if (absl::IsNotFound(row.status())) continue;  // deleted meanwhile
-        if (absl::IsUnavailable(row.status())) return row.status();
-        if (!row.ok()) {
-          const absl::Status why = row.status();
-          row = Name(ref);
-          *row->mutable_error() = ToOperationError(why);
-        }
-        rows.push_back(*std::move(row));
-      }
-    }
-  }
-  return rows;
-}
-
-absl::Status RemoteStore::FetchOne(const CheckpointRef& ref) {
-  const std::string directory = catalogue_.DirectoryOf(ref);
-  FileSystem& files = files_;
-  const auto there = files.Stat(directory);
-  if (!absl::IsNotFound(there.status())) {
-    GW_RETURN_IF_ERROR(there.status());
-    const auto row = catalogue_.Get(ref);
-    if (!row.ok() || row->parent().empty()) return absl::OkStatus();
-    return FetchOne({ref.job_id, row->parent(), true});
-  }
-  GW_ASSIGN_OR_RETURN(const auto commit, remote_.Find(ref.path()));
-  if (!commit.has_value()) return RemoteCheckpoints::Missing(ref.path());
-  // What a delta applies to comes first.
-  if (!commit->parent.empty()) {
-    GW_RETURN_IF_ERROR(CheckName(commit->parent, "parent"));
-    GW_RETURN_IF_ERROR(FetchOne({ref.job_id, commit->parent, true}));
-  }
-  GW_RETURN_IF_ERROR(MakeDirectories(files, gradwire::DirectoryOf(directory)));
-  // Before anybody sees it, who would take it for a new one.
-  GW_RETURN_IF_ERROR(catalogue_.WillFetch(ref, commit->digest,
-                                          RowOf(ref, *commit, url()).kind(),
-                                          commit->created_micros));
-  GW_RETURN_IF_ERROR(remote_.Fetch(ref.path(), directory).status());
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    // Unless a save has taken the name since.
-    if (saved_.count(ref.path()) == 0) stored_[ref.path()] = commit->digest;
-  }
-  spdlog::info("{} was fetched from {}", ref.path(), url());
-  if (commit->parent.empty()) return absl::OkStatus();
-  // It may have expired again before anything on the disk needed it.
-  return FetchOne({ref.job_id, commit->parent, true});
-}
-
-absl::Status RemoteStore::Fetch(const CheckpointRef& ref) {
-  // What is there needs neither the store nor to wait for it. (A snapshot may
-  // need a parent that is not there.)
-  if (!ref.snapshot && files_.Stat(catalogue_.DirectoryOf(ref)).ok()) {
-    return absl::OkStatus();
-  }
-  const std::lock_guard<std::mutex> lock(fetching_);
-  return FetchOne(ref);
-}
-
-absl::StatusOr<v1::Checkpoint> RemoteStore::Delete(const CheckpointRef& ref) {
-  const std::lock_guard<std::mutex> lock(fetching_);
-  // First, for a delta may be in the store alone.
-  GW_RETURN_IF_ERROR(CheckNoChild(ref));
-  auto row = catalogue_.Delete(ref);
-  if (absl::IsNotFound(row.status())) {
-    auto there = Get(ref);
-    if (absl::IsNotFound(there.status())) return row;
-    // One that is damaged goes as well.
-    if (absl::IsDataLoss(there.status())) there = Name(ref);
-    row = std::move(there);
-  }
-  GW_RETURN_IF_ERROR(row.status());
-  GW_RETURN_IF_ERROR(RemoveCopy({ref, row->digest()}));
-  return row;
-}
-
-absl::Status RemoteStore::RemoveCopy(const Removal& removal) {
-  const CheckpointRef& ref = removal.ref;
-  const auto is_no_longer_stored = [&] {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stored_.erase(ref.path());
-    failures_.erase(ref.path());
-  };
-  // What is interrupted, the next server ends; one that has lost its lease does
-  // not begin.
-  GW_RETURN_IF_ERROR(WillRemove(ref, removal.digest));
-  is_no_longer_stored();
-  GW_RETURN_IF_ERROR(remote_.Remove(ref.path()));
-  // What was stored or fetched meanwhile is stored once more.
-  is_no_longer_stored();
-  GW_RETURN_IF_ERROR(metadata_->EndRemoval({ref.path(), removal.digest}));
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    may_have_no_child_ = true;
-  }
-  Wake();
-  return absl::OkStatus();
-}
-
-absl::Status RemoteStore::CheckNoChild(const CheckpointRef& ref) {
-  if (!ref.snapshot) return absl::OkStatus();
-  const std::string folder = "jobs/" + ref.job_id + "/" + kFolders[1];
-  GW_ASSIGN_OR_RETURN(const auto names, remote_.ListNames(folder));
-  for (const std::string& name : names) {
-    const auto commit = remote_.Find(folder + "/" + name);
-    // One that is damaged says of no parent.
-    if (absl::IsUnavailable(commit.status())) return commit.status();
-    if (commit.ok() && commit->has_value() && (*commit)->parent == ref.name) {
-      return SnapshotHasChildren(ref.name, name);
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status RemoteStore::WillRemove(const CheckpointRef& ref,
-                                     const std::string& digest) {
-  return metadata_->AddRemoval({ref.path(), digest});
-}
-
-void RemoteStore::RemoveLater(const CheckpointRef& ref,
-                              const std::string& digest) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    to_remove_.push_back({ref, digest});
-  }
-  Wake();
 }
 
 }  // namespace gradwire

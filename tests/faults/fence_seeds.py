@@ -47,7 +47,7 @@ FENCE_SEEDS = (
     Seed(
         "fetched_as_new",
         "what is fetched is the newest of its job",
-        "server/remote_store.cc",
+        "server/remote_requests.cc",
         "                                          commit->created_micros));",
         "                                          int64_t{9} << 50));",
         (STORAGE,),

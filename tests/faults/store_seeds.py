@@ -128,7 +128,7 @@ REMOTE_SEEDS = (
     Seed(
         "parent_goes_before_its_delta",
         "a copy is removed that another one needs",
-        "server/remote_store.cc",
+        "server/remote_requests.cc",
         "  GW_RETURN_IF_ERROR(CheckNoChild(ref));\n"
         "  auto row = catalogue_.Delete(ref);",
         "  auto row = catalogue_.Delete(ref);",
