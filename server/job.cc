@@ -300,7 +300,7 @@ bool Job::busy() const {
   for (const Flight& flight : in_flight_) {
     if (flight.purpose == Flight::kOperation) return true;
   }
-  return saving_.has_value() || committing_ || !ended_.empty();
+  return IsSaving() || committing_ || !ended_.empty();
 }
 
 v1::Job Job::WaitForChange(int64_t& version, absl::Duration timeout) const {

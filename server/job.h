@@ -247,8 +247,20 @@ class Job {
     bool saves() const {
       return purpose == kSavePoint ||
              (purpose == kOperation &&
-              op->kind == v1::OPERATION_KIND_SAVE_STATE);
+              op->kind == v1::OPERATION_KIND_SAVE_STATE) ||
+             SavesSnapshot();
     }
+    bool SavesSnapshot() const {
+      return purpose == kOperation &&
+             op->kind == v1::OPERATION_KIND_SAVE_SNAPSHOT;
+    }
+  };
+  // A save that goes on, beside what is in flight; if there is one.
+  struct Save {
+    // Its id is that of the ranks' writing, or 0 once they have answered it.
+    std::optional<Flight> flight;
+    // Set once they have: with what the save is to be ended.
+    std::optional<v1::RankEndSave> end;
   };
   // What the executor is to send.
   struct Next {
@@ -295,11 +307,18 @@ class Job {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool WaitsForSave(const Operation& op) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool IsSaving() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return state_save_.flight.has_value() || snapshot_save_.flight.has_value();
+  }
+  Save& SaveOf(const Flight& flight) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    return flight.SavesSnapshot() ? snapshot_save_ : state_save_;
+  }
   // Whether what the ranks have written may appear.
-  bool MayEndSave() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void OnWritten(const v1::RankDone& written)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  Next EndSave() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool MayEndSave(const Save& save) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether it was the answer to one.
+  bool OnWritten(const v1::RankDone& done) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Next EndSave(Save& save) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void DropSaves() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Whether a save that has ended made this.
   bool HasSaved(const std::string& path, const std::string& digest) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -496,11 +515,8 @@ class Job {
   std::deque<OperationPtr> again_;
   // Sent, in order.
   std::deque<Flight> in_flight_;
-  // The save that goes on, beside what is in flight. Its id is that of the
-  // ranks' writing, or 0 once they have answered it.
-  std::optional<Flight> saving_;
-  // Set once they have: with what the save is to be ended.
-  std::optional<v1::RankEndSave> end_save_;
+  // Of a checkpoint, which may be a recovery point; of a snapshot.
+  Save state_save_, snapshot_save_;
   int64_t next_command_ = 1;
   std::map<std::string, Activation> activations_;
   // Ended operations with results, oldest first.

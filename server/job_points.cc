@@ -27,8 +27,9 @@ std::string Job::PointDirectory(const RecoveryPoint& point) const {
 }
 
 bool Job::PointDue(const OperationPtr& op) const {
-  if (spec_.forward_only() || saving_.has_value() ||
-      Clock::now() < no_point_before_) {
+  if (spec_.forward_only() || Clock::now() < no_point_before_) return false;
+  if (state_save_.flight.has_value() &&
+      state_save_.flight->purpose == Flight::kSavePoint) {
     return false;
   }
   // What is loaded is kept for as long as it may be loaded again.

@@ -80,13 +80,19 @@ std::optional<Job::Next> Job::TakeNext() {
     next.id = next_command_++;
     return next;
   }
-  if (end_save_.has_value() && MayEndSave()) return EndSave();
+  for (Save* save : {&state_save_, &snapshot_save_}) {
+    if (MayEndSave(*save)) return EndSave(*save);
+  }
   if (stage_ == Stage::kLoadPoint || stage_ == Stage::kReplay) {
     return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
   }
   // The ranks' failure is known before the job's state says so.
   if (stage_ != Stage::kRunning || !job_.ready()) return std::nullopt;
-  if (save_after_ != nullptr) return SavePoint();
+  if (save_after_ != nullptr) {
+    // A save that has not ended begins again with what came before it, and so
+    // with no later point; and only one checkpoint is written at a time.
+    return IsSaving() ? std::nullopt : std::optional<Next>(SavePoint());
+  }
   if (again_.empty() && !control_.empty() && !WaitsForSave(*control_.front())) {
     OperationPtr op = control_.front();
     control_.pop_front();
@@ -118,7 +124,7 @@ Job::Next Job::Launch(Flight flight) {
   next.id = next_command_++;
   flight.id = next.id;
   if (flight.saves()) {
-    saving_ = std::move(flight);
+    SaveOf(flight).flight = std::move(flight);
   } else {
     in_flight_.push_back(std::move(flight));
   }

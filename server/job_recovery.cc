@@ -104,10 +104,13 @@ void Job::TakeBackFlights(const absl::Status& status) {
     op->is_again = true;
     again_.push_back(op);
   };
-  // Unless its second command is in flight.
-  if (saving_.has_value() && saving_->purpose == Flight::kOperation &&
-      (saving_->id != 0 || end_save_.has_value())) {
-    take(saving_->op);
+  for (const Save* save : {&state_save_, &snapshot_save_}) {
+    // Unless its second command is in flight.
+    if (save->flight.has_value() &&
+        save->flight->purpose == Flight::kOperation &&
+        (save->flight->id != 0 || save->end.has_value())) {
+      take(save->flight->op);
+    }
   }
   bool first = true;
   for (const Flight& flight : in_flight_) {
@@ -128,8 +131,7 @@ void Job::TakeBackFlights(const absl::Status& status) {
   std::sort(again_.begin(), again_.end(), [](const auto& a, const auto& b) {
     return std::pair(a->handle, a->seq) < std::pair(b->handle, b->seq);
   });
-  saving_.reset();
-  end_save_.reset();
+  DropSaves();
   in_flight_.clear();
   save_after_ = nullptr;
 }
@@ -201,8 +203,9 @@ OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
     save = current_->queue.Find(current_->queue.next_seq());
   }
   // A handle that has taken over comes after all of the one before it.
-  if (save == nullptr || save->kind != v1::OPERATION_KIND_SAVE_STATE ||
-      save->Ended() ||
+  if (save == nullptr || save->Ended() ||
+      (save->kind != v1::OPERATION_KIND_SAVE_STATE &&
+       save->kind != v1::OPERATION_KIND_SAVE_SNAPSHOT) ||
       std::pair(save->handle, save->seq) > std::pair(op->handle, op->seq)) {
     return nullptr;
   }

@@ -31,8 +31,7 @@ void Job::OnLogprobs(GroupEvent& event) {
 
 void Job::OnDone(const GroupEvent& event) {
   const v1::RankDone& done = event.done;
-  if (saving_.has_value() && saving_->id == done.command_id()) {
-    OnWritten(done);
+  if (OnWritten(done)) {
     work_.SignalAll();
     return;
   }
@@ -42,7 +41,7 @@ void Job::OnDone(const GroupEvent& event) {
   if (found == in_flight_.end()) return;
   const Flight flight = std::move(*found);
   in_flight_.erase(found);
-  if (flight.saves()) saving_.reset();
+  if (flight.saves()) SaveOf(flight) = {};
   // While it recovers, a job is where its log says.
   const bool replays =
       flight.purpose == Flight::kReplay || flight.purpose == Flight::kLoadPoint;
@@ -118,8 +117,6 @@ void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
       break;
     case v1::RankDone::kSnapshot:
       *record.mutable_snapshot() = done.snapshot();
-      record.mutable_snapshot()->set_weight_version(done.weight_version());
-      record.mutable_snapshot()->set_optimizer_step(done.optimizer_step());
       break;
     case v1::RankDone::kSaveState:
       *record.mutable_save_state() = done.save_state();
@@ -209,12 +206,14 @@ void Job::FailOperations() {
     }
   }
   in_flight_.clear();
-  if (saving_.has_value() && saving_->purpose == Flight::kOperation &&
-      !saving_->op->Ended()) {
-    Finish(saving_->op, v1::OPERATION_STATE_FAILED, error);
+  for (const Save* save : {&state_save_, &snapshot_save_}) {
+    if (save->flight.has_value() &&
+        save->flight->purpose == Flight::kOperation &&
+        !save->flight->op->Ended()) {
+      Finish(save->flight->op, v1::OPERATION_STATE_FAILED, error);
+    }
   }
-  saving_.reset();
-  end_save_.reset();
+  DropSaves();
   for (std::deque<OperationPtr>* queue : {&again_, &control_}) {
     for (const OperationPtr& op : *queue) {
       Finish(op, v1::OPERATION_STATE_FAILED, error);

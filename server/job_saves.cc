@@ -11,21 +11,25 @@
 namespace gradwire {
 
 bool Job::WaitsForSave(const OpQueue& queue) const {
-  if (!saving_.has_value()) return false;
+  if (!IsSaving()) return false;
   const OperationPtr next = queue.Find(queue.next_seq());
   return next != nullptr && WaitsForSave(*next);
 }
 
 bool Job::WaitsForSave(const Operation& op) const {
+  if (op.kind == v1::OPERATION_KIND_SAVE_SNAPSHOT) {
+    return snapshot_save_.flight.has_value();
+  }
   // A load may be of what is being saved.
-  return saving_.has_value() &&
+  return state_save_.flight.has_value() &&
          (op.kind == v1::OPERATION_KIND_SAVE_STATE || op.loads);
 }
 
-bool Job::MayEndSave() const {
-  const OperationPtr& op = saving_->op;
-  if (saving_->purpose != Flight::kOperation || op->replaces.empty() ||
-      end_save_->has_error()) {
+bool Job::MayEndSave(const Save& save) const {
+  if (!save.end.has_value()) return false;
+  const OperationPtr& op = save.flight->op;
+  if (save.flight->purpose != Flight::kOperation || op->replaces.empty() ||
+      save.end->has_error()) {
     return true;
   }
   // What it replaces is what earlier ones, run again, would find: when all of
@@ -39,24 +43,34 @@ bool Job::MayEndSave() const {
          std::none_of(recording_.begin(), recording_.end(), comes_before);
 }
 
-void Job::OnWritten(const v1::RankDone& written) {
-  saving_->id = 0;
-  end_save_.emplace();
-  if (written.has_error()) *end_save_->mutable_error() = written.error();
+bool Job::OnWritten(const v1::RankDone& done) {
+  for (Save* save : {&state_save_, &snapshot_save_}) {
+    if (!save->flight.has_value() || save->flight->id != done.command_id()) {
+      continue;
+    }
+    save->flight->id = 0;
+    save->end.emplace().set_snapshot(save->flight->SavesSnapshot());
+    if (done.has_error()) *save->end->mutable_error() = done.error();
+    return true;
+  }
+  return false;
 }
 
-Job::Next Job::EndSave() {
+Job::Next Job::EndSave(Save& save) {
   Next next;
   next.id = next_command_++;
-  *next.request.command.mutable_end_save() = *std::move(end_save_);
-  end_save_.reset();
-  Flight flight = *std::move(saving_);
-  flight.id = next.id;
+  *next.request.command.mutable_end_save() = *std::move(save.end);
+  save.end.reset();
   // Until it is answered no other save begins.
-  saving_ = flight;
-  saving_->id = 0;
+  Flight flight = *save.flight;
+  flight.id = next.id;
   in_flight_.push_back(std::move(flight));
   return next;
+}
+
+void Job::DropSaves() {
+  state_save_ = {};
+  snapshot_save_ = {};
 }
 
 bool Job::HasSaved(const std::string& path, const std::string& digest) const {

@@ -79,7 +79,8 @@ bool RankWorker::Execute(v1::RankCommand command) {
   const absl::Status status = Run(command, done);
   datums_.clear();
   gradients_.clear();
-  if (command.has_save_state() && status.ok()) return true;
+  const bool saves = command.has_save_state() || command.has_save_snapshot();
+  if (saves && status.ok()) return true;
   if (!status.ok()) {
     done.clear_result();
     *done.mutable_error() = ToOperationError(status);
@@ -125,11 +126,14 @@ absl::Status RankWorker::Run(const v1::RankCommand& command,
       done.mutable_zero_grad();
       return absl::OkStatus();
     case v1::RankCommand::kSaveSnapshot:
-      return SaveSnapshot(command.save_snapshot(), done);
+      BeginSnapshot(command.save_snapshot(), done);
+      return absl::OkStatus();
     case v1::RankCommand::kSaveState:
       return BeginSave(command.save_state(), done);
     case v1::RankCommand::kEndSave:
-      return EndSave(command.end_save(), done);
+      return command.end_save().snapshot()
+                 ? EndSnapshot(command.end_save(), done)
+                 : EndSave(command.end_save(), done);
     case v1::RankCommand::kLoadState:
       return LoadState(command.load_state(), done);
     case v1::RankCommand::kReleaseActivationId:
@@ -269,71 +273,6 @@ absl::Status RankWorker::OptimStep(const v1::AdamParams& params,
   CopyMetrics(outcome.metrics, *result.mutable_metrics());
   *result.mutable_effective() = EncodeAdamParams(decoded);
   GW_ASSIGN_OR_RETURN(*done.mutable_state_digest(), trainer_->StateDigest());
-  return absl::OkStatus();
-}
-
-absl::Status RankWorker::SaveSnapshot(const v1::RankSaveSnapshot& command,
-                                      v1::RankDone& done) {
-  SnapshotOptions options;
-  options.directory = command.directory();
-  options.parent = command.parent();
-  options.ttl_seconds = command.ttl_seconds();
-  options.job = command.job_id();
-  options.operation = command.operation();
-  options.base_model = command.base_model();
-  if (command.kind() == v1::SNAPSHOT_KIND_AUTO) {
-    options.type = SnapshotType::kAuto;
-  } else if (command.kind() == v1::SNAPSHOT_KIND_DELTA) {
-    options.type = SnapshotType::kDelta;
-  }
-  GW_ASSIGN_OR_RETURN(ExportOutcome outcome, trainer_->SaveSnapshot(options));
-  v1::SnapshotResult& result = *done.mutable_snapshot();
-  result.set_path(command.path());
-  result.set_local_path(command.directory());
-  result.set_type(outcome.type);
-  result.set_parent(outcome.parent);
-  result.set_bytes(outcome.bytes);
-  result.set_digest(outcome.digest);
-  result.set_weight_id(outcome.weight_id);
-  result.set_reason(outcome.reason);
-  return absl::OkStatus();
-}
-
-absl::Status RankWorker::BeginSave(const v1::RankSaveState& command,
-                                   const v1::RankDone& done) {
-  v1::RankEvent event;
-  *event.mutable_done() = done;
-  event.mutable_done()->set_weight_version(trainer_->weight_version());
-  event.mutable_done()->set_optimizer_step(trainer_->optimizer_step());
-  event.mutable_done()->mutable_save_state();
-  saving_ = command;
-  return trainer_->BeginSave(command.directory(), command.replaces(),
-                             [this, event](const absl::Status& status) mutable {
-                               if (!status.ok()) {
-                                 event.mutable_done()->clear_result();
-                                 *event.mutable_done()->mutable_error() =
-                                     ToOperationError(status);
-                               }
-                               link_.Send(event);
-                             });
-}
-
-absl::Status RankWorker::EndSave(const v1::RankEndSave& command,
-                                 v1::RankDone& done) {
-  if (command.has_error()) {
-    trainer_->AbandonSave();
-    return FromOperationError(command.error());
-  }
-  GW_ASSIGN_OR_RETURN(const SavedState saved,
-                      trainer_->PublishSave({saving_.attributes().begin(),
-                                             saving_.attributes().end()}));
-  v1::SaveStateResult& result = *done.mutable_save_state();
-  result.set_path(saving_.path());
-  result.set_local_path(saving_.directory());
-  result.set_bytes(saved.bytes);
-  result.set_digest(saved.digest);
-  result.set_weight_version(saved.weight_version);
-  result.set_optimizer_step(saved.optimizer_step);
   return absl::OkStatus();
 }
 

@@ -3,6 +3,7 @@
 // in rank_load.cc.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,12 +34,16 @@ class RankWorker {
                        v1::RankDone& done);
   absl::Status Backward(const v1::RankBackward& command, v1::RankDone& done);
   absl::Status OptimStep(const v1::AdamParams& params, v1::RankDone& done);
-  absl::Status SaveSnapshot(const v1::RankSaveSnapshot& command,
-                            v1::RankDone& done);
+  // Saves run beside what follows them: rank_saves.cc. What tells of the end of
+  // this rank's part, with the versions that are saved.
+  std::function<void(const absl::Status&)> AnswerOf(v1::RankDone done);
   // OK: its own thread answers.
   absl::Status BeginSave(const v1::RankSaveState& command,
                          const v1::RankDone& done);
+  void BeginSnapshot(const v1::RankSaveSnapshot& command,
+                     const v1::RankDone& done);
   absl::Status EndSave(const v1::RankEndSave& command, v1::RankDone& done);
+  absl::Status EndSnapshot(const v1::RankEndSave& command, v1::RankDone& done);
   absl::Status LoadState(const v1::RankLoadState& command, v1::RankDone& done);
   absl::Status Run(const v1::RankCommand& command, v1::RankDone& done);
 
@@ -67,6 +72,7 @@ class RankWorker {
   std::unique_ptr<Trainer> trainer_;
   // What is being saved.
   v1::RankSaveState saving_;
+  v1::RankSaveSnapshot saving_snapshot_;
   // Resident before the trainer's first allocation.
   int64_t other_bytes_ = 0;
   // Of the command that follows.

@@ -130,8 +130,8 @@ std::vector<TensorInfo> TensorsOf(const ParamTable& table, DType dtype) {
 absl::Status ReadParameters(
     const ParamTable& table, const ShardLayout& layout, UnitWeights& weights,
     Device& device, Stream& stream,
-    const std::function<void(const void* data, int64_t elements)>& append) {
-  std::vector<char> staging;
+    const std::function<void(std::vector<char> bytes, int64_t elements)>&
+        append) {
   auto row = table.rows().begin();
   for (int unit = 0; unit < layout.num_units(); ++unit) {
     const ShardUnit& u = layout.unit(unit);
@@ -142,9 +142,9 @@ absl::Status ReadParameters(
             std::min(kSnapshotPieceElements, row->num_elements - begin);
         const int64_t at = row->offset - u.begin + begin;
         const Tensor part = held.values().Rows(at, at + count);
-        staging.resize(part.bytes());
-        device.CopyToHost(stream, part, staging.data());
-        append(staging.data(), count);
+        std::vector<char> bytes(static_cast<size_t>(part.bytes()));
+        device.CopyToHost(stream, part, bytes.data());
+        append(std::move(bytes), count);
         begin += count;
       }
     }

@@ -40,11 +40,13 @@ std::vector<TensorInfo> TensorsOf(const ParamTable& table, DType dtype);
 
 // Hands the parameters to `append` in the table's order, each in pieces of
 // kSnapshotPieceElements, without ever holding more than a unit of them. All
-// ranks call it; an empty `append` only hands out the weights this rank holds.
+// ranks among which the model is sharded call it; an empty `append` only hands
+// out the weights this rank holds.
 absl::Status ReadParameters(
     const ParamTable& table, const ShardLayout& layout, UnitWeights& weights,
     Device& device, Stream& stream,
-    const std::function<void(const void* data, int64_t elements)>& append);
+    const std::function<void(std::vector<char> bytes, int64_t elements)>&
+        append);
 
 // What belongs to a model beside its weights: the source's config.json with
 // the weights' dtype in it, and the tokenizer's files.

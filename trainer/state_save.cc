@@ -26,31 +26,17 @@ StateSave::StateSave(FileSystem& files, std::string directory, Part part,
     : files_(files),
       directory_(std::move(directory)),
       part_(std::move(part)),
-      stream_(part_.device.NewStream()),
+      reader_(part_.device),
       thread_([this, written = std::move(written)] {
         const absl::Status status = Write();
         // Nobody waits for what will not be written.
-        SetRead(part_.layout.num_units());
+        reader_.SetRead(part_.layout.num_units());
         written(status);
       }) {}
 
 StateSave::~StateSave() {
-  {
-    const std::lock_guard lock(mutex_);
-    given_up_ = true;
-  }
+  reader_.GiveUp();
   thread_.join();
-}
-
-void StateSave::AwaitRead(int unit) const {
-  std::unique_lock lock(mutex_);
-  read_.wait(lock, [&] { return units_read_ > unit; });
-}
-
-void StateSave::SetRead(int unit) {
-  const std::lock_guard lock(mutex_);
-  units_read_ = unit;
-  read_.notify_all();
 }
 
 absl::Status StateSave::Write() {
@@ -58,7 +44,7 @@ absl::Status StateSave::Write() {
                       StateWriter::Create(files_, directory_, part_.rank));
   for (int unit = 0; unit < part_.layout.num_units(); ++unit) {
     GW_RETURN_IF_ERROR(WriteUnit(unit, *writer));
-    SetRead(unit + 1);
+    reader_.SetRead(unit + 1);
   }
   return writer->Finish();
 }
@@ -78,27 +64,17 @@ absl::Status StateSave::WriteUnit(int unit, StateWriter& writer) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<const void*> StateSave::InHostMemory(const Tensor& values,
-                                                    int64_t begin, int64_t n,
-                                                    std::vector<char>& copy) {
-  const Tensor part = values.Rows(begin, begin + n);
-  if (part_.device.IsHostMemory()) return part.raw();
-  copy.resize(static_cast<size_t>(part.bytes()));
-  part_.device.CopyToHost(*stream_, part, copy.data());
-  GW_RETURN_IF_ERROR(stream_->Finish());
-  return copy.data();
-}
-
 absl::Status StateSave::WriteValues(const Tensor& values,
                                     const ShardPiece& piece,
                                     StateWriter& writer) {
   const int64_t element = DTypeBytes(values.dtype());
   std::vector<char> copy;
   for (int64_t done = 0; done < piece.size();) {
-    GW_RETURN_IF_ERROR(CheckGoesOn());
+    GW_RETURN_IF_ERROR(reader_.CheckGoesOn());
     const int64_t n = std::min(piece.size() - done, kPartBytes / element);
-    GW_ASSIGN_OR_RETURN(const void* data,
-                        InHostMemory(values, piece.offset + done, n, copy));
+    GW_ASSIGN_OR_RETURN(
+        const void* data,
+        reader_.InHostMemory(values, piece.offset + done, n, copy));
     GW_RETURN_IF_ERROR(writer.Write(data, n * element));
     done += n;
   }
@@ -112,13 +88,14 @@ absl::Status StateSave::WriteMaster(const ShardPiece& piece,
   std::vector<float> joined(kPartElements);
   std::vector<char> high_copy, low_copy;
   for (int64_t done = 0; done < piece.size();) {
-    GW_RETURN_IF_ERROR(CheckGoesOn());
+    GW_RETURN_IF_ERROR(reader_.CheckGoesOn());
     const int64_t n = std::min(piece.size() - done, kPartElements);
     const int64_t begin = piece.offset + done;
-    GW_ASSIGN_OR_RETURN(const void* highs,
-                        InHostMemory(state.weight, begin, n, high_copy));
+    GW_ASSIGN_OR_RETURN(
+        const void* highs,
+        reader_.InHostMemory(state.weight, begin, n, high_copy));
     GW_ASSIGN_OR_RETURN(const void* lows,
-                        InHostMemory(state.low, begin, n, low_copy));
+                        reader_.InHostMemory(state.low, begin, n, low_copy));
     const auto* high = static_cast<const BFloat16*>(highs);
     const auto* low = static_cast<const int16_t*>(lows);
     for (int64_t i = 0; i < n; ++i) {
@@ -129,12 +106,6 @@ absl::Status StateSave::WriteMaster(const ShardPiece& piece,
     done += n;
   }
   return absl::OkStatus();
-}
-
-absl::Status StateSave::CheckGoesOn() const {
-  const std::lock_guard lock(mutex_);
-  return given_up_ ? absl::CancelledError("the save was given up")
-                   : absl::OkStatus();
 }
 
 }  // namespace gradwire

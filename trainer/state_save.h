@@ -3,11 +3,9 @@
 // training goes on. docs/checkpoints.md.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -19,14 +17,13 @@
 #include "device/device.h"
 #include "sharding/layout.h"
 #include "trainer/optimizer.h"
+#include "trainer/unit_reader.h"
 
 namespace gradwire {
 
-// Elements go to the disk from where they lie, unit by unit, in the order in
-// which an optimizer step changes them: so a step that waits for each unit
-// before it changes it waits for no more than that. Nothing is copied in the
-// host's memory; from a GPU's they come by a stream of their own. What has been
-// handed to the operating system may be changed; the sync comes at the end.
+// Elements go to the disk from where they lie, unit by unit. Nothing is copied
+// in the host's memory. What has been handed to the operating system may be
+// changed; the sync comes at the end.
 //
 // Thread rule: one thread at a time, beside its own.
 class StateSave {
@@ -48,8 +45,8 @@ class StateSave {
   ~StateSave();
   StateSave(const StateSave&) = delete;
 
-  // Waits until the elements of this unit, and of those before it, may change.
-  void AwaitRead(int unit) const;
+  // As UnitReader's.
+  void AwaitRead(int unit) const { reader_.AwaitRead(unit); }
 
  private:
   absl::Status Write();
@@ -57,23 +54,12 @@ class StateSave {
   absl::Status WriteMaster(const ShardPiece& piece, StateWriter& writer);
   absl::Status WriteValues(const Tensor& values, const ShardPiece& piece,
                            StateWriter& writer);
-  // Elements [begin, begin + n) where the host can read them, until the next
-  // call with the same `copy`.
-  absl::StatusOr<const void*> InHostMemory(const Tensor& values, int64_t begin,
-                                           int64_t n, std::vector<char>& copy);
-  absl::Status CheckGoesOn() const;
-  // Those before `unit` have been read.
-  void SetRead(int unit);
 
   FileSystem& files_;
   const std::string directory_;
   const Part part_;
-  const std::unique_ptr<Stream> stream_;
-  mutable std::mutex mutex_;
-  mutable std::condition_variable read_;
-  int units_read_ = 0;     // guarded by mutex_
-  bool given_up_ = false;  // guarded by mutex_
-  std::thread thread_;     // last: it uses the others
+  UnitReader reader_;
+  std::thread thread_;  // last: it uses the others
 };
 
 }  // namespace gradwire

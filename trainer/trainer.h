@@ -165,6 +165,7 @@ struct ExportOutcome {
   int64_t bytes = 0;
   std::string digest;
   std::string weight_id;  // of the full weights, see docs/delta.md
+  int64_t optimizer_step = 0, weight_version = 0;
 };
 
 struct SavedState {
@@ -233,6 +234,16 @@ class Trainer {
   // Errors: those of PlanSnapshot and SnapshotWriter.
   virtual absl::StatusOr<ExportOutcome> SaveSnapshot(
       const SnapshotOptions& options) = 0;
+  // The same in parts, between which the training goes on, as with BeginSave;
+  // a checkpoint may be saved meanwhile. Of several ranks that share a model,
+  // BeginSnapshot gathers it, and waits where the first one's memory does not
+  // hold it until enough is written. All errors but those of publishing come by
+  // `written`.
+  virtual void BeginSnapshot(
+      const SnapshotOptions& options,
+      std::function<void(const absl::Status&)> written) = 0;
+  virtual absl::StatusOr<ExportOutcome> PublishSnapshot() = 0;
+  virtual void AbandonSnapshot() = 0;
   // A base without a job.
   absl::StatusOr<ExportOutcome> Export(const std::string& directory) {
     SnapshotOptions options;

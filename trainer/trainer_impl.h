@@ -27,6 +27,7 @@
 #include "trainer/losses.h"
 #include "trainer/optimizer.h"
 #include "trainer/pack.h"
+#include "trainer/snapshot_save.h"
 #include "trainer/state_save.h"
 #include "trainer/train_step.h"
 #include "trainer/trainer.h"
@@ -103,6 +104,10 @@ class TrainerImpl : public Trainer {
   int64_t Reset() override;
   absl::StatusOr<ExportOutcome> SaveSnapshot(
       const SnapshotOptions& options) override;
+  void BeginSnapshot(const SnapshotOptions& options,
+                     std::function<void(const absl::Status&)> written) override;
+  absl::StatusOr<ExportOutcome> PublishSnapshot() override;
+  void AbandonSnapshot() override { snapshot_.reset(); }
   absl::StatusOr<SavedState> SaveState(
       const std::string& directory,
       const std::map<std::string, std::string>& attributes) override;
@@ -198,13 +203,14 @@ class TrainerImpl : public Trainer {
   // ABORTED CHECKPOINT_REPLACED (checkpoint).
   absl::Status CheckSame(const std::string& directory,
                          const std::string& digest);
-  // Waits until a save, if one goes on, has read what this unit holds.
+  // Waits until what is being saved of this unit has been read.
   void AwaitRead(int unit) const {
-    if (saving_ == nullptr || saving_->part == nullptr) return;
-    saving_->part->AwaitRead(unit);
+    if (saving_ != nullptr && saving_->part != nullptr) {
+      saving_->part->AwaitRead(unit);
+    }
+    if (snapshot_ != nullptr) snapshot_->AwaitRead(unit);
   }
-  // What the first rank does before the others hand out their weights.
-  absl::StatusOr<SnapshotPlan> MakeSnapshotPlan(const SnapshotOptions& options);
+  SnapshotRequest RequestOf(const SnapshotOptions& options) const;
   absl::Status CheckState(StateReader& reader, bool optimizer) const;
   absl::Status ReadState(StateReader& reader, bool optimizer);
   absl::StatusOr<FlatWeights> Weights() {
@@ -255,6 +261,8 @@ class TrainerImpl : public Trainer {
   };
   // Ends before what it reads.
   std::unique_ptr<Saving> saving_;
+  // Of the first rank, from BeginSnapshot on; ends before what it reads.
+  std::unique_ptr<SnapshotSave> snapshot_;
 };
 
 // Whether a gradient is exactly zero.

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Snapshots for inference: the first rank writes what all hold.
+#include <algorithm>
+#include <functional>
+#include <future>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include "absl/time/clock.h"
+#include "base/check.h"
 #include "base/status.h"
-#include "checkpoint/snapshot/writer.h"
 #include "device/cpu_device.h"
 #include "trainer/model_files.h"
+#include "trainer/snapshot_save.h"
 #include "trainer/trainer_impl.h"
 
 namespace gradwire {
@@ -26,17 +29,9 @@ SnapshotKind KindOf(SnapshotType type) {
   return SnapshotKind::kAuto;
 }
 
-ExportOutcome OutcomeOf(const SnapshotManifest& manifest,
-                        const std::string& reason) {
-  return {
-      manifest.kind(),         manifest.parent,          reason,
-      manifest.weight_bytes(), manifest.weight_digest(), manifest.weight_id};
-}
-
 }  // namespace
 
-absl::StatusOr<SnapshotPlan> TrainerImpl::MakeSnapshotPlan(
-    const SnapshotOptions& options) {
+SnapshotRequest TrainerImpl::RequestOf(const SnapshotOptions& options) const {
   SnapshotRequest request;
   request.directory = options.directory;
   request.job = options.job;
@@ -50,51 +45,78 @@ absl::StatusOr<SnapshotPlan> TrainerImpl::MakeSnapshotPlan(
   request.tensors = TensorsOf(table_, state_.weight.dtype());
   request.memory_bytes = AvailableHostBytes();
   request.shard_bytes = options_.snapshot_shard_bytes;
-  return PlanSnapshot(files_, std::move(request), device_.host_threads());
+  return request;
+}
+
+void TrainerImpl::BeginSnapshot(
+    const SnapshotOptions& options,
+    std::function<void(const absl::Status&)> written) {
+  GW_CHECK(snapshot_ == nullptr);
+  const bool gathers = layout_.world() > 1;
+  if (rank_ == 0) {
+    SnapshotRequest request = RequestOf(options);
+    const DType dtype = state_.weight.dtype();
+    const int64_t model_bytes = table_.num_elements() * DTypeBytes(dtype);
+    // A delta's parent takes as much, and comes first.
+    const int64_t parent_bytes =
+        request.kind == SnapshotKind::kBase ? 0 : model_bytes;
+    const int64_t room =
+        std::max<int64_t>(0, request.memory_bytes - parent_bytes);
+    SnapshotSave::Part part = {
+        .table = table_,
+        .layout = layout_,
+        .device = device_,
+        .weight = gathers ? Tensor() : state_.weight,
+        .dtype = dtype,
+        .model_directory = options_.model_directory,
+        .config_json = config_json_,
+        // What is left then is not all for this.
+        .queue_bytes = std::min(model_bytes, room / 2),
+    };
+    snapshot_ = std::make_unique<SnapshotSave>(
+        files_, std::move(request), std::move(part), std::move(written));
+  }
+  if (!gathers) {
+    if (rank_ != 0) written(absl::OkStatus());
+    return;
+  }
+  std::function<void(std::vector<char>, int64_t)> append;
+  if (rank_ == 0) {
+    append = [&](std::vector<char> bytes, int64_t elements) {
+      snapshot_->gathered().Push({std::move(bytes), elements});
+    };
+  }
+  absl::Status status;
+  // Replicas of the model hold the same.
+  if (rank_ < layout_.world()) {
+    status = ReadParameters(table_, layout_, *unit_weights_, device_,
+                            step_->stream(), append);
+  }
+  if (rank_ == 0) {
+    snapshot_->gathered().End(status);
+  } else {
+    written(status);
+  }
+}
+
+absl::StatusOr<ExportOutcome> TrainerImpl::PublishSnapshot() {
+  const std::unique_ptr<SnapshotSave> snapshot = std::move(snapshot_);
+  absl::StatusOr<ExportOutcome> outcome = ExportOutcome();
+  if (snapshot != nullptr) outcome = snapshot->Publish();
+  GW_RETURN_IF_ERROR(Agree(outcome.status()));
+  return outcome;
 }
 
 absl::StatusOr<ExportOutcome> TrainerImpl::SaveSnapshot(
     const SnapshotOptions& options) {
-  absl::Status status;
-  std::unique_ptr<SnapshotWriter> writer;
-  ExportOutcome outcome;
-  std::vector<double> done = {0};
-  if (rank_ == 0) {
-    auto plan = MakeSnapshotPlan(options);
-    status = plan.status();
-    if (status.ok() && plan->existing) {
-      outcome = OutcomeOf(*plan->existing, "this operation has made it before");
-      done[0] = 1;
-    } else if (status.ok()) {
-      outcome.reason = plan->reason;
-      auto made = SnapshotWriter::Create(files_, *std::move(plan));
-      status = made.status();
-      if (made.ok()) writer = *std::move(made);
-    }
+  std::promise<absl::Status> written;
+  BeginSnapshot(options,
+                [&](const absl::Status& status) { written.set_value(status); });
+  if (absl::Status status = Agree(written.get_future().get()); !status.ok()) {
+    AbandonSnapshot();
+    return status;
   }
-  // The others wait for what the first one finds before it writes.
-  GW_RETURN_IF_ERROR(agreement_->Agree(status, &done));
-  if (done[0] > 0) return outcome;
-
-  std::function<void(const void*, int64_t)> append;
-  if (writer != nullptr) {
-    append = [&](const void* data, int64_t n) { writer->Append(data, n); };
-  }
-  status = ReadParameters(table_, layout_, *unit_weights_, device_,
-                          step_->stream(), append);
-  if (status.ok() && writer != nullptr) {
-    if (!writer->is_delta()) {
-      status = CopyModelFiles(options_.model_directory, config_json_,
-                              state_.weight.dtype(), *writer);
-    }
-    if (status.ok()) {
-      const auto made = writer->Publish(absl::ToUnixMicros(absl::Now()));
-      status = made.status();
-      if (made.ok()) outcome = OutcomeOf(*made, outcome.reason);
-    }
-  }
-  GW_RETURN_IF_ERROR(agreement_->Agree(status, nullptr));
-  return outcome;
+  return PublishSnapshot();
 }
 
 }  // namespace gradwire

@@ -57,7 +57,8 @@ TEST_F(SnapshotTest, AParentIsNotRemovedUnderASaveThatHasBegun) {
     EXPECT_EQ(ReasonOf(RemoveSnapshot(*files_, "/s", "a")),
               "SNAPSHOT_HAS_CHILDREN");
     append(**writer);
-    EXPECT_TRUE((*writer)->Publish(0).ok());
+    ASSERT_TRUE((*writer)->Finish(0).ok());
+    EXPECT_TRUE((*writer)->Publish().ok());
   }
   EXPECT_EQ(Read("b"), weights.File());
   // Removed between the plan and the save.
@@ -69,7 +70,8 @@ TEST_F(SnapshotTest, AParentIsNotRemovedUnderASaveThatHasBegun) {
     auto writer = SnapshotWriter::Create(*files_, *std::move(plan));
     ASSERT_TRUE(writer.ok());
     append(**writer);
-    EXPECT_EQ(ReasonOf((*writer)->Publish(0).status()),
+    ASSERT_TRUE((*writer)->Finish(0).ok());
+    EXPECT_EQ(ReasonOf((*writer)->Publish().status()),
               "DELTA_PARENT_UNAVAILABLE");
   }
   EXPECT_TRUE(files_->List("/s")->empty());

@@ -145,7 +145,8 @@ absl::StatusOr<SnapshotManifest> SaveTestSnapshot(FileSystem& files,
                       SnapshotWriter::Create(files, std::move(plan)));
   Append(weights, *writer);
   if (!writer->is_delta()) writer->AddFile("config.json", "{}");
-  return writer->Publish(save.now_micros);
+  GW_RETURN_IF_ERROR(writer->Finish(save.now_micros));
+  return writer->Publish();
 }
 
 absl::StatusOr<std::string> ReadTestSnapshot(FileSystem& files,

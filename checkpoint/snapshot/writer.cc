@@ -114,7 +114,7 @@ absl::Status SnapshotWriter::FinishWeights(SnapshotManifest& manifest) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<SnapshotManifest> SnapshotWriter::Publish(int64_t now_micros) {
+absl::Status SnapshotWriter::Finish(int64_t now_micros) {
   GW_RETURN_IF_ERROR(status_);
   const SnapshotRequest& request = plan_.request;
   SnapshotManifest manifest;
@@ -132,15 +132,27 @@ absl::StatusOr<SnapshotManifest> SnapshotWriter::Publish(int64_t now_micros) {
         static_cast<int64_t>(std::llround(request.ttl_seconds * 1e6));
   }
   GW_RETURN_IF_ERROR(FinishWeights(manifest));
+  // Large, and of no more use.
+  before_.clear();
+  plan_.image.reset();
   manifest.files.insert(manifest.files.end(), others_.begin(), others_.end());
   const std::string text = SnapshotText(manifest);
   // What could not be read is not published.
   GW_ASSIGN_OR_RETURN(manifest, ParseSnapshot(text));
   GW_RETURN_IF_ERROR(pending_.Write(kSnapshotManifest, text));
+  finished_ = std::move(manifest);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<SnapshotManifest> SnapshotWriter::Publish() {
+  GW_CHECK(finished_.has_value());
   if (is_delta()) {
     // Whoever removes it looks for this directory after that, and puts it back.
-    auto parent = ReadSnapshot(files_, DirectoryOf(request.directory),
+    auto parent = ReadSnapshot(files_, DirectoryOf(plan_.request.directory),
                                plan_.parent->name);
+    const bool gone =
+        absl::IsNotFound(parent.status()) || absl::IsDataLoss(parent.status());
+    if (!parent.ok() && !gone) return parent.status();
     if (!parent.ok() || *parent != *plan_.parent) {
       return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
                           "DELTA_PARENT_UNAVAILABLE")
@@ -152,7 +164,7 @@ absl::StatusOr<SnapshotManifest> SnapshotWriter::Publish(int64_t now_micros) {
     }
   }
   GW_RETURN_IF_ERROR(pending_.Publish());
-  return manifest;
+  return *finished_;
 }
 
 }  // namespace gradwire

@@ -72,7 +72,7 @@ absl::StatusOr<SnapshotPlan> PlanSnapshot(FileSystem& files,
 // Elements that Append takes at once: as many as share a group's streams.
 inline constexpr int64_t kSnapshotPieceElements = kGroupChunks * kChunkElements;
 
-// The first error sticks and surfaces in Publish.
+// The first error sticks and surfaces in Finish.
 class SnapshotWriter {
  public:
   // REQUIRES: plan.existing is empty. Errors: those of PendingDirectory; of a
@@ -88,12 +88,15 @@ class SnapshotWriter {
   // A file that belongs to a base: config.json, a tokenizer's.
   void AddFile(const std::string& name, const std::string& content);
 
-  // When all tensors have been appended. `now_micros`: since 1970; a snapshot
-  // is never older than the one before it. After OK it outlasts a power loss;
-  // after an error it is complete or absent.
+  // When all tensors have been appended: all that is to appear is on the disk,
+  // and hidden. `now_micros`: since 1970; a snapshot is never older than the
+  // one before it. Errors: the first that stuck; the file system's.
+  absl::Status Finish(int64_t now_micros);
+  // REQUIRES: Finish has returned OK. After OK the snapshot outlasts a power
+  // loss; after an error it is complete or absent.
   // Errors: FAILED_PRECONDITION DELTA_PARENT_UNAVAILABLE: the parent was
   // deleted meanwhile; ALREADY_EXISTS SNAPSHOT_EXISTS; the file system's.
-  absl::StatusOr<SnapshotManifest> Publish(int64_t now_micros);
+  absl::StatusOr<SnapshotManifest> Publish();
 
  private:
   SnapshotWriter(FileSystem& files, SnapshotPlan plan,
@@ -116,6 +119,7 @@ class SnapshotWriter {
   // Of a delta: where the parent's values are, by this order, and the groups.
   std::vector<const char*> before_;
   std::vector<EncodedTensor> encoded_;
+  std::optional<SnapshotManifest> finished_;
 };
 
 }  // namespace gradwire

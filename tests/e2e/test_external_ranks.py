@@ -364,6 +364,58 @@ def test_operations_run_beside_a_save(own, dial):
     model.result(second)
 
 
+def snapshot(step):
+    return operations_pb2.SnapshotResult(
+        path="a path", bytes=7, optimizer_step=step, weight_version=step
+    )
+
+
+def test_operations_run_beside_a_snapshot(own, dial):
+    job, ranks = ready_group(own, dial, 2)
+    model = attach(own, job, ranks)
+    first = model.save_snapshot("one")
+    writing = [rank.next("save_snapshot") for rank in ranks]
+    # Also the save of a checkpoint, and a load.
+    save = model.save_state("one")
+    for rank in ranks:
+        rank.send_done(rank.next("save_state"), save_state=saved(0))
+    for rank in ranks:
+        end = rank.next("end_save")
+        assert not end.end_save.snapshot
+        rank.send_done(end, save_state=saved(0))
+    model.result(save)
+    for step in range(1, 6):
+        ref = model.optim_step()
+        for rank in ranks:
+            rank.send_done(rank.next("optim_step"), version=step, step=step)
+        model.result(ref)
+    # Another one may be a delta to it.
+    second = model.save_snapshot("two")
+    assert state_of(own, first) == operations_pb2.OPERATION_STATE_RUNNING
+    ranks[0].send_done(writing[0], snapshot=snapshot(0))
+    for rank in ranks:
+        with pytest.raises(queue.Empty):
+            rank.next(seconds=0.5)
+    ranks[1].send_done(writing[1], snapshot=operations_pb2.SnapshotResult())
+    for rank in ranks:
+        end = rank.next("end_save")
+        assert end.end_save.snapshot and not end.end_save.HasField("error")
+        rank.send_done(end, version=5, step=5, snapshot=snapshot(0))
+    done = model.result(first).snapshot
+    # Of the state that was saved, not of the one that the job is in.
+    assert (done.bytes, done.optimizer_step, done.weight_version) == (7, 0, 0)
+    # What one rank cannot write is removed by all.
+    for rank, error in zip(ranks, ("STORAGE_FULL", ""), strict=True):
+        command = rank.next("save_snapshot")
+        failed_with = {"error": fake_rank.error(error)} if error else {}
+        rank.send_done(command, version=5, step=5, **failed_with)
+    for rank in ranks:
+        end = rank.next("end_save")
+        assert end.end_save.error.reason == "STORAGE_FULL"
+        rank.send_done(end, version=5, step=5, error=end.end_save.error)
+    assert calls.refusal(own, lambda: second).reason == "STORAGE_FULL"
+
+
 def test_a_save_that_one_rank_cannot_write_is_removed_by_all(own, dial):
     job, ranks = ready_group(own, dial, 2)
     model = attach(own, job, ranks)

@@ -243,28 +243,106 @@ def test_results_that_had_begun_are_told_once(tmp_path):
         life.model.logprobs(ref, len(DATA))
 
 
+def saved_at(step):
+    """What a rank says of a checkpoint and of a snapshot of this step."""
+    state = operations_pb2.SaveStateResult(optimizer_step=step)
+    snapshot = operations_pb2.SnapshotResult(optimizer_step=step, type="base")
+    return {"save_state": state, "snapshot": snapshot}
+
+
+# The call, the command, what has its result.
+SAVES = {
+    "checkpoint": ("save_state", "save_state", "save_state"),
+    "snapshot": ("save_snapshot", "save_snapshot", "snapshot"),
+}
+
+
 @pytest.mark.parametrize("end", ["lose_rank", "kill_server"])
-def test_a_save_that_was_interrupted_is_of_its_place(tmp_path, end):
+@pytest.mark.parametrize(
+    "kinds",
+    [("checkpoint",), ("snapshot",), ("checkpoint", "snapshot")],
+    ids="-and-".join,
+)
+def test_a_save_that_was_interrupted_is_of_its_place(tmp_path, end, kinds):
     with Life(tmp_path) as life:
         life.attach()
         first = life.model.optim_step()
         life.answer("optim_step", step=1, version=1)
         life.model.result(first)
-        save = life.model.save_state("one")
-        assert life.next().HasField("save_state")
+        saves = []
+        for kind in kinds:
+            call, command, _ = SAVES[kind]
+            saves.append(getattr(life.model, call)("one"))
+            assert life.next().HasField(command)
+            zero = life.model.zero_grad()
+            life.answer("zero_grad", step=1, version=1)
+            life.model.result(zero)
         second = life.model.optim_step()
         life.answer("optim_step", step=2, version=2)
         life.model.result(second)
         getattr(life, end)()
         life.answer("reset")
         life.answer("optim_step", step=1, version=1)
-        command = life.next()
-        assert command.save_state.directory.endswith("checkpoints/one")
+        writing = []
+        for kind in kinds:
+            command = life.next()
+            assert command.HasField(SAVES[kind][1])
+            writing.append(command)
+            life.answer("zero_grad", step=1, version=1)
         life.answer("optim_step", step=2, version=2)
-        saved = operations_pb2.SaveStateResult(optimizer_step=1)
-        life.rank.send_done(command, save_state=saved)
-        life.answer("end_save", save_state=saved, step=2, version=2)
-        assert life.model.result(save).save_state.optimizer_step == 1
+        for kind, command in zip(kinds, writing, strict=True):
+            field = SAVES[kind][2]
+            saved = {field: saved_at(1)[field]}
+            life.rank.send_done(command, step=1, version=1, **saved)
+            ending = life.rank.next("end_save")
+            assert ending.end_save.snapshot == (kind == "snapshot")
+            life.rank.send_done(ending, step=2, version=2, **saved)
+        for kind, save in zip(kinds, saves, strict=True):
+            result = getattr(life.model.result(save), SAVES[kind][2])
+            assert result.optimizer_step == 1
+
+
+def test_a_checkpoint_for_recovery_waits_for_a_snapshot(tmp_path):
+    """Else a snapshot that is interrupted could not begin again: the state
+    that it is of would be older than where a recovery begins."""
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        save = life.model.save_snapshot("one")
+        writing = life.next()
+        assert writing.HasField("save_snapshot")
+        step = life.model.optim_step()
+        life.answer("optim_step", step=1, version=1)
+        life.model.result(step)
+        zero = life.model.zero_grad()
+        with pytest.raises(queue.Empty):
+            life.rank.next(seconds=0.5)
+        saved = {"snapshot": saved_at(0)["snapshot"]}
+        life.rank.send_done(writing, **saved)
+        life.rank.send_done(
+            life.rank.next("end_save"), step=1, version=1, **saved
+        )
+        life.model.result(save)
+        # A snapshot may begin while it is written, for it comes after it.
+        writing = life.next()
+        assert writing.save_state.directory.endswith("recovery/1")
+        life.answer("zero_grad", step=1, version=1)
+        life.model.result(zero)
+        second = life.model.save_snapshot("two")
+        snapshot = life.next()
+        assert snapshot.HasField("save_snapshot")
+        state = {"save_state": saved_at(1)["save_state"]}
+        life.rank.send_done(writing, step=1, version=1, **state)
+        life.answer("end_save", step=1, version=1, **state)
+        life.await_point(1)
+        life.lose_rank()
+        life.answer("load_state", step=1, version=1, load_state=LOADED)
+        life.answer("zero_grad", step=1, version=1)
+        again = life.next()
+        assert again.save_snapshot.directory == snapshot.save_snapshot.directory
+        saved = {"snapshot": saved_at(1)["snapshot"]}
+        life.rank.send_done(again, step=1, version=1, **saved)
+        life.answer("end_save", step=1, version=1, **saved)
+        assert life.model.result(second).snapshot.optimizer_step == 1
 
 
 @pytest.mark.parametrize("end", ["lose_rank"])

@@ -431,17 +431,18 @@ def test_what_a_killed_server_leaves_is_whole(models, tmp_path):
         assert not [name for name in names if name.endswith("~removed")]
         # What was queued goes on, until another handle takes over.
         again = start(service, models, "job", take_over=True)
-        names = {n for n in os.listdir(folder) if not n.startswith(".")}
-        rows = service.list_checkpoints("job")
-        assert {row.name for row in rows} == names
-        for row in rows[:5] + rows[-1:]:
-            assert (
-                service.verify_checkpoint(row.path).weight_id == row.weight_id
-            )
         # A rank that begins anew goes on with the chain, from the disk.
         step(again, 1)
         last = save(again, "after", type="delta")
-        assert last.parent == rows[-1].name
+        names = {n for n in os.listdir(folder) if not n.startswith(".")}
+        rows = service.list_checkpoints("job")
+        assert {row.name for row in rows} == names
+        for row in rows[:5] + rows[-2:]:
+            assert (
+                service.verify_checkpoint(row.path).weight_id == row.weight_id
+            )
+        assert rows[-1].name == "after"
+        assert last.parent == rows[-2].name
         assert save(again, "full").weight_id == last.weight_id
         service.verify_checkpoint(last.path)
 

@@ -84,8 +84,8 @@ REPLACE_SEEDS = (
         "replaced_before_others_are_recorded",
         "an operation that is run again finds another checkpoint",
         "server/job_rank.cc",
-        "if (end_save_.has_value() && MayEndSave()) return EndSave();",
-        "if (end_save_.has_value()) return EndSave();",
+        "if (MayEndSave(*save)) return EndSave(*save);",
+        "if (save->end.has_value()) return EndSave(*save);",
         (f"{REPLAY}::test_what_is_replaced_is_of_no_more_use",),
     ),
     Seed(

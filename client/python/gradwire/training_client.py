@@ -200,6 +200,9 @@ class TrainingClient(Handle):
     ) -> Future[SnapshotResult]:
         """Exports the weights as they are at this place in the sequence.
 
+        The training goes on while they are written; the result comes when all
+        is on the disk.
+
         `type`: "base", a Hugging Face directory; "delta", the lossless
         difference to `parent`, a snapshot of this job by name or path (the
         newest, unless told); "auto", a base first and then deltas, until a
