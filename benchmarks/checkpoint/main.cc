@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a checkpoint costs the training: steps without a save, one that the
-// training stands still for, and steps beside one. The stall is what the
-// training waits for: the beginning and the publishing, and how much longer an
-// optimizer step takes than without. The rest of the difference is what writing
-// takes of cores and memory.
+// What a checkpoint and a snapshot cost the training: steps without a save, one
+// that the training stands still for, and steps beside one. The stall is what
+// the training waits for: the beginning and the publishing, and how much longer
+// an optimizer step takes than without. The rest of the difference is what
+// writing takes of cores and memory.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/flags/flag.h"
@@ -76,26 +79,91 @@ absl::StatusOr<Plain> MeasurePlain(LocalStep& step) {
   return Plain{Median(totals), Median(optimizers)};
 }
 
-absl::Status MeasureSaves(LocalStep& step, const Plain& plain) {
+// One kind of save. Each of its calls saves under a name of its own.
+struct Saves {
+  std::string name;
+  std::function<absl::StatusOr<std::string>()> still;  // what it has written
+  std::function<absl::Status(std::function<void(const absl::Status&)>)> begin;
+  std::function<absl::StatusOr<std::string>()> publish;
+  bool same = true;  // both write the same
+  std::function<void()> clear = [] {};
+};
+
+Saves Checkpoints(Trainer& trainer) {
   const std::string path = absl::GetFlag(FLAGS_directory) + "/checkpoint";
+  const auto end = [](const SavedState& saved) {
+    return saved.digest + " " + std::to_string(saved.bytes);
+  };
+  Saves saves;
+  saves.name = "checkpoint";
+  saves.clear = [path] { std::filesystem::remove_all(path); };
+  saves.still = [&trainer, path, end]() -> absl::StatusOr<std::string> {
+    GW_ASSIGN_OR_RETURN(const SavedState saved, trainer.SaveState(path, {}));
+    return end(saved);
+  };
+  saves.begin = [&trainer, path](auto written) {
+    return trainer.BeginSave(path, false, std::move(written));
+  };
+  saves.publish = [&trainer, end]() -> absl::StatusOr<std::string> {
+    GW_ASSIGN_OR_RETURN(const SavedState saved, trainer.PublishSave({}));
+    return end(saved);
+  };
+  return saves;
+}
+
+// Of deltas each is to the one before it.
+Saves Snapshots(Trainer& trainer, SnapshotType type) {
+  const auto next = [type, number = 0]() mutable {
+    SnapshotOptions options;
+    options.directory = absl::GetFlag(FLAGS_directory) + "/snapshots/" +
+                        std::to_string(number++);
+    options.type = type;
+    return options;
+  };
+  const auto end = [](const ExportOutcome& outcome) {
+    return outcome.digest + " " + std::to_string(outcome.bytes);
+  };
+  Saves saves;
+  const bool delta = type == SnapshotType::kDelta;
+  saves.name = delta ? "delta" : "base";
+  saves.same = !delta;
+  const auto options = std::make_shared<std::function<SnapshotOptions()>>(next);
+  saves.still = [&trainer, options, end]() -> absl::StatusOr<std::string> {
+    GW_ASSIGN_OR_RETURN(const ExportOutcome outcome,
+                        trainer.SaveSnapshot((*options)()));
+    return end(outcome);
+  };
+  saves.begin = [&trainer, options](auto written) {
+    trainer.BeginSnapshot((*options)(), std::move(written));
+    return absl::OkStatus();
+  };
+  saves.publish = [&trainer, end]() -> absl::StatusOr<std::string> {
+    GW_ASSIGN_OR_RETURN(const ExportOutcome outcome, trainer.PublishSnapshot());
+    return end(outcome);
+  };
+  return saves;
+}
+
+absl::Status MeasureSaves(LocalStep& step, const Plain& plain,
+                          const Saves& saves) {
   std::vector<double> still, first, written_after, stalls, extra;
   for (int round = 0; round < absl::GetFlag(FLAGS_rounds); ++round) {
     double begin = Now();
-    GW_ASSIGN_OR_RETURN(const SavedState want,
-                        step.trainer().SaveState(path, {}));
+    GW_ASSIGN_OR_RETURN(const std::string want, saves.still());
     still.push_back(Now() - begin);
-    std::filesystem::remove_all(path);
+    saves.clear();
+    // What a delta has to tell.
+    if (!saves.same) GW_RETURN_IF_ERROR(Step(step).status());
 
     absl::Notification written;
     absl::Status status;
     double written_at = 0;
     begin = Now();
-    GW_RETURN_IF_ERROR(
-        step.trainer().BeginSave(path, false, [&](const absl::Status& end) {
-          status = end;
-          written_at = Now();
-          written.Notify();
-        }));
+    GW_RETURN_IF_ERROR(saves.begin([&](const absl::Status& end) {
+      status = end;
+      written_at = Now();
+      written.Notify();
+    }));
     double stall = Now() - begin;
     double total = stall;
     int steps = 0;
@@ -108,16 +176,17 @@ absl::Status MeasureSaves(LocalStep& step, const Plain& plain) {
     GW_RETURN_IF_ERROR(status);
     written_after.push_back(written_at - begin);
     const double publish = Now();
-    GW_ASSIGN_OR_RETURN(const SavedState saved, step.trainer().PublishSave({}));
+    GW_ASSIGN_OR_RETURN(const std::string saved, saves.publish());
     stall += Now() - publish;
     total += Now() - publish;
-    if (saved.digest != want.digest || saved.bytes != want.bytes) {
+    saves.clear();
+    if (saves.same && saved != want) {
       return absl::InternalError("a save beside the training has other bytes");
     }
-    std::filesystem::remove_all(path);
     stalls.push_back(stall);
     extra.push_back(total - steps * plain.step);
   }
+  std::printf("--- %s\n", saves.name.c_str());
   Print("save that the training stands still for", still);
   Print("first step beside a save", first);
   Print("  on the disk after", written_after);
@@ -139,7 +208,19 @@ absl::Status Main() {
   // The first step touches moments and gradients.
   GW_RETURN_IF_ERROR(Step(step).status());
   GW_ASSIGN_OR_RETURN(const Plain plain, MeasurePlain(step));
-  return MeasureSaves(step, plain);
+  GW_RETURN_IF_ERROR(MeasureSaves(step, plain, Checkpoints(step.trainer())));
+  const std::string snapshots = absl::GetFlag(FLAGS_directory) + "/snapshots";
+  for (const SnapshotType type : {SnapshotType::kDelta, SnapshotType::kBase}) {
+    std::filesystem::remove_all(snapshots);
+    if (type == SnapshotType::kDelta) {
+      GW_RETURN_IF_ERROR(step.trainer().Export(snapshots + "/first").status());
+      GW_RETURN_IF_ERROR(Step(step).status());
+    }
+    GW_RETURN_IF_ERROR(
+        MeasureSaves(step, plain, Snapshots(step.trainer(), type)));
+  }
+  std::filesystem::remove_all(snapshots);
+  return absl::OkStatus();
 }
 
 }  // namespace
