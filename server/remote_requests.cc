@@ -145,7 +145,16 @@ absl::Status RemoteStore::RemoveCopy(const Removal& removal) {
   // not begin.
   GW_RETURN_IF_ERROR(WillRemove(ref, removal.digest));
   is_no_longer_stored();
-  GW_RETURN_IF_ERROR(remote_.Remove(ref.path()));
+  // Nothing is stored under its name meanwhile: its files would go as well.
+  const auto set_removing = [this](const std::string& path) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    removing_ = path;
+  };
+  set_removing(ref.path());
+  const absl::Status removed = remote_.Remove(ref.path());
+  set_removing("");
+  Wake();
+  GW_RETURN_IF_ERROR(removed);
   // What was stored or fetched meanwhile is stored once more.
   is_no_longer_stored();
   GW_RETURN_IF_ERROR(metadata_->EndRemoval({ref.path(), removal.digest}));
@@ -181,7 +190,7 @@ void RemoteStore::RemoveLater(const CheckpointRef& ref,
                               const std::string& digest) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    to_remove_.push_back({ref, digest});
+    Add({ref, digest});
   }
   Wake();
 }

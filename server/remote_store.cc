@@ -43,8 +43,10 @@ RemoteStore::RemoteStore(std::unique_ptr<ObjectStore> store,
       files_(files),
       metadata_(metadata),
       remote_(*store_, files_, metadata->server_id(), metadata->epoch()),
-      metrics_(metrics),
-      thread_([this] { Run(); }) {}
+      metrics_(metrics) {
+  metadata_->RememberReplaced();
+  thread_ = std::thread([this] { Run(); });
+}
 
 void RemoteStore::End() {
   {
@@ -76,6 +78,9 @@ void RemoteStore::Saved(const CheckpointRef& ref) {
     stored_.erase(ref.path());
     failures_.erase(ref.path());
   }
+  // What it has replaced, if that is not replaced in the store as well before
+  // it goes.
+  TakeRemovals(ref.path());
   Wake();
 }
 
@@ -92,7 +97,7 @@ void RemoteStore::Fill(const CheckpointRef& ref, v1::Checkpoint& row) const {
 }
 
 void RemoteStore::Run() {
-  TakeRemovals();
+  TakeRemovals("");
   while (true) {
     RunOnce();
     std::unique_lock<std::mutex> lock(mutex_);
@@ -105,7 +110,16 @@ void RemoteStore::Run() {
   }
 }
 
-void RemoteStore::TakeRemovals() {
+void RemoteStore::Add(const Removal& removal) {
+  const bool known = std::any_of(
+      to_remove_.begin(), to_remove_.end(), [&](const Removal& other) {
+        return other.ref.path() == removal.ref.path() &&
+               other.digest == removal.digest;
+      });
+  if (!known) to_remove_.push_back(removal);
+}
+
+void RemoteStore::TakeRemovals(const std::string& path) {
   const auto paths = metadata_->Removals();
   if (!paths.ok()) {
     spdlog::warn("copies to remove are not known: {}",
@@ -114,9 +128,9 @@ void RemoteStore::TakeRemovals() {
   }
   for (const RemovalRow& row : *paths) {
     const auto ref = ParseCatalogueRef(row.path, "path");
-    if (!ref.ok()) continue;
+    if (!ref.ok() || (!path.empty() && path != row.path)) continue;
     const std::lock_guard<std::mutex> lock(mutex_);
-    to_remove_.push_back({*ref, row.digest});
+    Add({*ref, row.digest});
   }
 }
 
@@ -148,6 +162,11 @@ absl::Status RemoteStore::RemoveOne(const Removal& removal) {
   }
   // Of a disk that fails nobody knows what has gone from it.
   if (!there.ok() && !absl::IsNotFound(there.status())) return there.status();
+  // What has its name will take its place in the store.
+  if (there.ok() && !ref.snapshot && commit.ok() && commit->has_value() &&
+      remote_.IsOwn(**commit)) {
+    return absl::AbortedError("");
+  }
   GW_RETURN_IF_ERROR(alone);
   return RemoveCopy(removal);
 }
@@ -174,7 +193,7 @@ void RemoteStore::RemoveDue() {
       kept_for_child_.push_back(removal);
       continue;
     }
-    to_remove_.push_back(removal);
+    Add(removal);
     // It would say so of each.
     if (away || absl::IsAborted(status)) continue;
     away = absl::IsUnavailable(status);
@@ -229,7 +248,8 @@ void RemoteStore::SetFailure(const CheckpointRef& ref,
 
 absl::Status RemoteStore::Store(const CheckpointRef& ref) {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    work_.wait(lock, [&] { return end_ || removing_ != ref.path(); });
     saved_.erase(ref.path());
   }
   auto row = catalogue_.Get(ref);
@@ -273,7 +293,7 @@ bool RemoteStore::SetStored(const CheckpointRef& ref,
   // What has taken its name is to be stored yet.
   const bool is_latest = now.ok() && now->digest() == digest;
   if (is_latest && saved_.count(ref.path()) == 0) stored_[ref.path()] = digest;
-  return !absl::IsNotFound(now.status());
+  return is_latest || !(now.ok() || absl::IsNotFound(now.status()));
 }
 
 absl::StatusOr<bool> RemoteStore::LinkIt(const CheckpointRef& ref,
@@ -320,8 +340,9 @@ absl::Status RemoteStore::StoreFrom(const CheckpointRef& ref,
   GW_ASSIGN_OR_RETURN(const RemoteCommit commit,
                       remote_.Store(ref.path(), source));
   if (!SetStored(ref, commit.digest)) {
+    const absl::Status noted = WillRemove(ref, commit.digest);
     RemoveLater(ref, commit.digest);
-    return WillRemove(ref, commit.digest);
+    return noted;
   }
   metrics_->CountUploadBytes(commit.bytes());
   spdlog::info("{} is in {}, {} MiB", ref.path(), url(), commit.bytes() >> 20);

@@ -73,7 +73,10 @@ class RemoteStore {
     CheckpointRef ref;
     std::string digest;  // as in RemoveLater
   };
-  void TakeRemovals();
+  // REQUIRES: mutex_ is held.
+  void Add(const Removal& removal);
+  // Of `path`, or of all.
+  void TakeRemovals(const std::string& path);
   // ABORTED: something is being fetched.
   absl::Status RemoveOne(const Removal& removal);
   // REQUIRES: fetching_ is held.
@@ -83,7 +86,7 @@ class RemoteStore {
   absl::Status Store(const CheckpointRef& ref);
   absl::Status StoreFrom(const CheckpointRef& ref, const std::string& link,
                          v1::Checkpoint row);
-  // False: it has been deleted meanwhile.
+  // False: it has been deleted meanwhile, or another one has its name.
   bool SetStored(const CheckpointRef& ref, const std::string& digest);
   std::string LinkOf(const CheckpointRef& ref) const;
   // Makes `link` the checkpoint, and `row` tell of it. False: it has no link,
@@ -108,6 +111,7 @@ class RemoteStore {
   bool woken_ = false;
   std::map<std::string, std::string> stored_;  // digests by path
   std::set<std::string> saved_;                // since it was looked at
+  std::string removing_;  // the path whose copy just goes, or ""
   std::map<std::string, absl::Status> failures_;
   std::deque<Removal> to_remove_, kept_for_child_;
   bool may_have_no_child_ = false;  // since it was looked at

@@ -90,6 +90,9 @@ class RemoteCheckpoints {
   absl::StatusOr<RemoteCommit> Fetch(const std::string& key,
                                      const std::string& directory);
 
+  // Stored by this server, in this life or an earlier one.
+  bool IsOwn(const RemoteCommit& commit) const;
+
   // Nothing there is as good.
   absl::Status Remove(const std::string& key);
 
@@ -102,8 +105,6 @@ class RemoteCheckpoints {
   std::string FolderOf(const std::string& digest) const;
   // Of an earlier life.
   bool IsLeft(const std::string& folder) const;
-  // Of this or an earlier life, if that was this server's.
-  bool IsOwn(const RemoteCommit& commit) const;
   // `version` as ObjectStore::Get's.
   absl::StatusOr<std::optional<RemoteCommit>> Find(const std::string& key,
                                                    std::string* version);

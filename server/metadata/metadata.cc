@@ -72,6 +72,15 @@ CREATE INDEX checkpoints_of_job
 CREATE TABLE removals (
   path TEXT PRIMARY KEY,
   digest TEXT NOT NULL) WITHOUT ROWID)",
+      // Of one name several may be to go.
+      R"(
+ALTER TABLE removals RENAME TO removals_by_path;
+CREATE TABLE removals (
+  path TEXT NOT NULL,
+  digest TEXT NOT NULL,
+  PRIMARY KEY (path, digest)) WITHOUT ROWID;
+INSERT INTO removals SELECT path, digest FROM removals_by_path;
+DROP TABLE removals_by_path)",
   };
   return *migrations;
 }

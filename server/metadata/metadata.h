@@ -154,6 +154,10 @@ class Metadata {
   // By path.
   absl::StatusOr<std::vector<CheckpointRow>> Checkpoints();
 
+  // From now on there is an object store: AddCheckpoint and LearnCheckpoint add
+  // a removal of a training checkpoint whose place another one has taken.
+  void RememberReplaced();
+
   // Copies in an object store that are to go, until they have.
   absl::Status AddRemoval(const RemovalRow& row);
   // The row as it is given: of another digest it stays.
@@ -167,11 +171,15 @@ class Metadata {
   // one, if the disk is full of what the write-ahead log need not keep.
   absl::Status Transact(const std::function<absl::Status()>& write);
   absl::Status TransactOnce(const std::function<absl::Status()>& write);
+  // In a transaction: `row` takes the place of what was `known`.
+  absl::Status NoteReplaced(const std::optional<CheckpointRow>& known,
+                            const CheckpointRow& row);
 
   std::mutex mutex_;
   std::unique_ptr<Database> database_;  // guarded by mutex_
   int64_t epoch_ = 0;
   std::string server_id_;
+  bool remember_replaced_ = false;  // guarded by mutex_
 };
 
 }  // namespace gradwire

@@ -68,10 +68,21 @@ absl::Status Add(Database& database, CheckpointRow row) {
   return Put(database, row);
 }
 
+absl::Status Insert(Database& database, const RemovalRow& row) {
+  GW_ASSIGN_OR_RETURN(
+      Statement add,
+      database.Prepare("INSERT OR REPLACE INTO removals VALUES (?, ?)"));
+  return add.Bind(row.path).Bind(row.digest).Run();
+}
+
 }  // namespace
 
 absl::Status Metadata::AddCheckpoint(const CheckpointRow& row) {
-  return Transact([&] { return Add(*database_, row); });
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(const auto known, Find(*database_, row.path));
+    GW_RETURN_IF_ERROR(NoteReplaced(known, row));
+    return Add(*database_, row);
+  });
 }
 
 absl::Status Metadata::PutCheckpoint(const CheckpointRow& row) {
@@ -81,8 +92,11 @@ absl::Status Metadata::PutCheckpoint(const CheckpointRow& row) {
 absl::Status Metadata::LearnCheckpoint(const CheckpointRow& row) {
   return Transact([&]() -> absl::Status {
     GW_ASSIGN_OR_RETURN(const auto known, Find(*database_, row.path));
-    const bool same = known.has_value() && known->digest == row.digest;
-    return same ? absl::OkStatus() : Put(*database_, row);
+    if (known.has_value() && known->digest == row.digest) {
+      return absl::OkStatus();
+    }
+    GW_RETURN_IF_ERROR(NoteReplaced(known, row));
+    return Put(*database_, row);
   });
 }
 
@@ -126,13 +140,21 @@ absl::StatusOr<std::vector<CheckpointRow>> Metadata::Checkpoints() {
   }
 }
 
+void Metadata::RememberReplaced() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  remember_replaced_ = true;
+}
+
+absl::Status Metadata::NoteReplaced(const std::optional<CheckpointRow>& known,
+                                    const CheckpointRow& row) {
+  const bool replaced = known.has_value() && known->digest != row.digest &&
+                        known->kind == "training";
+  if (!remember_replaced_ || !replaced) return absl::OkStatus();
+  return Insert(*database_, RemovalRow{known->path, known->digest});
+}
+
 absl::Status Metadata::AddRemoval(const RemovalRow& row) {
-  return Transact([&]() -> absl::Status {
-    GW_ASSIGN_OR_RETURN(
-        Statement add,
-        database_->Prepare("INSERT OR REPLACE INTO removals VALUES (?, ?)"));
-    return add.Bind(row.path).Bind(row.digest).Run();
-  });
+  return Transact([&] { return Insert(*database_, row); });
 }
 
 absl::Status Metadata::EndRemoval(const RemovalRow& row) {

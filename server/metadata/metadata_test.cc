@@ -304,14 +304,40 @@ TEST_F(MetadataTest, RemovalsStayUntilTheyHaveEnded) {
   }
   const auto metadata = Open();
   const auto rows = metadata->Removals();
-  ASSERT_EQ(rows->size(), 2u);
+  ASSERT_EQ(rows->size(), 3u);
   EXPECT_EQ(rows->at(0).path, "jobs/a/snapshots/a");
-  EXPECT_EQ(rows->at(0).digest, "d3");
-  EXPECT_EQ(rows->at(1).digest, "d1");
-  ASSERT_TRUE(metadata->EndRemoval({"jobs/a/snapshots/a", "d2"}).ok());
-  EXPECT_EQ(metadata->Removals()->size(), 2u) << "of another digest";
+  EXPECT_EQ(rows->at(0).digest, "d2");
+  EXPECT_EQ(rows->at(1).digest, "d3");
+  EXPECT_EQ(rows->at(2).digest, "d1");
+  ASSERT_TRUE(metadata->EndRemoval({"jobs/a/snapshots/a", "d4"}).ok());
+  EXPECT_EQ(metadata->Removals()->size(), 3u) << "of another digest";
   ASSERT_TRUE(metadata->EndRemoval({"jobs/a/snapshots/a", "d3"}).ok());
-  EXPECT_EQ(metadata->Removals()->size(), 1u);
+  EXPECT_EQ(metadata->Removals()->size(), 2u);
+}
+
+TEST_F(MetadataTest, WhatIsReplacedIsToGoFromAStore) {
+  const auto metadata = Open();
+  CheckpointRow snapshot = CheckpointOf("snapshot", "d1", 100);
+  snapshot.kind = "base";
+  const auto add = [&](const std::string& name, const std::string& digest) {
+    ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf(name, digest, 100)).ok());
+  };
+  add("one", "d1");
+  add("one", "d2");
+  EXPECT_TRUE(metadata->Removals()->empty()) << "there is no store";
+  metadata->RememberReplaced();
+  add("two", "d1");
+  add("two", "d1");
+  ASSERT_TRUE(metadata->AddCheckpoint(snapshot).ok());
+  snapshot.digest = "d2";
+  ASSERT_TRUE(metadata->AddCheckpoint(snapshot).ok());
+  EXPECT_TRUE(metadata->Removals()->empty()) << "nothing was replaced";
+  add("one", "d3");
+  ASSERT_TRUE(metadata->LearnCheckpoint(CheckpointOf("one", "d4", 1)).ok());
+  const auto rows = metadata->Removals();
+  ASSERT_EQ(rows->size(), 2u);
+  EXPECT_EQ(rows->at(0).digest, "d2");
+  EXPECT_EQ(rows->at(1).digest, "d3");
 }
 
 // As servers of those versions have left it.
@@ -349,19 +375,32 @@ CREATE TABLE server (
   only INTEGER PRIMARY KEY CHECK (only = 1), id TEXT NOT NULL);
 INSERT INTO server VALUES (1, '0123456789ab');
 PRAGMA user_version=2)";
+constexpr char kVersion3[] = R"(
+CREATE TABLE checkpoints (
+  path TEXT PRIMARY KEY, job_id TEXT NOT NULL, digest TEXT NOT NULL,
+  kind TEXT NOT NULL, promotable INTEGER NOT NULL,
+  created_microseconds INTEGER NOT NULL,
+  expires_microseconds INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX checkpoints_of_job
+  ON checkpoints (job_id, created_microseconds);
+CREATE TABLE removals (
+  path TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO removals VALUES ('jobs/a/checkpoints/gone', 'd0');
+PRAGMA user_version=3)";
 
 TEST_F(MetadataTest, WhatOlderServersHaveWrittenIsKept) {
-  for (const int version : {1, 2}) {
+  for (const int version : {1, 2, 3}) {
     for (const char* end : {"", "-wal", "-shm"}) {
       std::filesystem::remove(path() + end);
     }
     Execute(kVersion1);
-    if (version == 2) Execute(kVersion2);
+    if (version >= 2) Execute(kVersion2);
+    if (version >= 3) Execute(kVersion3);
     for (int opening = 0; opening < 2; ++opening) {
       const auto metadata = Open();
       EXPECT_EQ(metadata->epoch(), 42 + opening);
       EXPECT_EQ(metadata->server_id().size(), 12u);
-      if (version == 2) {
+      if (version >= 2) {
         EXPECT_EQ(metadata->server_id(), "0123456789ab");
       }
       EXPECT_TRUE(metadata->Sessions()->at(0).finished);
@@ -377,7 +416,7 @@ TEST_F(MetadataTest, WhatOlderServersHaveWrittenIsKept) {
       // And what is new works.
       ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 100)).ok());
       EXPECT_EQ(metadata->Checkpoints()->size(), 1u);
-      EXPECT_TRUE(metadata->Removals()->empty());
+      EXPECT_EQ(metadata->Removals()->size(), version >= 3 ? 1u : 0u);
     }
   }
 }

@@ -100,6 +100,13 @@ class ObjectStore:
             aws_session_token=self.token,
         )
 
+    def delay(self, **seconds):
+        """Of requests for commit.json, by method (s3_server.py)."""
+        body = json.dumps(seconds).encode()
+        urllib.request.urlopen(
+            f"{self.endpoint}/gradwire-delays", data=body
+        ).close()
+
     def environment(self):
         token = {"AWS_SESSION_TOKEN": self.token} if self.token else {}
         return {

@@ -7,8 +7,10 @@ the one that was signed.
 
 import hashlib
 import io
+import json
 import string
 import sys
+import time
 
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
@@ -16,6 +18,8 @@ from moto.moto_server.werkzeug_app import (
     create_backend_app,
 )
 from werkzeug.serving import make_server
+
+DELAYS = "/gradwire-delays"
 
 _REFUSAL = b"""<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>XAmzContentSHA256Mismatch</Code></Error>"""
@@ -42,11 +46,36 @@ class SignedBodies:
         return self._app(environ, start_response)
 
 
+class Delays:
+    """Requests for names that end with commit.json take as many seconds longer
+    as was posted for their method: before they are done, or, of DELETE, after
+    that."""
+
+    def __init__(self, app):
+        self._app = app
+        self._seconds = {}
+
+    def __call__(self, environ, start_response):
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if path == DELAYS:
+            size = int(environ["CONTENT_LENGTH"])
+            self._seconds = json.loads(environ["wsgi.input"].read(size))
+            start_response("200 OK", [])
+            return []
+        delay = path.endswith("/commit.json") and self._seconds.get(method, 0)
+        if method != "DELETE":
+            time.sleep(delay)
+        answer = self._app(environ, start_response)
+        if method == "DELETE":
+            time.sleep(delay)
+        return answer
+
+
 def main(certificate=None, key=None):
     server = make_server(
         "127.0.0.1",
         0,
-        SignedBodies(DomainDispatcherApplication(create_backend_app)),
+        Delays(SignedBodies(DomainDispatcherApplication(create_backend_app))),
         threaded=True,
         request_handler=MotoRequestHandler,
         ssl_context=(certificate, key) if certificate else None,

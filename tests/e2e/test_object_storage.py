@@ -401,6 +401,69 @@ def test_what_expires_while_the_store_is_away_goes_from_it_later(
         assert bucket.keys(f"{prefix}/checkpoints/stay/")
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_was_replaced_does_not_come_back_when_its_successor_expires(
+    bucket, models, tmp_path, restart
+):
+    """Nobody could tell the store, neither of the one nor of the other."""
+    state = tmp_path / "one"
+    folder = "team/a/jobs/job/checkpoints/best/"
+    flags = ["--collect_seconds=0.1"]
+    with contextlib.ExitStack() as stack:
+        _, service = stack.enter_context(serving(state, *flags))
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("best").result().path
+        first = stored(service, path).digest
+        if restart:
+            # What the store has, the next server learns from it, too late.
+            stack.close()
+        bucket.stop()
+        try:
+            if restart:
+                _, service = stack.enter_context(serving(state, *flags))
+                client = service.create_training_client(
+                    models["llama"], job_id="job", take_over=True
+                )
+            for _ in range(3):
+                train(client, 1)
+                saved = client.save_state("best", overwrite=True).result()
+            assert saved.digest != first
+            assert not service.get_checkpoint(path).object_url
+            service.set_checkpoint_ttl(path, 1e-3)
+            until(lambda: not service.list_checkpoints("job"))
+        finally:
+            bucket.go_on()
+        until(lambda: not bucket.keys(folder))
+        assert not service.list_checkpoints("job", remote=True)
+
+
+def test_a_name_is_not_stored_while_what_had_it_is_removed(
+    bucket, models, tmp_path
+):
+    """Else files of the one go with those of the other."""
+    with serving(tmp_path / "one") as (_, service):
+        client = service.create_training_client(models["llama"], job_id="job")
+        path = client.save_state("best").result().path
+        stored(service, path)
+        train(client, 1)
+        bucket.delay(DELETE=2, PUT=3)
+        try:
+            deletion = threading.Thread(
+                target=service.delete_checkpoint, args=(path,)
+            )
+            deletion.start()
+            until(lambda: not service.list_checkpoints("job"))
+            saved = client.save_state("best").result()
+            deletion.join()
+        finally:
+            bucket.delay()
+        stored(service, path)
+        local = content(saved.local_path)
+    with serving(tmp_path / "another") as (_, service):
+        service.fetch_checkpoint(path)
+        assert content(service.get_checkpoint(path).local_path) == local
+
+
 def test_what_is_fetched_is_as_old_as_it_was(bucket, models, tmp_path):
     with serving(tmp_path / "one") as (_, service):
         client = service.create_training_client(models["llama"], job_id="job")

@@ -65,9 +65,28 @@ FENCE_SEEDS = (
         "removal_forgotten",
         "copies of what has expired stay in the store for ever",
         "server/remote_store.cc",
-        "  TakeRemovals();\n",
+        '  TakeRemovals("");\n',
         "",
         (STORAGE,),
+    ),
+    Seed(
+        "replaced_copy_comes_back",
+        "the copy of what was replaced outlives what has replaced it",
+        "server/metadata/metadata_checkpoints.cc",
+        "if (!remember_replaced_ || !replaced) return absl::OkStatus();",
+        "if (!remember_replaced_ || true) return absl::OkStatus();",
+        (
+            f"{STORAGE}::test_what_was_replaced_does_not_come_back_when_its_"
+            "successor_expires[False]",
+        ),
+    ),
+    Seed(
+        "stored_while_it_is_removed",
+        "files of a copy go with those of the one that had its name",
+        "server/remote_store.cc",
+        "return end_ || removing_ != ref.path();",
+        "return end_ || true;",
+        (f"{STORAGE}::test_a_name_is_not_stored_while_what_had_it_is_removed",),
     ),
     Seed(
         "log_of_who_was_taken_over_is_read",
