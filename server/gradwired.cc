@@ -98,6 +98,8 @@ namespace {
 constexpr int kBadConfiguration = 2;
 constexpr int kStateDirectory = 3;
 constexpr int kPortTaken = 4;
+// Of a process that SIGTERM has ended, as shells say it.
+constexpr int kJobsGoOn = 128 + SIGTERM;
 
 bool parsing = false;
 
@@ -240,9 +242,11 @@ int Main() {
     sigwait(&signals, &received);
   } while (received == SIGHUP);
   spdlog::info("signal {}: stopping", received);
+  // Preempted, as far as whoever started it can tell.
+  const bool goes_on = received == SIGTERM && (*server)->HasJobs();
   (*server)->Stop(absl::Seconds(drain));
   spdlog::info("stopped");
-  return 0;
+  return goes_on ? kJobsGoOn : 0;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/resource_quota.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -353,6 +354,15 @@ absl::Status Supervisor::StartPublicListener(const std::string& listen) {
   }
   address_ = where.host + ":" + std::to_string(port);
   return absl::OkStatus();
+}
+
+bool Supervisor::HasJobs() const {
+  const std::vector<JobPtr> jobs = jobs_.List();
+  return std::any_of(jobs.begin(), jobs.end(), [](const JobPtr& job) {
+    const v1::JobState state = job->Get().state();
+    return state != v1::JOB_STATE_FAILED && state != v1::JOB_STATE_DELETING &&
+           state != v1::JOB_STATE_DELETED;
+  });
 }
 
 void Supervisor::Stop(absl::Duration drain) {

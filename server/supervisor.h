@@ -68,6 +68,9 @@ class Supervisor {
   // No new work; what runs may end within `drain`; then everything stops.
   void Stop(absl::Duration drain);
 
+  // Whether there are jobs that the next server goes on with.
+  bool HasJobs() const;
+
   const std::string& address() const { return address_; }
   const std::string& device() const { return context_.device; }
   const std::string& metrics_address() const { return metrics_->address(); }

@@ -472,7 +472,7 @@ def test_a_server_that_stops_waits_for_a_save(tmp_path, token_file):
             rank.send_done(command, save_state=saved(0))
             rank.send_done(rank.next("end_save"), save_state=saved(0))
             assert rank.has_ended()
-            assert server.process.wait(LONG) == 0
+            assert server.process.wait(LONG) == 143
 
 
 # ---- Ends ------------------------------------------------------------------
