@@ -90,6 +90,15 @@ std::mutex& CheckpointCatalogue::Removals() {
   return mutex;
 }
 
+absl::Status CheckpointCatalogue::RemoveUnfinished(
+    const std::string& job_id) const {
+  const std::lock_guard<std::mutex> lock(Removals());
+  GW_RETURN_IF_ERROR(RecoverSnapshots(*files_, SnapshotsOf(job_id)));
+  const absl::Status status = RemoveLeftovers(
+      *files_, gradwire::DirectoryOf(DirectoryOf({job_id, "x", false})));
+  return absl::IsNotFound(status) ? absl::OkStatus() : status;
+}
+
 absl::Status CheckpointCatalogue::Saved(const CheckpointRef& ref, bool again,
                                         int64_t asked_micros) const {
   // What the metadata may know is of one that was equal and had this name.

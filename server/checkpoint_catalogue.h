@@ -72,6 +72,9 @@ class CheckpointCatalogue {
   };
   absl::Status DeleteExpired(absl::Time now, const BeforeDelete& before,
                              std::vector<Deleted>& deleted) const;
+  // Of a job whose ranks have ended: what they had begun to save, which nobody
+  // ends.
+  absl::Status RemoveUnfinished(const std::string& job_id) const;
   // It was published: from now on its times are in the metadata. If it has gone
   // already, nothing is done. `asked_micros`: when the save was asked for; if
   // that has run before, the metadata may know it already.

@@ -216,6 +216,12 @@ absl::Status Job::Delete() {
   // What was recorded while it ended; if that fails, rows stay that nobody
   // reads.
   environment_->metadata->SetJobState(id_, JobRow::kDeleted, "").IgnoreError();
+  // A parent would wait for its delta, and the disk for the next server.
+  if (const absl::Status removed =
+          environment_->catalogue().RemoveUnfinished(id_);
+      !removed.ok()) {
+    spdlog::warn("job {}: {}", id_, std::string(removed.message()));
+  }
   RemoveDurableState();
   return absl::OkStatus();
 }

@@ -243,12 +243,12 @@ class Job {
     std::vector<v1::LogprobItem> items = {};  // of kReplay
     // Of kSavePoint: computed since the one before it, when it began.
     double seconds = 0;
+    // Of a save that is written: of the state that is saved.
+    int64_t optimizer_step = 0, weight_version = 0;
     // Whether its ranks write beside what follows.
     bool saves() const {
       return purpose == kSavePoint ||
-             (purpose == kOperation &&
-              op->kind == v1::OPERATION_KIND_SAVE_STATE) ||
-             SavesSnapshot();
+             (purpose == kOperation && IsSave(op->kind));
     }
     bool SavesSnapshot() const {
       return purpose == kOperation &&
@@ -325,8 +325,12 @@ class Job {
   // Whether what is in the way of a save was made by it, before the end of the
   // process that would have said so: the name was free when it was accepted,
   // and the state is this one. Sets the result.
-  bool FindSaved(const OperationPtr& op, const v1::RankDone& done)
+  bool FindSaved(const Flight& save, const v1::RankDone& done)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether one goes on that has killed a rank, and runs alone.
+  bool SavesSuspect() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether one goes on that was interrupted before.
+  bool SavesAgain() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What is loaded stays for as long as it may be loaded again, whatever
   // becomes of its name: job_loads.cc.
   std::string KeptAt(const Operation& op) const;
@@ -359,7 +363,7 @@ class Job {
   // What becomes of operations: job_results.cc.
   void OnLogprobs(GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void OnDone(const GroupEvent& event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void OnOperationDone(const OperationPtr& op, const v1::RankDone& done)
+  void OnOperationDone(const Flight& flight, const v1::RankDone& done)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void FailOperations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Decides the end of an operation; it is told once it is in the log.
@@ -402,6 +406,10 @@ class Job {
   absl::Status RestoreOperations(const JobRow& row)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RestoreHandle(const HandleRow& row) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Saves that had begun: what came after them has run.
+  void RestoreSaves(
+      const std::map<std::pair<int64_t, int64_t>, OperationPtr>& operations)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What the job's first handle began with.
   void RestoreBeginning() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::chrono::milliseconds RetainTtl(const Operation& op) const;
@@ -418,7 +426,11 @@ class Job {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void BeginRecovery() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // A save that was under way, and is of the state that `op` was run on.
-  OperationPtr TakeSaveBefore(const OperationPtr& op)
+  OperationPtr SaveBefore(const OperationPtr& op) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void TakeSave(const OperationPtr& save) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Whether it may begin beside what goes on.
+  bool MayBeginBeside(const Operation& op) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::optional<Next> NextReplay() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Of one that has ended: whether the ranks were not as before.

@@ -32,6 +32,8 @@ bool Job::PointDue(const OperationPtr& op) const {
       state_save_.flight->purpose == Flight::kSavePoint) {
     return false;
   }
+  // A checkpoint that somebody saves takes its time; but not for ever.
+  const int patience = state_save_.flight.has_value() ? 2 : 1;
   // What is loaded is kept for as long as it may be loaded again.
   if (op->loads) return true;
   if (op->kind != v1::OPERATION_KIND_OPTIM_STEP) return false;
@@ -39,8 +41,9 @@ bool Job::PointDue(const OperationPtr& op) const {
   for (const auto& [id, activation] : activations_) {
     if (activation.kept) return false;
   }
-  return steps_since_point_ + 1 >= environment_->auto_checkpoint_steps ||
-         seconds_since_point_ >= environment_->max_replay_seconds;
+  return steps_since_point_ + 1 >=
+             patience * environment_->auto_checkpoint_steps ||
+         seconds_since_point_ >= patience * environment_->max_replay_seconds;
 }
 
 Job::Next Job::SavePoint() {

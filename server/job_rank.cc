@@ -84,7 +84,8 @@ std::optional<Job::Next> Job::TakeNext() {
     if (MayEndSave(*save)) return EndSave(*save);
   }
   if (stage_ == Stage::kLoadPoint || stage_ == Stage::kReplay) {
-    return in_flight_.size() < kMaxInFlight ? NextReplay() : std::nullopt;
+    const bool may = in_flight_.size() < kMaxInFlight && !SavesSuspect();
+    return may ? NextReplay() : std::nullopt;
   }
   // The ranks' failure is known before the job's state says so.
   if (stage_ != Stage::kRunning || !job_.ready()) return std::nullopt;
@@ -100,13 +101,13 @@ std::optional<Job::Next> Job::TakeNext() {
   }
   if (in_flight_.size() >= kMaxInFlight) return std::nullopt;
   // What has killed a rank runs alone.
+  if (SavesSuspect()) return std::nullopt;
   for (const Flight& flight : in_flight_) {
     if (flight.op != nullptr && flight.op->crashes > 0) return std::nullopt;
   }
   if (!again_.empty()) {
     const OperationPtr op = again_.front();
-    if (op->crashes > 0 && !in_flight_.empty()) return std::nullopt;
-    if (WaitsForSave(*op)) return std::nullopt;
+    if (!MayBeginBeside(*op) || WaitsForSave(*op)) return std::nullopt;
     again_.pop_front();
     return Begin(op);
   }

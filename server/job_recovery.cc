@@ -104,19 +104,27 @@ void Job::TakeBackFlights(const absl::Status& status) {
     op->is_again = true;
     again_.push_back(op);
   };
+  // Which of several it was is seen when each runs alone.
+  const auto take_suspect = [&](const OperationPtr& op) {
+    if (crash && ++op->crashes >= kMostCrashes) {
+      Finish(op, v1::OPERATION_STATE_FAILED, Crashed(op, status));
+    } else {
+      take(op);
+    }
+  };
   for (const Save* save : {&state_save_, &snapshot_save_}) {
     // Unless its second command is in flight.
     if (save->flight.has_value() &&
         save->flight->purpose == Flight::kOperation &&
         (save->flight->id != 0 || save->end.has_value())) {
-      take(save->flight->op);
+      take_suspect(save->flight->op);
     }
   }
   bool first = true;
   for (const Flight& flight : in_flight_) {
     if (flight.purpose != Flight::kOperation) continue;
-    if (first && crash && ++flight.op->crashes >= kMostCrashes) {
-      Finish(flight.op, v1::OPERATION_STATE_FAILED, Crashed(flight.op, status));
+    if (first) {
+      take_suspect(flight.op);
     } else {
       take(flight.op);
     }
@@ -166,7 +174,9 @@ std::optional<Job::Next> Job::NextReplay() {
   }
   while (replay_next_ < history_.size()) {
     const OperationPtr op = history_[replay_next_];
-    if (OperationPtr save = TakeSaveBefore(op); save != nullptr) {
+    if (const OperationPtr save = SaveBefore(op); save != nullptr) {
+      if (!MayBeginBeside(*save)) return std::nullopt;
+      TakeSave(save);
       return Begin(save);
     }
     ++replay_next_;
@@ -195,7 +205,11 @@ std::optional<Job::Next> Job::NextReplay() {
   return std::nullopt;
 }
 
-OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
+bool Job::MayBeginBeside(const Operation& op) const {
+  return op.crashes == 0 || (in_flight_.empty() && !IsSaving());
+}
+
+OperationPtr Job::SaveBefore(const OperationPtr& op) const {
   OperationPtr save;
   if (!again_.empty()) {
     save = again_.front();
@@ -203,35 +217,28 @@ OperationPtr Job::TakeSaveBefore(const OperationPtr& op) {
     save = current_->queue.Find(current_->queue.next_seq());
   }
   // A handle that has taken over comes after all of the one before it.
-  if (save == nullptr || save->Ended() ||
-      (save->kind != v1::OPERATION_KIND_SAVE_STATE &&
-       save->kind != v1::OPERATION_KIND_SAVE_SNAPSHOT) ||
+  if (save == nullptr || save->Ended() || !IsSave(save->kind) ||
       std::pair(save->handle, save->seq) > std::pair(op->handle, op->seq)) {
     return nullptr;
-  }
-  if (!again_.empty()) {
-    again_.pop_front();
-  } else {
-    current_->queue.TakeNext();
   }
   return save;
 }
 
+void Job::TakeSave(const OperationPtr& save) {
+  if (!again_.empty() && again_.front() == save) {
+    again_.pop_front();
+  } else {
+    current_->queue.TakeNext();
+  }
+}
+
 bool Job::ChangesState(const Operation& op) {
-  if (!op.ran) return false;
+  if (!op.ran || IsSave(op.kind)) return false;
   if (op.final_state != v1::OPERATION_STATE_DONE) {
     // Its gradients, or that there are none any more.
     return op.tainted || op.kind == v1::OPERATION_KIND_OPTIM_STEP;
   }
-  switch (op.kind) {
-    case v1::OPERATION_KIND_SAVE_SNAPSHOT:
-    case v1::OPERATION_KIND_SAVE_STATE:
-      return false;
-    case v1::OPERATION_KIND_FORWARD:
-      return !op.activation_id.empty();
-    default:
-      return true;
-  }
+  return op.kind != v1::OPERATION_KIND_FORWARD || !op.activation_id.empty();
 }
 
 bool Job::NeedsReplay(const OperationPtr& op) const {

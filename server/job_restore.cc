@@ -71,10 +71,12 @@ void Job::Restore(const JobRow& row) {
     Decide(failed, job_);
     for (auto& [id, handle] : handles_) Fence(*handle, restored);
     // Nor does a restart of the job begin what it was to begin with.
-    for (const OperationPtr& op : control_) {
-      Finish(op, v1::OPERATION_STATE_FAILED, restored);
+    for (std::deque<OperationPtr>* queue : {&again_, &control_}) {
+      for (const OperationPtr& op : *queue) {
+        Finish(op, v1::OPERATION_STATE_FAILED, restored);
+      }
+      queue->clear();
     }
-    control_.clear();
     return;
   }
   recovering_ = !handles_.empty();
@@ -158,6 +160,7 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
       handle.unloaded = true;
     }
   }
+  RestoreSaves(operations);
   for (const auto& [number, handle] : by_number) {
     for (const OperationPtr& op :
          handle->queue.CloseBelow(handle->closed_below)) {
@@ -190,6 +193,22 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
   RestoreBeginning();
   RemoveStrayLoads(ListLoaded(), LoadsInUse());
   return absl::OkStatus();
+}
+
+void Job::RestoreSaves(
+    const std::map<std::pair<int64_t, int64_t>, OperationPtr>& operations) {
+  std::pair<int64_t, int64_t> last;
+  for (const auto& [key, op] : operations) {
+    if (op->Ended() && op->ran) last = key;
+  }
+  for (const auto& [key, op] : operations) {
+    if (key > last) break;
+    // One that had not begun would have ended before the last one ran.
+    if (IsSave(op->kind) && !op->Ended() && op->logged_at >= 0 &&
+        (*FindHandle(op->model_id))->queue.Cancel(op)) {
+      again_.push_back(op);
+    }
+  }
 }
 
 void Job::RestoreBeginning() {

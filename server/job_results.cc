@@ -45,9 +45,10 @@ void Job::OnDone(const GroupEvent& event) {
   // While it recovers, a job is where its log says.
   const bool replays =
       flight.purpose == Flight::kReplay || flight.purpose == Flight::kLoadPoint;
-  const bool stepped =
-      !replays && done.optimizer_step() != job_.optimizer_step();
-  if (!replays) {
+  // And a save is of where it was when that began.
+  const bool tells = !replays && !flight.saves();
+  const bool stepped = tells && done.optimizer_step() != job_.optimizer_step();
+  if (tells) {
     job_.set_weight_version(done.weight_version());
     job_.set_optimizer_step(done.optimizer_step());
   }
@@ -61,8 +62,10 @@ void Job::OnDone(const GroupEvent& event) {
   }
   switch (flight.purpose) {
     case Flight::kOperation:
-      failures_in_row_ = 0;
-      OnOperationDone(flight.op, done);
+      // What ends beside a save that is interrupted again and again does not
+      // bring the job on.
+      if (!SavesAgain()) failures_in_row_ = 0;
+      OnOperationDone(flight, done);
       break;
     case Flight::kRelease:
       break;
@@ -80,13 +83,17 @@ void Job::OnDone(const GroupEvent& event) {
   work_.SignalAll();
 }
 
-void Job::OnOperationDone(const OperationPtr& op, const v1::RankDone& done) {
+void Job::OnOperationDone(const Flight& flight, const v1::RankDone& done) {
+  const OperationPtr& op = flight.op;
   op->ran = true;
   op->tainted = done.tainted();
   op->dropped_ops = done.dropped_ops();
-  seconds_since_point_ +=
-      std::chrono::duration<double>(Clock::now() - op->started).count();
-  if (done.has_error() && !FindSaved(op, done)) {
+  // A save that has ended is not run again.
+  if (!flight.saves()) {
+    seconds_since_point_ +=
+        std::chrono::duration<double>(Clock::now() - op->started).count();
+  }
+  if (done.has_error() && !FindSaved(flight, done)) {
     Finish(op, v1::OPERATION_STATE_FAILED, FromOperationError(done.error()));
     return;
   }

@@ -17,6 +17,7 @@ bool Job::WaitsForSave(const OpQueue& queue) const {
 }
 
 bool Job::WaitsForSave(const Operation& op) const {
+  if (op.kind == v1::OPERATION_KIND_UNLOAD_MODEL) return IsSaving();
   if (op.kind == v1::OPERATION_KIND_SAVE_SNAPSHOT) {
     return snapshot_save_.flight.has_value();
   }
@@ -49,6 +50,8 @@ bool Job::OnWritten(const v1::RankDone& done) {
       continue;
     }
     save->flight->id = 0;
+    save->flight->optimizer_step = done.optimizer_step();
+    save->flight->weight_version = done.weight_version();
     save->end.emplace().set_snapshot(save->flight->SavesSnapshot());
     if (done.has_error()) *save->end->mutable_error() = done.error();
     return true;
@@ -85,7 +88,30 @@ bool Job::HasSaved(const std::string& path, const std::string& digest) const {
   return found;
 }
 
-bool Job::FindSaved(const OperationPtr& op, const v1::RankDone& done) {
+bool Job::SavesSuspect() const {
+  for (const Save* save : {&state_save_, &snapshot_save_}) {
+    if (save->flight.has_value() &&
+        save->flight->purpose == Flight::kOperation &&
+        save->flight->op->crashes > 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool Job::SavesAgain() const {
+  for (const Save* save : {&state_save_, &snapshot_save_}) {
+    if (save->flight.has_value() &&
+        save->flight->purpose == Flight::kOperation &&
+        save->flight->op->is_again) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool Job::FindSaved(const Flight& save, const v1::RankDone& done) {
+  const OperationPtr& op = save.op;
   if (done.error().reason() != "CHECKPOINT_EXISTS" ||
       op->kind != v1::OPERATION_KIND_SAVE_STATE || !op->is_again ||
       op->name_taken) {
@@ -94,8 +120,8 @@ bool Job::FindSaved(const OperationPtr& op, const v1::RankDone& done) {
   const auto name = done.error().metadata().find("value");
   if (name == done.error().metadata().end()) return false;
   const auto saved = environment_->catalogue().Get({id_, name->second});
-  if (!saved.ok() || saved->optimizer_step() != done.optimizer_step() ||
-      saved->weight_version() != done.weight_version()) {
+  if (!saved.ok() || saved->optimizer_step() != save.optimizer_step ||
+      saved->weight_version() != save.weight_version) {
     return false;
   }
   if (HasSaved(saved->path(), saved->digest())) return false;

@@ -125,5 +125,10 @@ google::protobuf::Timestamp WallNow();
 
 // "forward_backward", for metrics and logs.
 std::string KindName(v1::OperationKind kind);
+// Whether it is written beside what follows it.
+inline bool IsSave(v1::OperationKind kind) {
+  return kind == v1::OPERATION_KIND_SAVE_STATE ||
+         kind == v1::OPERATION_KIND_SAVE_SNAPSHOT;
+}
 
 }  // namespace gradwire

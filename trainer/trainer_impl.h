@@ -211,6 +211,9 @@ class TrainerImpl : public Trainer {
     if (snapshot_ != nullptr) snapshot_->AwaitRead(unit);
   }
   SnapshotRequest RequestOf(const SnapshotOptions& options) const;
+  // What is left of the host's memory when so many ranks on it have touched all
+  // that they have planned.
+  int64_t SpareHostBytes(int ranks) const;
   absl::Status CheckState(StateReader& reader, bool optimizer) const;
   absl::Status ReadState(StateReader& reader, bool optimizer);
   absl::StatusOr<FlatWeights> Weights() {

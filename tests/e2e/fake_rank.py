@@ -9,6 +9,7 @@ for each rank below the last before it sends any.
 import argparse
 import os
 import queue
+import signal
 import threading
 import time
 
@@ -160,6 +161,7 @@ def default_result(command):
         "optim_step": {"optim_step": operations_pb2.OptimStepResult()},
         "zero_grad": {"zero_grad": operations_pb2.ZeroGradResult()},
         "save_snapshot": {"snapshot": operations_pb2.SnapshotResult()},
+        "end_save": {"snapshot": operations_pb2.SnapshotResult()},
         "release_activation_id": {
             "release": operations_pb2.ReleaseActivationsResult()
         },
@@ -212,6 +214,8 @@ def serve(rank, delay):
             assert {g.datum_index for g in gradients} <= set(own)
             rank.send_done(command)
             gradients = []
+        elif command.save_snapshot.directory.endswith("/crashes"):
+            os.kill(os.getpid(), signal.SIGSEGV)
         elif kind != "joined":
             rank.send_done(command)
 

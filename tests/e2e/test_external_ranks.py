@@ -375,7 +375,7 @@ def test_operations_run_beside_a_snapshot(own, dial):
     model = attach(own, job, ranks)
     first = model.save_snapshot("one")
     writing = [rank.next("save_snapshot") for rank in ranks]
-    # Also the save of a checkpoint, and a load.
+    # Also the save of a checkpoint.
     save = model.save_state("one")
     for rank in ranks:
         rank.send_done(rank.next("save_state"), save_state=saved(0))

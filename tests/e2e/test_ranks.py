@@ -254,6 +254,30 @@ def test_what_crashes_a_rank_each_time_is_given_up(
         model.logprobs(model.forward_backward(data), 2)
 
 
+def test_a_save_that_crashes_a_rank_is_given_up_and_nothing_else(
+    fake_binary, tmp_path
+):
+    flags = (f"--rank_binary={fake_binary}", "--max_recoveries=5")
+    with (
+        Server(tmp_path, *flags) as server,
+        calls.Stubs(server.address) as own,
+    ):
+        job, model = new_model(own, world_size=2)
+        data = calls.batch(sequences(VOCAB, (5, 3)))
+        # What runs beside it each time is not to blame, nor does its end bring
+        # the job on.
+        first = model.forward_backward(data)
+        save = model.save_snapshot("crashes", seq=2)
+        behind = [model.forward_backward(data, seq=3 + n) for n in range(4)]
+        error = calls.refusal(own, lambda: save)
+        assert error.reason == "OP_CRASHED_WORKER"
+        assert error.metadata["seq_id"] == "2"
+        for ref in (first, *behind):
+            model.logprobs(ref, 2)
+        assert own.watch(job, lambda j: j.ready).recoveries == 3
+        model.result(model.save_snapshot("another", seq=7))
+
+
 def test_a_job_that_keeps_failing_fails(fake_binary, tmp_path):
     flags = (f"--rank_binary={fake_binary}", "--max_recoveries=2")
     with (

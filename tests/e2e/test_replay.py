@@ -175,6 +175,12 @@ class Life:
     def log_folder(self):
         return pathlib.Path(self._state) / "jobs" / "job" / "log"
 
+    def step(self, step):
+        """An optimizer step."""
+        ref = self.model.optim_step()
+        self.answer("optim_step", step=step, version=step)
+        self.model.result(ref)
+
     def step_and_point(self, step):
         """An optimizer step, and the checkpoint that follows it."""
         ref = self.model.optim_step()
@@ -302,6 +308,26 @@ def test_a_save_that_was_interrupted_is_of_its_place(tmp_path, end, kinds):
             assert result.optimizer_step == 1
 
 
+def test_a_checkpoint_for_recovery_waits_for_one_that_is_saved(tmp_path):
+    """For as long again, before the training waits for it."""
+    with Life(tmp_path, "--auto_checkpoint_steps=1") as life:
+        life.attach()
+        save = life.model.save_state("one")
+        writing = life.next()
+        life.step(1)
+        life.step(2)
+        zero = life.model.zero_grad()
+        with pytest.raises(queue.Empty):
+            life.rank.next(seconds=0.5)
+        saved = {"save_state": saved_at(0)["save_state"]}
+        life.rank.send_done(writing, **saved)
+        life.answer("end_save", step=2, version=2, **saved)
+        life.model.result(save)
+        assert life.next().save_state.directory.endswith("recovery/1")
+        life.answer("zero_grad", step=2, version=2)
+        life.model.result(zero)
+
+
 def test_a_checkpoint_for_recovery_waits_for_a_snapshot(tmp_path):
     """Else a snapshot that is interrupted could not begin again: the state
     that it is of would be older than where a recovery begins."""
@@ -345,7 +371,50 @@ def test_a_checkpoint_for_recovery_waits_for_a_snapshot(tmp_path):
         assert life.model.result(second).snapshot.optimizer_step == 1
 
 
-@pytest.mark.parametrize("end", ["lose_rank"])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", SAVES)
+def test_a_save_that_ends_in_a_replay_tells_nothing_of_the_job(
+    tmp_path, kind, fails
+):
+    call, command, field = SAVES[kind]
+    with Life(tmp_path) as life:
+        life.attach()
+        life.step(1)
+        save = getattr(life.model, call)("one")
+        assert life.next().HasField(command)
+        life.step(2)
+        life.step(3)
+        life.lose_rank()
+        life.answer("reset")
+        life.answer("optim_step", step=1, version=1)
+        writing = life.next()
+        assert writing.HasField(command)
+        second = life.next()
+        done = {field: saved_at(1)[field]}
+        if fails:
+            # Beside what a replay has left for now.
+            done = {"error": error("STORAGE_FULL"), "tainted": True}
+        life.rank.send_done(writing, step=1, version=1, **done)
+        third = life.next()
+        end = life.rank.next("end_save")
+        life.rank.send_done(second, step=2, version=2)
+        life.rank.send_done(end, step=2, version=2, **done)
+        life.rank.send_done(third, step=3, version=3)
+        life.stubs.watch("job", lambda job: job.ready)
+        if fails:
+            assert calls.refusal(life.stubs, lambda: save).reason
+        else:
+            life.model.result(save)
+        assert life.model.info().optimizer_step == 3
+        life.kill_server()
+        life.answer("reset")
+        for step in (1, 2, 3):
+            life.answer("optim_step", step=step, version=step)
+        job = life.stubs.watch("job", lambda job: job.ready)
+        assert job.optimizer_step == 3
+
+
+@pytest.mark.parametrize("end", ["lose_rank", "kill_server"])
 def test_a_save_of_who_was_taken_over_is_of_its_place(tmp_path, end):
     with Life(tmp_path) as life:
         life.attach()

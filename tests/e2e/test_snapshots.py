@@ -447,6 +447,21 @@ def test_what_a_killed_server_leaves_is_whole(models, tmp_path):
         service.verify_checkpoint(last.path)
 
 
+def test_a_job_that_is_deleted_leaves_no_half_snapshot(new_client, service):
+    client = new_client("llama")
+    base = save(client, "base")
+    folder = os.path.dirname(base.local_path)
+    # As a rank leaves it that ends while it writes.
+    half = os.path.join(folder, ".half~base.pending")
+    os.makedirs(half)
+    assert reason(service.delete_checkpoint, base.path) == (
+        "SNAPSHOT_HAS_CHILDREN"
+    )
+    service.delete_job(client.job_id)
+    assert not os.path.exists(half)
+    service.delete_checkpoint(base.path)
+
+
 def test_a_rank_that_is_killed_leaves_no_half_snapshot(models, tmp_path):
     with serving(tmp_path) as (server, service):
         client = start(service, models, "job", world_size=2)

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "checkpoint/training_state.h"
@@ -149,11 +150,12 @@ TEST_P(SnapshotSaveTest, GoesOnBesideACheckpoint) {
   Train(job, 0, 1);
   Train(still, 0, 1);
   const std::string path = Fresh("both");
-  Save(still, path + "/still", SnapshotType::kBase);
+  Save(still, path + "/snapshots/still", SnapshotType::kBase);
   still.OnAll([&](Rank& rank) {
     ASSERT_TRUE(rank.trainer->SaveState(path + "/saved_still", {}).ok());
   });
-  Snapshot snapshot(job, Options(path + "/beside", SnapshotType::kBase));
+  Snapshot snapshot(job,
+                    Options(path + "/snapshots/beside", SnapshotType::kBase));
   std::vector<std::promise<absl::Status>> saved(
       static_cast<size_t>(job.world()));
   job.OnAll([&](Rank& rank) {
@@ -173,7 +175,8 @@ TEST_P(SnapshotSaveTest, GoesOnBesideACheckpoint) {
   job.OnAll(
       [&](Rank& rank) { ASSERT_TRUE(rank.trainer->PublishSave({}).ok()); });
   snapshot.Publish();
-  EXPECT_EQ(Weights(path + "/beside"), Weights(path + "/still"));
+  EXPECT_EQ(Weights(path + "/snapshots/beside"),
+            Weights(path + "/snapshots/still"));
   EXPECT_EQ(Files(path + "/saved_beside"), Files(path + "/saved_still"));
   Train(still, 1, 2);
   EXPECT_EQ(job.Weights(), still.Weights());
@@ -207,7 +210,14 @@ TEST_P(SnapshotSaveTest, TheEndOfTheTrainerLeavesNothing) {
     Job job = New(&files_);
     Snapshot snapshot(job, Options(path, SnapshotType::kBase));
     ASSERT_TRUE(gate_.Await(1));
-    gate_.Allow(kAny);
+    // It writes no more than what it was at.
+    std::thread disk([&] {
+      std::this_thread::sleep_for(milliseconds(100));
+      gate_.Allow(4);
+    });
+    job = New();
+    disk.join();
+    EXPECT_EQ(snapshot.Written().code(), absl::StatusCode::kCancelled);
   }
   EXPECT_FALSE(std::filesystem::exists(path));
   EXPECT_FALSE(std::filesystem::exists(PendingPath(path)));

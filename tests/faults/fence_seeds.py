@@ -74,7 +74,8 @@ FENCE_SEEDS = (
         "the copy of what was replaced outlives what has replaced it",
         "server/metadata/metadata_checkpoints.cc",
         "if (!remember_replaced_ || !replaced) return absl::OkStatus();",
-        "if (!remember_replaced_ || true) return absl::OkStatus();",
+        "if (!remember_replaced_ || replaced || !replaced) "
+        "return absl::OkStatus();",
         (
             f"{STORAGE}::test_what_was_replaced_does_not_come_back_when_its_"
             "successor_expires[False]",

@@ -273,16 +273,16 @@ JOB_SEEDS = (
         "save_of_a_later_state",
         "an interrupted save is made of the state after those behind it",
         "server/job_recovery.cc",
-        "save == nullptr || save->Ended() ||",
-        "save == nullptr || save->Ended() || true ||",
+        "save == nullptr || save->Ended() || !IsSave(save->kind) ||",
+        "save == nullptr || save->Ended() || IsSave(save->kind) ||",
         (f"{REPLAY}::test_a_save_that_was_interrupted_is_of_its_place",),
     ),
     Seed(
         "snapshot_of_a_later_state",
         "an interrupted snapshot is made of the state after those behind it",
         "server/job_recovery.cc",
-        "save->kind != v1::OPERATION_KIND_SAVE_SNAPSHOT) ||",
-        "true) ||",
+        "save->Ended() || !IsSave(save->kind) ||",
+        "save->Ended() || save->kind != v1::OPERATION_KIND_SAVE_STATE ||",
         (f"{REPLAY}::test_a_save_that_was_interrupted_is_of_its_place",),
     ),
     Seed(
@@ -300,6 +300,58 @@ JOB_SEEDS = (
         "    return snapshot_save_.flight.has_value();",
         "    return false;",
         (f"{EXTERNAL}::test_operations_run_beside_a_snapshot",),
+    ),
+    Seed(
+        "save_that_crashes_not_blamed",
+        "a save that kills its rank is begun again without end",
+        "server/job_recovery.cc",
+        "      take_suspect(save->flight->op);",
+        "      take(save->flight->op);",
+        (
+            f"{RANKS}::test_a_save_that_crashes_a_rank_is_given_up_and_"
+            "nothing_else",
+        ),
+    ),
+    Seed(
+        "save_that_crashes_beside_others",
+        "what runs beside a save that kills its rank is given up for it",
+        "server/job_saves.cc",
+        "        save->flight->op->crashes > 0) {",
+        "        save->flight->op->crashes > 1000) {",
+        (
+            f"{RANKS}::test_a_save_that_crashes_a_rank_is_given_up_and_"
+            "nothing_else",
+        ),
+    ),
+    Seed(
+        "save_tells_of_a_replay",
+        "a job that is rebuilt is where a save's end found it",
+        "server/job_results.cc",
+        "const bool tells = !replays && !flight.saves();",
+        "const bool tells = !replays;",
+        (
+            f"{REPLAY}::test_a_save_that_ends_in_a_replay_tells_nothing_of_"
+            "the_job",
+        ),
+    ),
+    Seed(
+        "failed_save_is_run_again",
+        "what a replay has left for a moment is left for good",
+        "server/job_recovery.cc",
+        "if (!op.ran || IsSave(op.kind)) return false;",
+        "if (!op.ran || (IsSave(op.kind) && !op.tainted)) return false;",
+        (
+            f"{REPLAY}::test_a_save_that_ends_in_a_replay_tells_nothing_of_"
+            "the_job",
+        ),
+    ),
+    Seed(
+        "interrupted_save_is_fenced",
+        "a save that ran when the server died ends as that of an old handle",
+        "server/job_restore.cc",
+        "  RestoreSaves(operations);\n  for",
+        "  for",
+        (f"{REPLAY}::test_a_save_of_who_was_taken_over_is_of_its_place",),
     ),
     Seed(
         "step_under_a_snapshot",
