@@ -237,7 +237,11 @@ TEST_P(SnapshotSaveTest, WhatCannotBeIsToldByTheThread) {
   Snapshot orphan(job, options);
   EXPECT_EQ(Reason(orphan.Written()), "DELTA_PARENT_UNAVAILABLE");
   orphan.Abandon();
+  // The training goes on.
+  Job undisturbed = New();
+  Train(undisturbed, 0, 1);
   Train(job, 0, 1);
+  EXPECT_EQ(job.Weights(), undisturbed.Weights());
 }
 
 constexpr auto kF32 = Precision::kF32, kBF16 = Precision::kBF16;
