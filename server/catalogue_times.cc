@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "base/error.h"
 #include "base/status.h"
+#include "checkpoint/publish.h"
 #include "checkpoint/snapshot/list.h"
 #include "checkpoint/training_state.h"
 #include "server/catalogue_rows.h"
@@ -94,9 +95,16 @@ absl::Status CheckpointCatalogue::RemoveUnfinished(
     const std::string& job_id) const {
   const std::lock_guard<std::mutex> lock(Removals());
   GW_RETURN_IF_ERROR(RecoverSnapshots(*files_, SnapshotsOf(job_id)));
-  const absl::Status status = RemoveLeftovers(
-      *files_, gradwire::DirectoryOf(DirectoryOf({job_id, "x", false})));
-  return absl::IsNotFound(status) ? absl::OkStatus() : status;
+  const std::string states =
+      gradwire::DirectoryOf(DirectoryOf({job_id, "x", false}));
+  GW_ASSIGN_OR_RETURN(const auto names, NamesIn(*files_, states));
+  for (const std::string& name : names) {
+    // Others are links to what is being copied to an object store.
+    std::string purpose;
+    if (PendingName(name, &purpose).empty() || !purpose.empty()) continue;
+    GW_RETURN_IF_ERROR(RemoveIfThere(*files_, states + "/" + name));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status CheckpointCatalogue::Saved(const CheckpointRef& ref, bool again,

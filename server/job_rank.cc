@@ -89,6 +89,11 @@ std::optional<Job::Next> Job::TakeNext() {
   }
   // The ranks' failure is known before the job's state says so.
   if (stage_ != Stage::kRunning || !job_.ready()) return std::nullopt;
+  // What has killed a rank runs alone.
+  if (SavesSuspect()) return std::nullopt;
+  for (const Flight& flight : in_flight_) {
+    if (flight.op != nullptr && flight.op->crashes > 0) return std::nullopt;
+  }
   if (save_after_ != nullptr) {
     // A save that has not ended begins again with what came before it, and so
     // with no later point; and only one checkpoint is written at a time.
@@ -100,11 +105,6 @@ std::optional<Job::Next> Job::TakeNext() {
     return Begin(op);
   }
   if (in_flight_.size() >= kMaxInFlight) return std::nullopt;
-  // What has killed a rank runs alone.
-  if (SavesSuspect()) return std::nullopt;
-  for (const Flight& flight : in_flight_) {
-    if (flight.op != nullptr && flight.op->crashes > 0) return std::nullopt;
-  }
   if (!again_.empty()) {
     const OperationPtr op = again_.front();
     if (!MayBeginBeside(*op) || WaitsForSave(*op)) return std::nullopt;

@@ -199,11 +199,12 @@ void Job::RestoreSaves(
     const std::map<std::pair<int64_t, int64_t>, OperationPtr>& operations) {
   std::pair<int64_t, int64_t> last;
   for (const auto& [key, op] : operations) {
-    if (op->Ended() && op->ran) last = key;
+    if (op->Ended() && (op->ran || op->closed_below > 0)) last = key;
   }
   for (const auto& [key, op] : operations) {
     if (key > last) break;
-    // One that had not begun would have ended before the last one ran.
+    // One that had not begun would have ended before the last one ran, or with
+    // it.
     if (IsSave(op->kind) && !op->Ended() && op->logged_at >= 0 &&
         (*FindHandle(op->model_id))->queue.Cancel(op)) {
       again_.push_back(op);

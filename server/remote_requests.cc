@@ -145,14 +145,22 @@ absl::Status RemoteStore::RemoveCopy(const Removal& removal) {
   // not begin.
   GW_RETURN_IF_ERROR(WillRemove(ref, removal.digest));
   is_no_longer_stored();
-  // Nothing is stored under its name meanwhile: its files would go as well.
-  const auto set_removing = [this](const std::string& path) {
+  bool begins = false;
+  {
     const std::lock_guard<std::mutex> lock(mutex_);
-    removing_ = path;
-  };
-  set_removing(ref.path());
+    begins = storing_ != ref.path();
+    if (begins) removing_ = ref.path();
+  }
+  if (!begins) {
+    // When that has ended, which may take long.
+    RemoveLater(ref, removal.digest);
+    return absl::OkStatus();
+  }
   const absl::Status removed = remote_.Remove(ref.path());
-  set_removing("");
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    removing_.clear();
+  }
   Wake();
   GW_RETURN_IF_ERROR(removed);
   // What was stored or fetched meanwhile is stored once more.

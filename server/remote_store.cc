@@ -77,10 +77,8 @@ void RemoteStore::Saved(const CheckpointRef& ref) {
     saved_.insert(ref.path());
     stored_.erase(ref.path());
     failures_.erase(ref.path());
+    may_have_replaced_.insert(ref.path());
   }
-  // What it has replaced, if that is not replaced in the store as well before
-  // it goes.
-  TakeRemovals(ref.path());
   Wake();
 }
 
@@ -162,16 +160,24 @@ absl::Status RemoteStore::RemoveOne(const Removal& removal) {
   }
   // Of a disk that fails nobody knows what has gone from it.
   if (!there.ok() && !absl::IsNotFound(there.status())) return there.status();
-  // What has its name will take its place in the store.
-  if (there.ok() && !ref.snapshot && commit.ok() && commit->has_value() &&
-      remote_.IsOwn(**commit)) {
-    return absl::AbortedError("");
+  // What has its name will take its place in the store, unless it is another
+  // server's.
+  if (there.ok() && !ref.snapshot && commit.ok() && commit->has_value()) {
+    return remote_.IsOwn(**commit)
+               ? absl::AbortedError("")
+               : metadata_->EndRemoval({ref.path(), removal.digest});
   }
   GW_RETURN_IF_ERROR(alone);
   return RemoveCopy(removal);
 }
 
 void RemoteStore::RemoveDue() {
+  std::set<std::string> replaced;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    replaced.swap(may_have_replaced_);
+  }
+  for (const std::string& path : replaced) TakeRemovals(path);
   std::deque<Removal> removals;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -248,8 +254,7 @@ void RemoteStore::SetFailure(const CheckpointRef& ref,
 
 absl::Status RemoteStore::Store(const CheckpointRef& ref) {
   {
-    std::unique_lock<std::mutex> lock(mutex_);
-    work_.wait(lock, [&] { return end_ || removing_ != ref.path(); });
+    const std::lock_guard<std::mutex> lock(mutex_);
     saved_.erase(ref.path());
   }
   auto row = catalogue_.Get(ref);
@@ -266,14 +271,27 @@ absl::Status RemoteStore::Store(const CheckpointRef& ref) {
     // A delta is seen only with the whole chain.
     if (!is_stored) GW_RETURN_IF_ERROR(Store(parent));
   }
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    work_.wait(lock, [&] { return end_ || removing_ != ref.path(); });
+    storing_ = ref.path();
+  }
+  const absl::Status stored = StoreOne(ref, *row);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  storing_.clear();
+  return stored;
+}
+
+absl::Status RemoteStore::StoreOne(const CheckpointRef& ref,
+                                   const v1::Checkpoint& row) {
   GW_ASSIGN_OR_RETURN(const auto there, remote_.Find(ref.path()));
-  if (there.has_value() && there->digest == row->digest()) {
+  if (there.has_value() && there->digest == row.digest()) {
     SetStored(ref, there->digest);
     return absl::OkStatus();
   }
   GW_RETURN_IF_ERROR(remote_.Sweep(ref.path()));
   const std::string link = LinkOf(ref);
-  const absl::Status stored = StoreFrom(ref, link, *row);
+  const absl::Status stored = StoreFrom(ref, link, row);
   // What stays, the next server removes.
   (void)RemoveIfThere(files_, link);
   return stored;

@@ -84,6 +84,8 @@ class RemoteStore {
   void RemoveDue();
   void RunOnce();
   absl::Status Store(const CheckpointRef& ref);
+  // What has been looked at. REQUIRES: storing_ is its path.
+  absl::Status StoreOne(const CheckpointRef& ref, const v1::Checkpoint& row);
   absl::Status StoreFrom(const CheckpointRef& ref, const std::string& link,
                          v1::Checkpoint row);
   // False: it has been deleted meanwhile, or another one has its name.
@@ -111,7 +113,10 @@ class RemoteStore {
   bool woken_ = false;
   std::map<std::string, std::string> stored_;  // digests by path
   std::set<std::string> saved_;                // since it was looked at
-  std::string removing_;  // the path whose copy just goes, or ""
+  std::set<std::string> may_have_replaced_;    // the same
+  // The path whose copy just goes, of which just one is made, or "": never the
+  // same, for files of the one would go with those of the other.
+  std::string removing_, storing_;
   std::map<std::string, absl::Status> failures_;
   std::deque<Removal> to_remove_, kept_for_child_;
   bool may_have_no_child_ = false;  // since it was looked at

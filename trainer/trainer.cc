@@ -174,6 +174,7 @@ absl::StatusOr<OptimOutcome> TrainerImpl::OptimStep(const OptimParams& params) {
   on_unit.before = [this](int unit) { AwaitRead(unit); };
   GW_ASSIGN_OR_RETURN(OptimOutcome outcome, optimizer_->Step(params, on_unit));
   if (!outcome.skipped) {
+    has_moments_ = true;
     ++weight_version_;
     // Activations of other weights are of no use; inputs stay.
     while (EvictOne()) {

@@ -211,9 +211,9 @@ class TrainerImpl : public Trainer {
     if (snapshot_ != nullptr) snapshot_->AwaitRead(unit);
   }
   SnapshotRequest RequestOf(const SnapshotOptions& options) const;
-  // What is left of the host's memory when so many ranks on it have touched all
-  // that they have planned.
-  int64_t SpareHostBytes(int ranks) const;
+  // What is left of the host's memory when all of its ranks have touched their
+  // state; of activations nobody knows how many there will be.
+  int64_t SpareHostBytes() const;
   absl::Status CheckState(StateReader& reader, bool optimizer) const;
   absl::Status ReadState(StateReader& reader, bool optimizer);
   absl::StatusOr<FlatWeights> Weights() {
@@ -249,6 +249,7 @@ class TrainerImpl : public Trainer {
 
   int64_t weight_version_ = 0;
   bool has_gradients_ = false;  // a backward has run
+  bool has_moments_ = false;    // a step has touched them, or a load
   bool valid_ = true;           // see is_valid
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;

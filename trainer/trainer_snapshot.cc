@@ -31,15 +31,15 @@ SnapshotKind KindOf(SnapshotType type) {
 
 }  // namespace
 
-int64_t TrainerImpl::SpareHostBytes(int ranks) const {
+int64_t TrainerImpl::SpareHostBytes() const {
   const int64_t available = AvailableHostBytes();
   if (!device_.IsHostMemory()) return available;
-  const auto sum = [](const auto& m) {
-    return m.weights + m.gradients + m.optimizer + m.activations + m.workspace;
-  };
-  const int64_t untouched =
-      std::max<int64_t>(0, sum(plan_) - sum(memory_use()));
-  return std::max<int64_t>(0, available - ranks * untouched);
+  const MemoryUse use = memory_use();
+  int64_t untouched = plan_.weights + plan_.gradients + plan_.workspace;
+  untouched -= use.weights + use.gradients + use.workspace;
+  if (!has_moments_) untouched += plan_.optimizer;
+  return std::max<int64_t>(
+      0, available - options_.ranks_on_host * std::max<int64_t>(0, untouched));
 }
 
 SnapshotRequest TrainerImpl::RequestOf(const SnapshotOptions& options) const {
@@ -54,7 +54,7 @@ SnapshotRequest TrainerImpl::RequestOf(const SnapshotOptions& options) const {
   request.optimizer_step = optimizer_->step();
   request.ttl_seconds = options.ttl_seconds;
   request.tensors = TensorsOf(table_, state_.weight.dtype());
-  request.memory_bytes = SpareHostBytes(1);
+  request.memory_bytes = SpareHostBytes();
   request.shard_bytes = options_.snapshot_shard_bytes;
   return request;
 }
@@ -68,12 +68,11 @@ void TrainerImpl::BeginSnapshot(
     SnapshotRequest request = RequestOf(options);
     const DType dtype = state_.weight.dtype();
     const int64_t model_bytes = table_.num_elements() * DTypeBytes(dtype);
-    // A delta's parent takes as much, and comes first. Others may be on this
-    // host.
+    // A delta's parent takes as much, and comes first.
     const int64_t parent_bytes =
         request.kind == SnapshotKind::kBase ? 0 : model_bytes;
     const int64_t room =
-        std::max<int64_t>(0, SpareHostBytes(world()) - parent_bytes);
+        std::max<int64_t>(0, request.memory_bytes - parent_bytes);
     SnapshotSave::Part part = {
         .table = table_,
         .layout = layout_,

@@ -243,6 +243,7 @@ absl::Status TrainerImpl::ReadState(StateReader& reader, bool optimizer) {
   }));
   if (options_.forward_only) return absl::OkStatus();
   const bool moments = optimizer && reader.header().optimizer_step > 0;
+  has_moments_ = has_moments_ || moments;
   for (const Moment& moment : {Moment{"m", state_.m}, Moment{"v", state_.v}}) {
     GW_RETURN_IF_ERROR(ForEachPart(
         [&](const ShardPiece&, const ShardPiece& part) -> absl::Status {

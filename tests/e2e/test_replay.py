@@ -414,6 +414,23 @@ def test_a_save_that_ends_in_a_replay_tells_nothing_of_the_job(
         assert job.optimizer_step == 3
 
 
+def test_a_save_before_numbers_that_were_closed_is_made_again(tmp_path):
+    with Life(tmp_path, "--gap_timeout_seconds=0.1") as life:
+        life.attach()
+        save = life.model.save_snapshot("one")
+        assert life.next().HasField("save_snapshot")
+        late = life.model.zero_grad(seq=3)
+        found = calls.refusal(life.stubs, lambda: late)
+        assert found.reason == "SEQUENCE_GAP"
+        life.kill_server()
+        life.answer("reset")
+        writing = life.next()
+        done = {"snapshot": saved_at(0)["snapshot"]}
+        life.rank.send_done(writing, **done)
+        life.answer("end_save", **done)
+        assert life.model.result(save).snapshot.type == "base"
+
+
 @pytest.mark.parametrize("end", ["lose_rank", "kill_server"])
 def test_a_save_of_who_was_taken_over_is_of_its_place(tmp_path, end):
     with Life(tmp_path) as life:

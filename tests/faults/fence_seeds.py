@@ -8,6 +8,7 @@ METADATA = "//server/metadata:metadata_test"
 FENCING = "tests/e2e/test_fencing.py"
 SNAPSHOTS = "tests/e2e/test_snapshots.py"
 TTL = f"{SNAPSHOTS}::test_when_something_expires_can_be_changed"
+REPLAY = "tests/e2e/test_replay.py"
 STORAGE = "tests/e2e/test_object_storage.py"
 
 FENCE_SEEDS = (
@@ -85,9 +86,44 @@ FENCE_SEEDS = (
         "stored_while_it_is_removed",
         "files of a copy go with those of the one that had its name",
         "server/remote_store.cc",
-        "return end_ || removing_ != ref.path();",
-        "return end_ || true;",
+        "return end_ || removing_ != ref.path(); });\n    storing_ =",
+        "return end_ || true; });\n    storing_ =",
         (f"{STORAGE}::test_a_name_is_not_stored_while_what_had_it_is_removed",),
+    ),
+    Seed(
+        "removed_while_it_is_stored",
+        "a copy without some of its files is taken for whole",
+        "server/remote_requests.cc",
+        "begins = storing_ != ref.path();",
+        "begins = true;",
+        (
+            f"{STORAGE}::test_what_is_removed_while_it_is_stored_is_no_half_"
+            "copy",
+        ),
+    ),
+    Seed(
+        "copy_of_another_server_removed",
+        "a copy goes before there is another one, and with its server",
+        "server/remote_store.cc",
+        "if (there.ok() && !ref.snapshot && commit.ok() && "
+        "commit->has_value()) {",
+        "if (there.ok() && !ref.snapshot && commit.ok() && "
+        "commit->has_value() && remote_.IsOwn(**commit)) {",
+        (
+            f"{STORAGE}::test_what_another_server_stored_is_not_replaced_by_"
+            "what_replaces_it_here",
+        ),
+    ),
+    Seed(
+        "save_before_a_gap_is_closed",
+        "a save that ran when the server died ends with numbers behind it",
+        "server/job_restore.cc",
+        "(op->ran || op->closed_below > 0)",
+        "op->ran",
+        (
+            f"{REPLAY}::test_a_save_before_numbers_that_were_closed_is_made_"
+            "again",
+        ),
     ),
     Seed(
         "log_of_who_was_taken_over_is_read",
