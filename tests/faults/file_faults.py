@@ -27,6 +27,9 @@ import calls  # noqa: E402
 # In the order of fault_shim.cc.
 FAULTS = ("kill", "kill_after", "full", "error", "short", "no_input")
 KILLS = FAULTS[:2]
+# The status after SIGTERM: there are jobs that the next server goes on with, or
+# none.
+STOPPED = (143, 0)
 # Of whatever is waited for; all of it takes a second or two.
 PATIENCE = 60
 SHIM = "libfault_shim.so"

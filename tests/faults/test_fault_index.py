@@ -35,6 +35,7 @@ from fault_promises import (
 from fault_scenarios import SCENARIOS, Client, Died, Refused, Scenario
 from file_faults import (
     FAULTS,
+    STOPPED,
     Broken,
     Fault,
     Server,
@@ -166,11 +167,11 @@ def suffer(scenario, state, log, fault):
             # have none.
             if fault.fired and fault.at % 2:
                 server.process.kill()
-                want = -signal.SIGKILL
+                want = [-signal.SIGKILL]
             else:
                 server.process.terminate()
-                want = 0
-            if server.ended() != want and not died(server, fault):
+                want = STOPPED
+            if server.ended() not in want and not died(server, fault):
                 raise Broken(f"it ended with {server.ended()}")
     # SQLite syncs its log once more before it takes over into the database what
     # was in it before.
@@ -203,7 +204,7 @@ def recover(scenario, state, log, told, want):
         check_jobs(state)
         with Stubs(server.address) as stubs:
             scenario.check(stubs, told, want)
-        if (status := server.stop()) != 0:
+        if (status := server.stop()) not in STOPPED:
             raise Broken(f"the next one ended with {status}")
     check_files(state)
 
