@@ -395,8 +395,10 @@ def test_a_save_that_ends_in_a_replay_tells_nothing_of_the_job(
             # Beside what a replay has left for now.
             done = {"error": error("STORAGE_FULL"), "tainted": True}
         life.rank.send_done(writing, step=1, version=1, **done)
-        third = life.next()
-        end = life.rank.next("end_save")
+        # In the order in which the server comes to them.
+        rest = [life.next(), life.next()]
+        rest = {command.WhichOneof("command"): command for command in rest}
+        third, end = rest["optim_step"], rest["end_save"]
         life.rank.send_done(second, step=2, version=2)
         life.rank.send_done(end, step=2, version=2, **done)
         life.rank.send_done(third, step=3, version=3)
