@@ -428,7 +428,6 @@ class Job {
   // A save that was under way, and is of the state that `op` was run on.
   OperationPtr SaveBefore(const OperationPtr& op) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void TakeSave(const OperationPtr& save) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Whether it may begin beside what goes on.
   bool MayBeginBeside(const Operation& op) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -176,7 +176,7 @@ std::optional<Job::Next> Job::NextReplay() {
     const OperationPtr op = history_[replay_next_];
     if (const OperationPtr save = SaveBefore(op); save != nullptr) {
       if (!MayBeginBeside(*save)) return std::nullopt;
-      TakeSave(save);
+      again_.pop_front();
       return Begin(save);
     }
     ++replay_next_;
@@ -210,26 +210,14 @@ bool Job::MayBeginBeside(const Operation& op) const {
 }
 
 OperationPtr Job::SaveBefore(const OperationPtr& op) const {
-  OperationPtr save;
-  if (!again_.empty()) {
-    save = again_.front();
-  } else if (current_ != nullptr) {
-    save = current_->queue.Find(current_->queue.next_seq());
-  }
+  if (again_.empty()) return nullptr;
+  const OperationPtr save = again_.front();
   // A handle that has taken over comes after all of the one before it.
-  if (save == nullptr || save->Ended() || !IsSave(save->kind) ||
+  if (save->Ended() || !IsSave(save->kind) ||
       std::pair(save->handle, save->seq) > std::pair(op->handle, op->seq)) {
     return nullptr;
   }
   return save;
-}
-
-void Job::TakeSave(const OperationPtr& save) {
-  if (!again_.empty() && again_.front() == save) {
-    again_.pop_front();
-  } else {
-    current_->queue.TakeNext();
-  }
 }
 
 bool Job::ChangesState(const Operation& op) {

@@ -181,10 +181,15 @@ def error(reason, **metadata):
     )
 
 
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def serve(rank, delay):
     """Answers commands until the stream ends."""
     held = {}  # own datums, by activation id
     datums, gradients = [], []
+    crashes = False
     while (command := rank.next()) is not None:
         kind = command.WhichOneof("command")
         if kind == "load":
@@ -198,6 +203,8 @@ def serve(rank, delay):
         elif kind == "gradients":
             gradients += command.gradients.items
         elif kind == "forward":
+            if crashes:
+                crash()
             forward = command.forward
             own = [i for i, r in enumerate(forward.rank_of) if r == rank.rank]
             assert len(datums) == len(own)
@@ -215,7 +222,9 @@ def serve(rank, delay):
             rank.send_done(command)
             gradients = []
         elif command.save_snapshot.directory.endswith("/crashes"):
-            os.kill(os.getpid(), signal.SIGSEGV)
+            # With what comes beside it, if anything does.
+            crashes = True
+            threading.Timer(0.5, crash).start()
         elif kind != "joined":
             rank.send_done(command)
 

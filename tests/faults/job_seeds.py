@@ -273,8 +273,8 @@ JOB_SEEDS = (
         "save_of_a_later_state",
         "an interrupted save is made of the state after those behind it",
         "server/job_recovery.cc",
-        "save == nullptr || save->Ended() || !IsSave(save->kind) ||",
-        "save == nullptr || save->Ended() || IsSave(save->kind) ||",
+        "  if (save->Ended() || !IsSave(save->kind) ||",
+        "  if (save->Ended() || IsSave(save->kind) ||",
         (f"{REPLAY}::test_a_save_that_was_interrupted_is_of_its_place",),
     ),
     Seed(
