@@ -16,6 +16,13 @@ namespace gradwire {
 namespace {
 
 constexpr int64_t kAlignment = 4096;
+// What a step hands to the device, several times over; and pieces that are
+// large enough to keep the bus busy.
+constexpr int64_t kFromHostBytes = int64_t{16} << 20;
+constexpr int64_t kToHostBytes = int64_t{32} << 20;
+// Below it a copy to the host is waited for no longer without page-locked
+// memory, and other threads' copies not at all.
+constexpr int64_t kSmallCopyBytes = int64_t{256} << 10;
 
 class CudaBuffer : public DeviceBuffer {
  public:
@@ -83,8 +90,13 @@ absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Create(int index) {
     return NoDevice(index, count, "CUDA sees " + std::to_string(count));
   }
   GW_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(index), "taking the device"));
-  return std::unique_ptr<CudaDevice>(new CudaDevice(index));
+  std::unique_ptr<CudaDevice> device(new CudaDevice(index));
+  GW_ASSIGN_OR_RETURN(device->from_host_, PinnedRing::Create(kFromHostBytes));
+  GW_ASSIGN_OR_RETURN(device->to_host_, PinnedRing::Create(kToHostBytes));
+  return device;
 }
+
+CudaDevice::~CudaDevice() { MakeCurrent(); }
 
 std::string CudaDevice::name() const {
   return "cuda:" + std::to_string(index_);
@@ -136,6 +148,10 @@ void CudaDevice::CopyToHost(Stream& stream, const Tensor& from, void* to) {
   if (!stream.ok() || from.bytes() == 0) return;
   MakeCurrent();
   auto& cuda = static_cast<CudaStream&>(stream);
+  if (from.bytes() > kSmallCopyBytes) {
+    to_host_->CopyToHost(cuda, from.raw(), to, from.bytes());
+    return;
+  }
   cuda.Check(cudaMemcpyAsync(to, from.raw(), static_cast<size_t>(from.bytes()),
                              cudaMemcpyDeviceToHost, cuda.get()),
              "a copy to the host");
@@ -146,10 +162,8 @@ void CudaDevice::CopyFromHost(Stream& stream, const void* from,
                               const Tensor& to) {
   if (!stream.ok() || to.bytes() == 0) return;
   MakeCurrent();
-  static_cast<CudaStream&>(stream).Check(
-      cudaMemcpyAsync(to.raw(), from, static_cast<size_t>(to.bytes()),
-                      cudaMemcpyHostToDevice, Of(stream)),
-      "a copy from the host");
+  from_host_->CopyFromHost(static_cast<CudaStream&>(stream), from, to.raw(),
+                           to.bytes());
 }
 
 void CudaDevice::Copy(Stream& stream, const Tensor& from, const Tensor& to) {

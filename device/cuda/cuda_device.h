@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "device/cuda/pinned_ring.h"
 #include "device/device.h"
 
 namespace gradwire {
@@ -43,8 +44,10 @@ class CudaStream : public Stream {
 class CudaDevice : public Device {
  public:
   // Errors: FAILED_PRECONDITION DEVICE_NOT_FOUND (device, count): no such GPU,
-  // or no driver; DEVICE_FAILED.
+  // or no driver; those of PinnedRing.
   static absl::StatusOr<std::unique_ptr<CudaDevice>> Create(int index);
+
+  ~CudaDevice() override;
 
   // "cuda:0"
   std::string name() const override;
@@ -66,6 +69,7 @@ class CudaDevice : public Device {
   explicit CudaDevice(int index) : index_(index) {}
 
   const int index_;
+  std::unique_ptr<PinnedRing> from_host_, to_host_;
 };
 
 }  // namespace gradwire

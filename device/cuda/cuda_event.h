@@ -43,6 +43,10 @@ class CudaEvent {
   cudaError_t Query() const {
     return event_ == nullptr ? cudaSuccess : cudaEventQuery(event_);
   }
+  // Waits until the device has come to the last Record; what has gone wrong.
+  cudaError_t Wait() const {
+    return event_ == nullptr ? cudaSuccess : cudaEventSynchronize(event_);
+  }
   // From `start` to this; 0 unless both are timed and done.
   double SecondsSince(const CudaEvent& start) const {
     float milliseconds = 0;

@@ -45,14 +45,48 @@ struct Recording {
   }
 };
 
-// What cudaMalloc has given.
+// What cudaMalloc or cudaHostAlloc has given.
 struct Allocations {
   std::mutex mutex;
   std::map<const char*, size_t> bytes_by_address;
+
+  void* Add(size_t bytes) {
+    // The hardware's alignment, and no byte more than was asked for, so that
+    // the address sanitizer sees the end.
+    void* aligned = nullptr;
+    if (posix_memalign(&aligned, 512, std::max(bytes, size_t{1})) != 0) {
+      return nullptr;
+    }
+    // What is read before it is written shows.
+    std::memset(aligned, 0xff, bytes);
+    std::lock_guard<std::mutex> lock(mutex);
+    bytes_by_address[static_cast<char*>(aligned)] = bytes;
+    return aligned;
+  }
+  void Remove(void* data) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      bytes_by_address.erase(static_cast<char*>(data));
+    }
+    std::free(data);
+  }
+  // The end of what was given counts: a view that is empty may lie there.
+  bool Contains(const void* address) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto after =
+        bytes_by_address.upper_bound(static_cast<const char*>(address));
+    if (after == bytes_by_address.begin()) return false;
+    const auto& [begin, bytes] = *--after;
+    return static_cast<const char*>(address) <= begin + bytes;
+  }
 };
 
-Allocations& TheAllocations() {
-  // Never destroyed: other static objects may still use it.
+// Never destroyed: other static objects may still use them.
+Allocations& OfDevice() {
+  static Allocations* const allocations = new Allocations;
+  return *allocations;
+}
+Allocations& OfHost() {
   static Allocations* const allocations = new Allocations;
   return *allocations;
 }
@@ -116,14 +150,7 @@ CUstream_st& StreamOf(cudaStream_t stream) {
 }
 
 bool IsDeviceMemory(const void* address) {
-  Allocations& all = TheAllocations();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  auto after =
-      all.bytes_by_address.upper_bound(static_cast<const char*>(address));
-  if (after == all.bytes_by_address.begin()) return false;
-  const auto& [begin, bytes] = *--after;
-  // The end, too: of a view that is empty.
-  return static_cast<const char*>(address) <= begin + bytes;
+  return OfDevice().Contains(address);
 }
 
 }  // namespace gradwire::cuda_emulator
@@ -178,29 +205,22 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
   size_t available, total;
   cudaMemGetInfo(&available, &total);
   if (bytes > available) return cudaErrorMemoryAllocation;
-  // The hardware's alignment, and no byte more than was asked for, so that the
-  // address sanitizer sees the end.
-  void* aligned = nullptr;
-  if (posix_memalign(&aligned, 512, std::max(bytes, size_t{1})) != 0) {
-    return cudaErrorMemoryAllocation;
-  }
-  char* const memory = static_cast<char*>(aligned);
-  // What is read before it is written shows.
-  std::memset(memory, 0xff, bytes);
-  *data = memory;
-  Allocations& all = TheAllocations();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  all.bytes_by_address[memory] = bytes;
-  return cudaSuccess;
+  *data = OfDevice().Add(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
 cudaError_t cudaFree(void* data) {
-  {
-    Allocations& all = TheAllocations();
-    std::lock_guard<std::mutex> lock(all.mutex);
-    all.bytes_by_address.erase(static_cast<char*>(data));
-  }
-  std::free(data);
+  OfDevice().Remove(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
+  *data = OfHost().Add(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* data) {
+  OfHost().Remove(data);
   return cudaSuccess;
 }
 
@@ -216,9 +236,8 @@ cudaError_t cudaMemset(void* data, int value, size_t bytes) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
                             cudaMemcpyKind kind, cudaStream_t stream) {
-  if (kind == cudaMemcpyHostToDevice) {
-    // Pageable memory has been read when CUDA returns, and all host memory here
-    // is.
+  if (kind == cudaMemcpyHostToDevice && !OfHost().Contains(from)) {
+    // Memory that is not page-locked has been read when CUDA returns.
     const auto* begin = static_cast<const std::byte*>(from);
     StreamOf(stream).Add(
         [to, staged = std::vector<std::byte>(begin, begin + bytes)] {
@@ -275,6 +294,12 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   const std::shared_ptr<Recording> latest = event->Latest();
   return !latest || latest->IsDone() ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  const std::shared_ptr<Recording> latest = event->Latest();
+  if (latest) latest->Wait();
+  return cudaSuccess;
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start,
