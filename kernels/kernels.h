@@ -29,7 +29,9 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
+#include "absl/status/status.h"
 #include "device/device.h"
 #include "device/stream.h"
 #include "device/tensor.h"
@@ -129,6 +131,19 @@ class Kernels {
   // Whether the bits of a row of a product with weights depend on that row and
   // the weights alone, not on which other rows are computed with it.
   virtual bool RowsHaveTheirOwnBits(DType act) const = 0;
+
+  // What was decided since the last call that decides the bits of results, and
+  // that arguments do not: which of several algorithms makes a product. Empty:
+  // nothing. Of a backend that decides nothing, always.
+  virtual std::string TakeChoices() { return ""; }
+  // Decides as another process of the same description() has, whose
+  // TakeChoices() this is; before the first op. Errors: DATA_LOSS: it is
+  // damaged; FAILED_PRECONDITION: it is of another version or device. Then
+  // nothing has changed.
+  virtual absl::Status AdoptChoices(std::string_view) {
+    return absl::FailedPreconditionError("nothing is decided by " +
+                                         description());
+  }
 
   // ---- Embedding -----------------------------------------------------------
 

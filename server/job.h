@@ -385,7 +385,9 @@ class Job {
       ABSL_LOCKS_EXCLUDED(mu_);
   // What it has saved is in the metadata, and known as made now.
   absl::Status RecordSaved(const Operation& op) ABSL_LOCKS_EXCLUDED(mu_);
-  absl::Status Record(const std::vector<OperationPtr>& ended)
+  // `choices` are on the disk before the outcomes that have their bits.
+  absl::Status Record(const std::vector<KernelChoicesRow>& choices,
+                      const std::vector<OperationPtr>& ended)
       ABSL_LOCKS_EXCLUDED(mu_);
   void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // `recorded`: its outcome is in the log, durable if it must be.
@@ -516,6 +518,10 @@ class Job {
   std::string known_ready_;
   // Of the ranks that are ready.
   std::string kernels_;
+  // What ranks' kernels have decided, in order, and how many of these are on
+  // the disk.
+  std::vector<KernelChoicesRow> choices_;
+  size_t choices_recorded_ = 0;
 
   std::map<std::string, std::unique_ptr<Handle>> handles_;
   Handle* current_ = nullptr;

@@ -96,6 +96,9 @@ void Job::Commit() {
     const std::vector<OperationPtr> ended(ended_.begin(), ended_.end());
     const std::vector<Reference> references(references_.begin(),
                                             references_.end());
+    const std::vector<KernelChoicesRow> choices(
+        choices_.begin() + static_cast<int64_t>(choices_recorded_),
+        choices_.end());
     ended_.clear();
     references_.clear();
     recording_ = ended;
@@ -103,11 +106,12 @@ void Job::Commit() {
     const bool broken = journal_broken_ || journal_ == nullptr;
     mu_.Unlock();
     absl::Status status;
-    if (!broken && !ended.empty()) status = Record(ended);
+    if (!broken && !ended.empty()) status = Record(choices, ended);
     if (!status.ok() && !absl::IsCancelled(status)) BreakJournal(status);
     if (!absl::IsCancelled(status)) {
       absl::MutexLock lock(&mu_);
       const bool recorded = status.ok() && !broken;
+      if (recorded && !ended.empty()) choices_recorded_ += choices.size();
       for (const OperationPtr& op : ended) Publish(op, recorded);
       recording_.clear();
       work_.SignalAll();
@@ -180,8 +184,13 @@ absl::Status Job::RecordSaved(const Operation& op) {
   return absl::OkStatus();
 }
 
-absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
+absl::Status Job::Record(const std::vector<KernelChoicesRow>& choices,
+                         const std::vector<OperationPtr>& ended) {
   bool durable = false;
+  for (const KernelChoicesRow& row : choices) {
+    GW_RETURN_IF_ERROR(AwaitSpace(
+        [&] { return environment_->metadata->AddChoices(id_, row); }));
+  }
   for (const OperationPtr& op : ended) GW_RETURN_IF_ERROR(RecordSaved(*op));
   for (const OperationPtr& op : ended) {
     // Nobody changes it between its end and its publication.

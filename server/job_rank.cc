@@ -188,6 +188,13 @@ Dispatch Job::LoadModel(int64_t id) const {
     load.set_epoch_directory(environment_->epoch_directory);
     load.set_epoch(environment_->metadata->epoch());
   }
+  absl::MutexLock lock(&mu_);
+  for (const KernelChoicesRow& row : choices_) {
+    dispatch.own[static_cast<size_t>(row.rank)]
+        .back()
+        .mutable_load()
+        ->add_choices(row.choices);
+  }
   return dispatch;
 }
 
@@ -260,6 +267,11 @@ void Job::OnRanks(GroupEvent event) {
         }
       }
       Apply({JobEvent::kProgress, phase, event.progress.progress()});
+      return;
+    }
+    case GroupEvent::kChoices: {
+      absl::MutexLock lock(&mu_);
+      choices_.push_back({event.rank, std::move(event.choices)});
       return;
     }
     case GroupEvent::kReady: {

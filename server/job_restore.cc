@@ -88,6 +88,8 @@ absl::Status Job::RestoreOperations(const JobRow& row) {
   GW_ASSIGN_OR_RETURN(const auto handles, environment_->metadata->Handles(id_));
   GW_ASSIGN_OR_RETURN(const auto rows, environment_->metadata->Operations(id_));
   GW_ASSIGN_OR_RETURN(points_, environment_->metadata->Points(id_));
+  GW_ASSIGN_OR_RETURN(choices_, environment_->metadata->Choices(id_));
+  choices_recorded_ = choices_.size();
   GW_RETURN_IF_ERROR(RemoveStrayPoints());
   if (!points_.empty()) {
     next_point_ = points_.back().number + 1;

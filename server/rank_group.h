@@ -57,6 +57,7 @@ struct GroupEvent {
   enum Kind {
     kJoined,    // `joined` of the ranks are there
     kProgress,  // `progress`: rank 0's
+    kChoices,   // `choices` of `rank`; before what they were used for
     kReady,     // all are; `ready` is rank 0's
     kLogprobs,  // `command_id`; `logprobs` are next in the order of datums
     kDone,      // all have answered `done`.command_id; `most_memory`,
@@ -68,6 +69,8 @@ struct GroupEvent {
   int joined = 0;
   int64_t command_id = 0;
   v1::RankProgress progress = {};
+  int rank = 0;
+  std::string choices = {};
   v1::RankReady ready = {};
   std::vector<v1::LogprobItem> logprobs = {};
   v1::RankDone done = {};

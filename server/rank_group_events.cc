@@ -42,6 +42,12 @@ bool RankGroup::OnEvent(int rank, v1::RankEvent event) {
         outbox_.push_back({.kind = GroupEvent::kProgress,
                            .progress = std::move(*event.mutable_progress())});
         break;
+      case v1::RankEvent::kChoices:
+        outbox_.push_back({.kind = GroupEvent::kChoices,
+                           .rank = rank,
+                           .choices = std::move(
+                               *event.mutable_choices()->mutable_choices())});
+        break;
       case v1::RankEvent::kReady:
         OnReady(rank, std::move(*event.mutable_ready()));
         break;

@@ -39,6 +39,24 @@ absl::Status RankWorker::JoinGroup(const v1::RankLoad& load) {
   return absl::OkStatus();
 }
 
+void RankWorker::AdoptChoices(const v1::RankLoad& load) {
+  for (const std::string& choices : load.choices()) {
+    const absl::Status adopted = backend_.kernels->AdoptChoices(choices);
+    if (adopted.ok()) continue;
+    // Bits are promised for the same kernels alone; a replay says what it
+    // finds.
+    spdlog::warn("what {} has decided before is not used: {}",
+                 backend_.kernels->description(),
+                 std::string(adopted.message()));
+  }
+}
+
+void RankWorker::TellChoices() {
+  v1::RankEvent event;
+  *event.mutable_choices()->mutable_choices() = backend_.kernels->TakeChoices();
+  if (!event.choices().choices().empty()) link_.Send(event);
+}
+
 bool RankWorker::Load(const v1::RankLoad& load) {
   rank_ = load.rank();
   world_ = load.world_size();
@@ -57,6 +75,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   auto backend = MakeRankBackend(device_, threads_);
   if (!backend.ok()) return fail(backend.status());
   backend_ = *std::move(backend);
+  AdoptChoices(load);
   const std::string kernels = backend_.kernels->description();
   TrainerOptions options;
   options.model_directory = load.spec().base_model();
@@ -119,6 +138,7 @@ bool RankWorker::Load(const v1::RankLoad& load) {
       KernelsId(ready.ready().profile().device()));
   ready.mutable_ready()->set_quadratic(
       QuadraticCost(trainer_->config(), trainer_->num_parameters()));
+  TellChoices();
   link_.Send(ready);
   return true;
 }

@@ -77,6 +77,7 @@ bool RankWorker::Execute(v1::RankCommand command) {
   v1::RankDone& done = *event.mutable_done();
   done.set_command_id(command.command_id());
   const absl::Status status = Run(command, done);
+  TellChoices();
   datums_.clear();
   gradients_.clear();
   const bool saves = command.has_save_state() || command.has_save_snapshot();

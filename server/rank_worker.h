@@ -30,6 +30,9 @@ class RankWorker {
  private:
   bool Load(const v1::RankLoad& load);
   absl::StatusOr<v1::Profile> WarmUp(const v1::RankLoad& load);
+  void AdoptChoices(const v1::RankLoad& load);
+  // Tells of what the kernels have decided since the last call.
+  void TellChoices();
   absl::Status Forward(int64_t command_id, const v1::RankForward& command,
                        v1::RankDone& done);
   absl::Status Backward(const v1::RankBackward& command, v1::RankDone& done);

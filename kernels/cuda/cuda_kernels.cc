@@ -27,6 +27,12 @@ std::string CudaKernels::description() const { return description_; }
 // cuBLASLt chooses its algorithm by the number of rows.
 bool CudaKernels::RowsHaveTheirOwnBits(DType) const { return false; }
 
+std::string CudaKernels::TakeChoices() { return gemm_->TakeNewAlgorithms(); }
+
+absl::Status CudaKernels::AdoptChoices(std::string_view choices) {
+  return gemm_->AdoptAlgorithms(choices);
+}
+
 absl::StatusOr<std::unique_ptr<Kernels>> NewCudaKernels(CudaDevice& device) {
   int major = 0, minor = 0;
   GW_RETURN_IF_ERROR(

@@ -30,6 +30,8 @@ class CudaKernels : public Kernels {
   // cuda_kernels.cc
   std::string description() const override;
   bool RowsHaveTheirOwnBits(DType act) const override;
+  std::string TakeChoices() override;
+  absl::Status AdoptChoices(std::string_view choices) override;
 
   // embedding.cu
   void EmbeddingForward(Stream& stream, const Tensor& tokens,

@@ -14,9 +14,9 @@
 namespace gradwire {
 namespace {
 
-// A server sees other numbers of tokens all day. Beyond this many shapes the
-// choice, which is the same each time, is made anew.
-constexpr size_t kMaxAlgorithms = size_t{1} << 16;
+// A model has some dozen products, each at some hundred numbers of tokens.
+// Beyond this many the choice, which cuBLASLt makes alike, is made anew.
+constexpr size_t kMaxAlgorithms = size_t{1} << 13;
 
 absl::Status CublasStatus(cublasStatus_t status, const char* operation) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
@@ -114,10 +114,46 @@ absl::StatusOr<std::unique_ptr<CudaGemm>> CudaGemm::Create(std::string device,
 
 CudaGemm::~CudaGemm() { cublasLtDestroy(handle_); }
 
+bool CudaGemm::Takes(const CudaGemmShape& shape,
+                     const cublasLtMatmulAlgo_t& algorithm) {
+  Problem p;
+  if (!Describe(shape, &p).ok()) return false;
+  cublasLtMatmulHeuristicResult_t result = {};
+  return cublasLtMatmulAlgoCheck(handle_, &p.product, &p.b, &p.a, &p.c, &p.c,
+                                 &algorithm,
+                                 &result) == CUBLAS_STATUS_SUCCESS &&
+         result.workspaceSize <= kGemmWorkspaceBytes;
+}
+
+// Asked for once: a step has hundreds of products of few shapes.
+bool CudaGemm::TakesRounded(const CudaGemmKey& key,
+                            const cublasLtMatmulAlgo_t& algorithm) {
+  if (taken_.contains(key)) return true;
+  if (!Takes(key.shape, algorithm)) return false;
+  if (taken_.size() >= kMaxAlgorithms) taken_.clear();
+  taken_.insert(key);
+  return true;
+}
+
 absl::StatusOr<cublasLtMatmulAlgo_t> CudaGemm::AlgorithmFor(
     const CudaGemmKey& key) {
-  const auto found = algorithms_.find(key);
-  if (found != algorithms_.end()) return found->second;
+  CudaGemmKey rounded = key;
+  rounded.shape = RoundedShape(key.shape);
+  if (rounded != key) {
+    // Chosen before because the other one is not taken.
+    const auto own = algorithms_.find(key);
+    if (own != algorithms_.end()) return own->second;
+  }
+  const auto found = algorithms_.find(rounded);
+  absl::StatusOr<cublasLtMatmulAlgo_t> algorithm =
+      found != algorithms_.end() ? found->second : Choose(rounded);
+  if (rounded == key || (algorithm.ok() && TakesRounded(key, *algorithm))) {
+    return algorithm;
+  }
+  return Choose(key);
+}
+
+absl::StatusOr<cublasLtMatmulAlgo_t> CudaGemm::Choose(const CudaGemmKey& key) {
   Problem p;
   GW_RETURN_IF_ERROR(Describe(key.shape, &p));
   cublasLtMatmulPreferenceOpaque_t preference;
@@ -133,6 +169,7 @@ absl::StatusOr<cublasLtMatmulAlgo_t> CudaGemm::AlgorithmFor(
   GW_RETURN_IF_ERROR(CublasStatus(status, "choosing a product's algorithm"));
   if (algorithms_.size() < kMaxAlgorithms) {
     algorithms_.emplace(key, best.algo);
+    new_.emplace(key, best.algo);
   }
   return best.algo;
 }
@@ -165,28 +202,23 @@ void CudaGemm::Run(CudaStream& stream, const CudaGemmShape& shape,
   stream.Fail(std::move(status));
 }
 
-std::string CudaGemm::ExportAlgorithms() const {
-  return PackAlgorithms(algorithms_, device_);
+std::string CudaGemm::TakeNewAlgorithms() {
+  if (new_.empty()) return "";
+  return PackAlgorithms(std::exchange(new_, {}), device_);
 }
 
-absl::Status CudaGemm::ImportAlgorithms(std::string_view blob) {
+absl::Status CudaGemm::AdoptAlgorithms(std::string_view blob) {
   GW_ASSIGN_OR_RETURN(GemmAlgorithms algorithms,
                       UnpackAlgorithms(blob, device_));
   for (const auto& [key, algorithm] : algorithms) {
-    Problem p;
-    GW_RETURN_IF_ERROR(Describe(key.shape, &p));
-    cublasLtMatmulHeuristicResult_t result = {};
-    const cublasStatus_t status = cublasLtMatmulAlgoCheck(
-        handle_, &p.product, &p.b, &p.a, &p.c, &p.c, &algorithm, &result);
-    if (status != CUBLAS_STATUS_SUCCESS ||
-        result.workspaceSize > kGemmWorkspaceBytes) {
+    if (!Takes(key.shape, algorithm)) {
       return absl::DataLossError(
           "cuBLASLt does not take the algorithm of a product of " +
           std::to_string(key.shape.m) + " x " + std::to_string(key.shape.n) +
           " x " + std::to_string(key.shape.k));
     }
   }
-  algorithms_ = std::move(algorithms);
+  algorithms_.merge(algorithms);
   return absl::OkStatus();
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -20,8 +21,9 @@ namespace gradwire {
 inline constexpr int64_t kGemmWorkspaceBytes = int64_t{32} << 20;
 
 // Sums are in float32, inputs of f32 are not shortened (no TF32), and bf16 is
-// rounded once. The same shape gets the same algorithm for as long as this
-// lives, and from an equal start always. Thread rule: one stream at a time.
+// rounded once. Which algorithm makes a product is asked of cuBLASLt once for
+// all numbers of tokens of about the same size (RoundedShape), and stays for as
+// long as this lives. Thread rule: one stream at a time.
 class CudaGemm {
  public:
   // `device` describes the current one: what decides on algorithms.
@@ -39,23 +41,32 @@ class CudaGemm {
   void Run(CudaStream& stream, const CudaGemmShape& shape, const void* a,
            const void* b, void* c);
 
-  // The algorithms chosen so far, and their return in place of those: a blob
-  // of gemm_algorithms.h. Errors: those of UnpackAlgorithms; DATA_LOSS for an
-  // algorithm that cuBLASLt does not take for its product. Then nothing has
-  // changed.
-  std::string ExportAlgorithms() const;
-  absl::Status ImportAlgorithms(std::string_view blob);
+  // The algorithms chosen since the last call: a blob of gemm_algorithms.h;
+  // empty if there are none.
+  std::string TakeNewAlgorithms();
+  // Makes them the choice of this one, but where it has made its own. Errors:
+  // those of UnpackAlgorithms; DATA_LOSS for an algorithm that cuBLASLt does
+  // not take for its product. Then nothing has changed.
+  absl::Status AdoptAlgorithms(std::string_view blob);
 
  private:
   CudaGemm(std::string device, void* workspace, cublasLtHandle_t handle)
       : device_(std::move(device)), workspace_(workspace), handle_(handle) {}
 
   absl::StatusOr<cublasLtMatmulAlgo_t> AlgorithmFor(const CudaGemmKey& key);
+  // For this shape alone.
+  absl::StatusOr<cublasLtMatmulAlgo_t> Choose(const CudaGemmKey& key);
+  bool Takes(const CudaGemmShape& shape, const cublasLtMatmulAlgo_t& algorithm);
+  bool TakesRounded(const CudaGemmKey& key,
+                    const cublasLtMatmulAlgo_t& algorithm);
 
   const std::string device_;
   void* const workspace_;
   const cublasLtHandle_t handle_;
   GemmAlgorithms algorithms_;
+  GemmAlgorithms new_;  // of them, those not taken yet
+  // What cuBLASLt has said to take the rounded shape's algorithm.
+  std::set<CudaGemmKey> taken_;
 };
 
 }  // namespace gradwire

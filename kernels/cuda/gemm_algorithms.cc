@@ -71,6 +71,22 @@ absl::Status Damaged(const std::string& what) {
 
 }  // namespace
 
+CudaGemmShape RoundedShape(CudaGemmShape shape) {
+  const auto round = [](int64_t n) {
+    if (n <= 16) return n;
+    // Between 2^(w-1) and 2^w, w the bits of n - 1, are eight steps.
+    const int64_t step = int64_t{1}
+                         << (std::bit_width(static_cast<uint64_t>(n - 1)) - 4);
+    return (n + step - 1) / step * step;
+  };
+  if (!shape.a_transposed) {
+    shape.m = round(shape.m);
+  } else if (!shape.b_transposed) {
+    shape.k = round(shape.k);
+  }
+  return shape;
+}
+
 std::string PackAlgorithms(const GemmAlgorithms& algorithms,
                            std::string_view device) {
   std::string blob(kMagic);

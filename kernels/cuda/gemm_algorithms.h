@@ -55,6 +55,12 @@ struct CudaGemmKey {
 // distinguished the less depends on where an allocator puts a tensor.
 inline constexpr uint32_t kGemmMaxAlign = 16;
 
+// The shape whose algorithm is that of `shape`, too: the number of tokens is
+// rounded up to the next of eight steps in each octave, and is itself up to 16.
+// It is what no row's length depends on: m, where a is stored as it is; k,
+// where a alone is stored transposed.
+CudaGemmShape RoundedShape(CudaGemmShape shape);
+
 using GemmAlgorithms = std::map<CudaGemmKey, cublasLtMatmulAlgo_t>;
 
 std::string PackAlgorithms(const GemmAlgorithms& algorithms,

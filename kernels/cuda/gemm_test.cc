@@ -75,7 +75,7 @@ class GemmTest : public testing::Test {
   std::string SomeBlob() {
     OrderedSum(*gemm_, 4);
     OrderedSum(*gemm_, 6);
-    return gemm_->ExportAlgorithms();
+    return gemm_->TakeNewAlgorithms();
   }
 
   std::unique_ptr<CudaDevice> device_;
@@ -159,22 +159,24 @@ TEST_F(GemmTest, RefusesADamagedBlob) {
   const std::string blob = SomeBlob();
   const auto other = New("a device");
   for (size_t n = 0; n < blob.size(); ++n) {
-    EXPECT_EQ(other->ImportAlgorithms(blob.substr(0, n)).code(),
+    EXPECT_EQ(other->AdoptAlgorithms(blob.substr(0, n)).code(),
               absl::StatusCode::kDataLoss)
         << n << " bytes";
   }
   for (size_t i = 0; i < blob.size(); ++i) {
     std::string flipped = blob;
     flipped[i] = static_cast<char>(flipped[i] ^ 4);
-    EXPECT_EQ(other->ImportAlgorithms(flipped).code(),
+    EXPECT_EQ(other->AdoptAlgorithms(flipped).code(),
               absl::StatusCode::kDataLoss)
         << "byte " << i;
   }
-  EXPECT_EQ(other->ImportAlgorithms(Sealed(blob + "12345678")).code(),
+  EXPECT_EQ(other->AdoptAlgorithms(Sealed(blob + "12345678")).code(),
             absl::StatusCode::kDataLoss);
   // Nothing of these was taken.
-  EXPECT_EQ(other->ExportAlgorithms(), New("a device")->ExportAlgorithms());
-  EXPECT_TRUE(other->ImportAlgorithms(blob).ok());
+  const int64_t before = NumHeuristics();
+  OrderedSum(*other, 4);
+  EXPECT_EQ(NumHeuristics(), before + 1);
+  EXPECT_TRUE(other->AdoptAlgorithms(blob).ok());
 }
 
 // Right by its checksum, but written by something else.
@@ -183,7 +185,7 @@ TEST_F(GemmTest, RefusesEntriesThatNoProductHas) {
   constexpr size_t kEntry = 120;
   const size_t first = blob.size() - 4 - 2 * kEntry;
   const auto import = [&](const std::string& changed) {
-    return New("a device")->ImportAlgorithms(Sealed(changed)).code();
+    return New("a device")->AdoptAlgorithms(Sealed(changed)).code();
   };
   EXPECT_EQ(import(blob), absl::StatusCode::kOk);
   // Every byte of the shape, flags and alignments.
@@ -206,26 +208,101 @@ TEST_F(GemmTest, RefusesEntriesThatNoProductHas) {
 
 TEST_F(GemmTest, RefusesTheAlgorithmsOfAnotherDeviceOrVersion) {
   const std::string blob = SomeBlob();
-  EXPECT_EQ(New("another one")->ImportAlgorithms(blob).code(),
+  EXPECT_EQ(New("another one")->AdoptAlgorithms(blob).code(),
             absl::StatusCode::kFailedPrecondition);
   std::string newer = blob;
   newer[8] = static_cast<char>(newer[8] + 1);
-  EXPECT_EQ(New("a device")->ImportAlgorithms(Sealed(newer)).code(),
+  EXPECT_EQ(New("a device")->AdoptAlgorithms(Sealed(newer)).code(),
             absl::StatusCode::kFailedPrecondition);
 }
 
-TEST_F(GemmTest, ImportedAlgorithmsGiveTheSameBits) {
+TEST_F(GemmTest, AdoptedAlgorithmsGiveTheSameBits) {
   const std::vector<float> bits = OrderedSum(*gemm_);
-  const std::string blob = gemm_->ExportAlgorithms();
+  const std::string blob = gemm_->TakeNewAlgorithms();
+  EXPECT_EQ(gemm_->TakeNewAlgorithms(), "");
   cuda_emulator::ChooseParts(2);
-  const auto fresh = New("a device"), imported = New("a device");
-  EXPECT_NE(OrderedSum(*fresh), bits);
-  ASSERT_TRUE(imported->ImportAlgorithms(blob).ok());
+  const auto fresh = New("a device"), adopted = New("a device");
+  const std::vector<float> others = OrderedSum(*fresh);
+  EXPECT_NE(others, bits);
+  ASSERT_TRUE(adopted->AdoptAlgorithms(blob).ok());
   const int64_t before = NumHeuristics();
-  EXPECT_EQ(OrderedSum(*imported), bits);
+  EXPECT_EQ(OrderedSum(*adopted), bits);
   EXPECT_EQ(NumHeuristics(), before);
-  EXPECT_EQ(imported->ExportAlgorithms(), blob);
+  // They are known where they come from.
+  EXPECT_EQ(adopted->TakeNewAlgorithms(), "");
+  // What was chosen stays.
+  ASSERT_TRUE(fresh->AdoptAlgorithms(blob).ok());
+  EXPECT_EQ(OrderedSum(*fresh), others);
+  // What was not adopted is chosen, and told.
+  OrderedSum(*adopted, 6);
+  const std::string rest = adopted->TakeNewAlgorithms();
+  EXPECT_EQ(rest.size(), blob.size());
+  EXPECT_TRUE(New("a device")->AdoptAlgorithms(rest).ok());
   cuda_emulator::ChooseParts(1);
+}
+
+// One algorithm for all numbers of tokens that round to the same one.
+TEST_F(GemmTest, AsksOnceForNumbersOfTokensOfOneSize) {
+  const Tensor a = Floats(std::vector<float>(40, 1.0f));
+  const Tensor b = Floats(std::vector<float>(40, 1.0f));
+  const Tensor c = Floats(std::vector<float>(40, 0.0f));
+  const auto run = [&](int64_t tokens) {
+    gemm_->Run(
+        stream(),
+        {.m = tokens, .n = 1, .k = 1, .a_row = 1, .b_row = 1, .c_row = 1},
+        a.raw(), b.raw(), c.raw());
+    gemm_->Run(stream(),
+               {.m = 1,
+                .n = 1,
+                .k = tokens,
+                .a_transposed = true,
+                .a_row = 1,
+                .b_row = 1,
+                .c_row = 1},
+               a.raw(), b.raw(), c.raw());
+    EXPECT_EQ(Fetch(c)[0], static_cast<float>(tokens));
+  };
+  const int64_t before = NumHeuristics();
+  run(33);
+  EXPECT_EQ(NumHeuristics(), before + 2);
+  for (const int64_t tokens : {34, 35, 36, 33}) run(tokens);
+  EXPECT_EQ(NumHeuristics(), before + 2);
+  run(37);
+  EXPECT_EQ(NumHeuristics(), before + 4);
+  // What the rounded one's algorithm does not suit has its own, told as well.
+  gemm_->TakeNewAlgorithms();
+  cuda_emulator::BindToSizes(true);
+  run(38);
+  run(38);
+  EXPECT_EQ(NumHeuristics(), before + 6);
+  const std::string blob = gemm_->TakeNewAlgorithms();
+  const auto other = New("a device");
+  ASSERT_TRUE(other->AdoptAlgorithms(blob).ok());
+  cuda_emulator::BindToSizes(false);
+}
+
+TEST(RoundedShapeTest, RoundsTokensUpInEightStepsForEachOctave) {
+  const auto rounded = [](int64_t n) {
+    return RoundedShape({.m = n, .n = 5, .k = 7}).m;
+  };
+  for (int64_t n = 1; n <= 16; ++n) EXPECT_EQ(rounded(n), n);
+  EXPECT_EQ(rounded(17), 18);
+  EXPECT_EQ(rounded(32), 32);
+  EXPECT_EQ(rounded(33), 36);
+  EXPECT_EQ(rounded(3969), 4096);
+  EXPECT_EQ(rounded(4096), 4096);
+  EXPECT_EQ(rounded(4097), 4608);
+  for (int64_t n = 17; n < 100'000; ++n) {
+    const int64_t up = rounded(n);
+    ASSERT_GE(up, n);
+    ASSERT_LT(8 * (up - n), n) << n;
+    ASSERT_EQ(rounded(up), up) << n;
+  }
+  CudaGemmShape weights = {.m = 99, .n = 99, .k = 99, .a_transposed = true};
+  EXPECT_EQ(RoundedShape(weights).m, 99);
+  EXPECT_EQ(RoundedShape(weights).k, 104);
+  weights.b_transposed = true;
+  EXPECT_EQ(RoundedShape(weights), weights);
 }
 
 }  // namespace

@@ -81,6 +81,13 @@ CREATE TABLE removals (
   PRIMARY KEY (path, digest)) WITHOUT ROWID;
 INSERT INTO removals SELECT path, digest FROM removals_by_path;
 DROP TABLE removals_by_path)",
+      R"(
+CREATE TABLE kernel_choices (
+  ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
+  job_id TEXT NOT NULL,
+  rank INTEGER NOT NULL,
+  choices BLOB NOT NULL);
+CREATE INDEX kernel_choices_of_job ON kernel_choices (job_id, ordinal))",
   };
   return *migrations;
 }
@@ -190,10 +197,12 @@ absl::Status Metadata::AddJob(const JobRow& job) {
 
 absl::Status Metadata::ForgetJob(const std::string& job_id) {
   return Transact([&]() -> absl::Status {
-    GW_ASSIGN_OR_RETURN(
-        Statement remove,
-        database_->Prepare("DELETE FROM jobs WHERE job_id = ?"));
-    return remove.Bind(job_id).Run();
+    for (const char* sql : {"DELETE FROM jobs WHERE job_id = ?",
+                            "DELETE FROM kernel_choices WHERE job_id = ?"}) {
+      GW_ASSIGN_OR_RETURN(Statement remove, database_->Prepare(sql));
+      GW_RETURN_IF_ERROR(remove.Bind(job_id).Run());
+    }
+    return absl::OkStatus();
   });
 }
 
@@ -213,7 +222,8 @@ absl::Status Metadata::SetJobState(const std::string& job_id,
     if (state != JobRow::kDeleted) return absl::OkStatus();
     for (const char* sql : {"DELETE FROM handles WHERE job_id = ?",
                             "DELETE FROM operations WHERE job_id = ?",
-                            "DELETE FROM recovery_points WHERE job_id = ?"}) {
+                            "DELETE FROM recovery_points WHERE job_id = ?",
+                            "DELETE FROM kernel_choices WHERE job_id = ?"}) {
       GW_ASSIGN_OR_RETURN(Statement remove, database_->Prepare(sql));
       GW_RETURN_IF_ERROR(remove.Bind(job_id).Run());
     }
@@ -229,6 +239,38 @@ absl::Status Metadata::SetProfile(const std::string& job_id,
         database_->Prepare("UPDATE jobs SET profile = ? WHERE job_id = ?"));
     return set.BindBlob(profile).Bind(job_id).Run();
   });
+}
+
+absl::Status Metadata::AddChoices(const std::string& job_id,
+                                  const KernelChoicesRow& row) {
+  return Transact([&]() -> absl::Status {
+    GW_ASSIGN_OR_RETURN(
+        Statement add,
+        database_->Prepare(
+            "INSERT INTO kernel_choices (job_id, rank, choices) "
+            "SELECT job_id, ?, ? FROM jobs WHERE job_id = ? AND state != ?"));
+    return add.Bind(int64_t{row.rank})
+        .BindBlob(row.choices)
+        .Bind(job_id)
+        .Bind(int64_t{JobRow::kDeleted})
+        .Run();
+  });
+}
+
+absl::StatusOr<std::vector<KernelChoicesRow>> Metadata::Choices(
+    const std::string& job_id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  GW_ASSIGN_OR_RETURN(
+      Statement find,
+      database_->Prepare("SELECT rank, choices FROM kernel_choices "
+                         "WHERE job_id = ? ORDER BY ordinal"));
+  find.Bind(job_id);
+  std::vector<KernelChoicesRow> rows;
+  while (true) {
+    GW_ASSIGN_OR_RETURN(const bool more, find.Step());
+    if (!more) return rows;
+    rows.push_back({static_cast<int>(find.Int(0)), find.Bytes(1)});
+  }
 }
 
 absl::StatusOr<std::vector<JobRow>> Metadata::Jobs() {

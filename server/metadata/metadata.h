@@ -59,6 +59,12 @@ struct RecoveryPoint {
   int64_t weight_version = 0;
 };
 
+// What the kernels of one of its ranks have decided: Kernels::TakeChoices.
+struct KernelChoicesRow {
+  int rank = 0;
+  std::string choices;
+};
+
 struct SessionRow {
   std::string session_id;
   bool finished = false;
@@ -110,6 +116,12 @@ class Metadata {
                            const std::string& error);
   absl::Status SetProfile(const std::string& job_id,
                           const std::string& profile);
+  // Until the job is deleted.
+  absl::Status AddChoices(const std::string& job_id,
+                          const KernelChoicesRow& row);
+  // Oldest first.
+  absl::StatusOr<std::vector<KernelChoicesRow>> Choices(
+      const std::string& job_id);
   // Oldest first.
   absl::StatusOr<std::vector<JobRow>> Jobs();
 

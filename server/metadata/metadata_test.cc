@@ -160,6 +160,37 @@ TEST_F(MetadataTest, OfADeletedJobNothingStaysButItsName) {
   EXPECT_EQ(metadata->Points("b")->size(), 1u);
 }
 
+TEST_F(MetadataTest, WhatKernelsDecideIsKeptForEachRankUntilTheJobGoes) {
+  {
+    const auto metadata = Open();
+    ASSERT_TRUE(metadata->AddJob(Row("a")).ok());
+    ASSERT_TRUE(metadata->AddJob(Row("b")).ok());
+    const std::string bytes("\0first", 6);
+    ASSERT_TRUE(metadata->AddChoices("a", {1, bytes}).ok());
+    ASSERT_TRUE(metadata->AddChoices("b", {0, "of b"}).ok());
+    ASSERT_TRUE(metadata->AddChoices("a", {0, "zero"}).ok());
+    ASSERT_TRUE(metadata->AddChoices("a", {1, "second"}).ok());
+    EXPECT_TRUE(metadata->Choices("none")->empty());
+    const auto rows = *metadata->Choices("a");
+    ASSERT_EQ(rows.size(), 3u);
+    EXPECT_EQ(rows[0].rank, 1);
+    EXPECT_EQ(rows[0].choices, bytes);
+    EXPECT_EQ(rows[1].rank, 0);
+    EXPECT_EQ(rows[2].choices, "second");
+  }
+  const auto metadata = Open();
+  ASSERT_TRUE(metadata->SetJobState("a", JobRow::kFailed, "").ok());
+  EXPECT_EQ(metadata->Choices("a")->size(), 3u);
+  ASSERT_TRUE(metadata->SetJobState("a", JobRow::kDeleted, "").ok());
+  EXPECT_TRUE(metadata->Choices("a")->empty());
+  // A rank that has not heard of it.
+  ASSERT_TRUE(metadata->AddChoices("a", {0, "late"}).ok());
+  EXPECT_TRUE(metadata->Choices("a")->empty());
+  EXPECT_EQ(metadata->Choices("b")->size(), 1u);
+  ASSERT_TRUE(metadata->ForgetJob("b").ok());
+  EXPECT_TRUE(metadata->Choices("b")->empty());
+}
+
 TEST_F(MetadataTest, HandlesAndSessions) {
   {
     const auto metadata = Open();
@@ -417,6 +448,8 @@ TEST_F(MetadataTest, WhatOlderServersHaveWrittenIsKept) {
       ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 100)).ok());
       EXPECT_EQ(metadata->Checkpoints()->size(), 1u);
       EXPECT_EQ(metadata->Removals()->size(), version >= 3 ? 1u : 0u);
+      ASSERT_TRUE(metadata->AddChoices("a", {0, "chosen"}).ok());
+      EXPECT_EQ(metadata->Choices("a")->size(), opening + 1u);
     }
   }
 }

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The calls of cuBLASLt that gradwire makes, on the host. As there, an
-// algorithm is for the problem, the alignment and the workspace that it was
-// chosen with; a product that does not fit it, or that a GPU could not read, is
-// refused. Sums are in float32, in an order that the algorithm decides.
+// algorithm is for the types, layouts, alignment and workspace that it was
+// chosen with, and for most sizes; a product that does not fit it, or that a
+// GPU could not read, is refused. Sums are in float32, in an order that the
+// algorithm decides.
 #include <cublasLt.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "device/dtype.h"
@@ -23,7 +26,13 @@ using gradwire::cuda_emulator::IsDeviceMemory;
 
 std::atomic<int64_t> num_heuristics{0};
 std::atomic<cublasStatus_t> next_failure{CUBLAS_STATUS_SUCCESS};
-std::atomic<uint64_t> chosen_parts{1};
+std::atomic<bool> bound_to_sizes{false};
+
+uint64_t PartsOfEnvironment() {
+  const char* parts = std::getenv("GRADWIRE_EMULATED_GEMM_PARTS");
+  return parts != nullptr && std::strcmp(parts, "2") == 0 ? 2 : 1;
+}
+std::atomic<uint64_t> chosen_parts{PartsOfEnvironment()};
 
 // What lies in the opaque structures.
 struct Layout {
@@ -40,7 +49,7 @@ struct Preference {
   uint32_t align[4];  // a, b, c, d
 };
 struct Algo {
-  uint64_t magic, problem, workspace;
+  uint64_t magic, problem, sizes, workspace;
   uint32_t align[4];
   uint64_t parts;  // of the inner dimension, each summed on its own
 };
@@ -108,21 +117,25 @@ cublasStatus_t Understand(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// FNV-1a of what an algorithm is chosen for.
-uint64_t HashOf(const Problem& p) {
+// FNV-1a.
+uint64_t HashOf(std::initializer_list<int64_t> words) {
   uint64_t hash = 0xcbf29ce484222325;
-  for (const int64_t word :
-       {p.m, p.n, p.k, p.a.ld, p.b.ld, p.c.ld, p.d.ld, int64_t{p.desc.trans_a},
-        int64_t{p.desc.trans_b}, static_cast<int64_t>(p.a.type),
-        static_cast<int64_t>(p.d.type)}) {
+  for (const int64_t word : words) {
     hash = (hash ^ static_cast<uint64_t>(word)) * 0x100000001b3;
   }
   return hash;
 }
+uint64_t HashOfProblem(const Problem& p) {
+  return HashOf({p.a.ld, p.b.ld, p.c.ld, p.d.ld, p.desc.trans_a, p.desc.trans_b,
+                 static_cast<int64_t>(p.a.type),
+                 static_cast<int64_t>(p.d.type)});
+}
+uint64_t HashOfSizes(const Problem& p) { return HashOf({p.m, p.n, p.k}); }
 
 cublasStatus_t Suits(const Algo& algo, const Problem& p) {
   if (algo.magic != kMagic) return CUBLAS_STATUS_INVALID_VALUE;
-  if (algo.problem != HashOf(p) || algo.parts < 1 || algo.parts > 2) {
+  if (algo.problem != HashOfProblem(p) || algo.parts < 1 || algo.parts > 2 ||
+      (bound_to_sizes && algo.sizes != HashOfSizes(p))) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -208,6 +221,7 @@ namespace gradwire::cuda_emulator {
 
 int64_t NumHeuristics() { return num_heuristics; }
 void FailNextMatmul(cublasStatus_t status) { next_failure = status; }
+void BindToSizes(bool bind) { bound_to_sizes = bind; }
 void ChooseParts(int parts) { chosen_parts = static_cast<uint64_t>(parts); }
 
 }  // namespace gradwire::cuda_emulator
@@ -328,7 +342,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
   if ((preference.reduction & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE) != 0) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
-  Algo algo = {kMagic, HashOf(p), preference.workspace, {}, chosen_parts};
+  Algo algo = {kMagic, HashOfProblem(p), HashOfSizes(p), preference.workspace,
+               {},     chosen_parts};
   std::copy_n(preference.align, 4, algo.align);
   results[0] = {};
   Write(&results[0].algo, algo);

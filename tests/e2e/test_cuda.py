@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from conftest import MODELS, sequences
+from gradwire._proto.gradwire.v1 import jobs_pb2
 from gradwire.local_server import find_server
 from processes import Server, ranks_of
 
@@ -119,6 +120,60 @@ def test_a_rank_that_is_killed_goes_on_with_the_same_bits(
         assert service.get_job(client.job_id).last_recovery.optimizer_step == 4
         client.load_state_with_optimizer(path).result()
         assert train(client, data, 2) == want[4:]
+
+
+def test_the_algorithms_of_products_outlast_the_server(
+    emulated, models, tmp_path, monkeypatch
+):
+    """They decide bits: what is run again has those of the first run, though
+    cuBLASLt would choose others by now."""
+    data = data_of("qwen3")
+    more = data_of("qwen3", (31, 3, 8))
+
+    def run(client):
+        return train(client, data, 2) + train(client, more, 2)
+
+    def choose(parts):
+        monkeypatch.setenv("GRADWIRE_EMULATED_GEMM_PARTS", str(parts))
+
+    wanted = []
+    for parts in (1, 2):
+        choose(parts)
+        with (
+            Server(tmp_path / f"undisturbed-{parts}", *emulated) as server,
+            gradwire.ServiceClient(address=server.address) as service,
+        ):
+            client = create(service, models, "qwen3", precision="f32")
+            wanted.append(run(client) + run(client))
+    want, others = wanted
+    assert want != others
+    choose(1)
+    with (
+        Server(tmp_path / "disturbed", *emulated) as server,
+        gradwire.ServiceClient(address=server.address) as service,
+    ):
+        client = create(service, models, "qwen3", precision="f32", job_id="it")
+        assert run(client) == want[:4]
+        server.process.kill()
+    choose(2)
+    with (
+        Server(tmp_path / "disturbed", *emulated) as server,
+        gradwire.ServiceClient(address=server.address) as service,
+    ):
+        client = create(
+            service,
+            models,
+            "qwen3",
+            precision="f32",
+            job_id="it",
+            take_over=True,
+        )
+        assert run(client) == want[4:]
+        recovery = service.get_job("it").last_recovery
+        assert recovery.fidelity == jobs_pb2.REPLAY_FIDELITY_BIT_IDENTICAL
+        # What begins now is not bound.
+        late = create(service, models, "qwen3", precision="f32")
+        assert run(late) == others[:4]
 
 
 def test_a_snapshot_is_of_what_was_trained(emulated, models, tmp_path):

@@ -9,6 +9,8 @@ REPLAY = "tests/e2e/test_replay.py"
 EXTERNAL = "tests/e2e/test_external_ranks.py"
 QUEUE = "tests/e2e/test_queue.py"
 BAD_INPUT = "tests/e2e/test_bad_input.py"
+CUDA = "tests/e2e/test_cuda.py"
+OUTLAST = "test_the_algorithms_of_products_outlast_the_server"
 
 JOB_SEEDS = (
     Seed(
@@ -464,5 +466,37 @@ JOB_SEEDS = (
         "op.digest = outcome.request_digest();",
         "",
         (f"{REPLAY}::test_what_the_log_has_let_go_is_told_all_the_same",),
+    ),
+    Seed(
+        "choices_not_recorded",
+        "nobody knows which algorithms have made the products of a job",
+        "server/job_journal.cc",
+        "[&] { return environment_->metadata->AddChoices(id_, row); }",
+        "[&] { return absl::OkStatus(); }",
+        (f"{CUDA}::{OUTLAST}",),
+    ),
+    Seed(
+        "choices_not_told_to_the_next_rank",
+        "a rank that comes after chooses the algorithms of products anew",
+        "server/job_rank.cc",
+        "for (const KernelChoicesRow& row : choices_) {",
+        "for (const auto& row : std::vector<KernelChoicesRow>()) {",
+        (f"{CUDA}::{OUTLAST}",),
+    ),
+    Seed(
+        "choices_not_told",
+        "a rank tells what it chose while it warmed up, and nothing later",
+        "server/rank_worker.cc",
+        "  TellChoices();\n",
+        "",
+        (f"{CUDA}::{OUTLAST}",),
+    ),
+    Seed(
+        "algorithm_of_another_size_not_checked",
+        "a product gets an algorithm that cuBLASLt refuses it",
+        "kernels/cuda/gemm.cc",
+        "  if (!Takes(key.shape, algorithm)) return false;",
+        "",
+        ("//kernels/cuda:gemm_test",),
     ),
 )
