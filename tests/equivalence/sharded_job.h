@@ -14,12 +14,12 @@
 #include <vector>
 
 #include "base/error.h"
-#include "device/cpu_device.h"
-#include "kernels/cpu/cpu_kernels.h"
+#include "device/device.h"
+#include "kernels/kernels.h"
 #include "model/config.h"
 #include "model/param_table.h"
-#include "sharding/local/local_collectives.h"
 #include "sharding/replicated_collectives.h"
+#include "tests/equivalence/job_backend.h"
 #include "trainer/rank_plan.h"
 #include "trainer/trainer.h"
 
@@ -104,45 +104,76 @@ struct Rank {
   }
 };
 
-// Fails when it is told to.
-class FragileDevice : public CpuDevice {
+// Another device, which fails when it is told to.
+class FragileDevice : public Device {
  public:
-  using CpuDevice::CpuDevice;
+  explicit FragileDevice(std::unique_ptr<Device> device)
+      : device_(std::move(device)) {}
+
+  Device& device() { return *device_; }
   // In the next forward, before it computes.
   void FailOnce() { fails_ = true; }
+
+  std::string name() const override { return device_->name(); }
+  int64_t AvailableBytes() const override { return device_->AvailableBytes(); }
+  absl::StatusOr<std::unique_ptr<DeviceBuffer>> Allocate(
+      int64_t bytes) override {
+    return device_->Allocate(bytes);
+  }
+  std::unique_ptr<Stream> NewStream() override { return device_->NewStream(); }
+  void CopyToHost(Stream& stream, const Tensor& from, void* to) override {
+    device_->CopyToHost(stream, from, to);
+  }
   void CopyFromHost(Stream& stream, const void* from,
                     const Tensor& to) override {
-    CpuDevice::CopyFromHost(stream, from, to);
+    device_->CopyFromHost(stream, from, to);
     // Of ids, which ranks do not agree by.
     if (!fails_ || to.dtype() != DType::kI32) return;
     fails_ = false;
     stream.Fail(absl::InternalError("this device has failed"));
   }
+  void Copy(Stream& stream, const Tensor& from, const Tensor& to) override {
+    device_->Copy(stream, from, to);
+  }
+  void Zero(Stream& stream, const Tensor& tensor) override {
+    device_->Zero(stream, tensor);
+  }
+  bool IsHostMemory() const override { return device_->IsHostMemory(); }
+  ThreadPool* host_threads() override { return device_->host_threads(); }
 
  private:
+  const std::unique_ptr<Device> device_;
   bool fails_ = false;
 };
 
 class Job {
  public:
-  // `replicas`: groups of ranks that each hold all of the model.
+  // `replicas`: groups of ranks that each hold all of the model. `new_kernels`:
+  // in place of the backend's.
   Job(const std::string& model, int world, TrainerOptions options,
-      int replicas = 1,
-      std::unique_ptr<Kernels> (*new_kernels)() = NewCpuKernels)
-      : collectives_(NewLocalCollectives(world, absl::Seconds(60))) {
+      int replicas = 1, std::unique_ptr<Kernels> (*new_kernels)() = nullptr) {
     options.model_directory = Directory(model);
     ranks_.resize(static_cast<size_t>(world));
-    if (replicas > 1) MakeGroups(world / replicas, replicas);
+    members_.resize(ranks_.size());
+    std::vector<Device*> devices;
+    for (int r = 0; r < world; ++r) {
+      devices_.push_back(std::make_unique<FragileDevice>(NewJobDevice()));
+      devices.push_back(&devices_.back()->device());
+    }
+    collectives_ = NewJobCollectives(devices);
+    if (replicas > 1) MakeGroups(world / replicas, replicas, devices);
     OnAll([&](Rank& rank) {
       Member& member = members_[static_cast<size_t>(rank.rank)];
-      member.kernels = new_kernels();
+      FragileDevice& device = this->device(rank.rank);
+      member.kernels = new_kernels != nullptr ? new_kernels()
+                                              : NewJobKernels(device.device());
       TrainerOptions own = options;
       own.collectives = collectives_[static_cast<size_t>(rank.rank)].get();
       if (!shards_.empty()) {
         own.shards = shards_[static_cast<size_t>(rank.rank)].get();
       }
       auto trainer = Trainer::Create(
-          own, *member.device, *member.kernels, [](const MemoryPlan&) {},
+          own, device, *member.kernels, [](const MemoryPlan&) {},
           [](double) {});
       ASSERT_TRUE(trainer.ok()) << trainer.status();
       member.trainer = *std::move(trainer);
@@ -157,11 +188,10 @@ class Job {
   }
 
   FragileDevice& device(int rank) {
-    return *members_[static_cast<size_t>(rank)].device;
+    return *devices_[static_cast<size_t>(rank)];
   }
 
   void OnAll(const std::function<void(Rank&)>& body) {
-    if (members_.empty()) members_.resize(ranks_.size());
     std::vector<std::thread> threads;
     for (int r = 0; r < world(); ++r) {
       Rank& rank = ranks_[static_cast<size_t>(r)];
@@ -245,18 +275,23 @@ class Job {
 
  private:
   struct Member {
-    std::unique_ptr<FragileDevice> device = std::make_unique<FragileDevice>(1);
     std::unique_ptr<Kernels> kernels;
     std::unique_ptr<Trainer> trainer;
   };
   // Neighbours hold a model together.
-  void MakeGroups(int shards, int replicas) {
+  void MakeGroups(int shards, int replicas,
+                  const std::vector<Device*>& devices) {
     std::vector<std::vector<std::unique_ptr<Collectives>>> across;
     for (int s = 0; s < shards; ++s) {
-      across.push_back(NewLocalCollectives(replicas, absl::Seconds(60)));
+      std::vector<Device*> own;
+      for (int r = 0; r < replicas; ++r) {
+        own.push_back(devices[static_cast<size_t>(r * shards + s)]);
+      }
+      across.push_back(NewJobCollectives(own));
     }
     for (int r = 0; r < replicas; ++r) {
-      auto group = NewLocalCollectives(shards, absl::Seconds(60));
+      const auto first = devices.begin() + r * shards;
+      auto group = NewJobCollectives({first, first + shards});
       for (int s = 0; s < shards; ++s) {
         shards_.push_back(NewReplicatedCollectives(
             std::move(group[static_cast<size_t>(s)]),
@@ -265,6 +300,8 @@ class Job {
     }
   }
 
+  // Destroyed from the last on: trainers before what they use.
+  std::vector<std::unique_ptr<FragileDevice>> devices_;
   std::vector<std::unique_ptr<Collectives>> collectives_, shards_;
   std::vector<Member> members_;
   std::vector<Rank> ranks_;

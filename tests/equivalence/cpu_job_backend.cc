@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "absl/time/time.h"
+#include "device/cpu_device.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "sharding/local/local_collectives.h"
+#include "tests/equivalence/job_backend.h"
+
+namespace gradwire {
+
+std::unique_ptr<Device> NewJobDevice() {
+  return std::make_unique<CpuDevice>(1);
+}
+
+std::unique_ptr<Kernels> NewJobKernels(Device&) { return NewCpuKernels(); }
+
+std::vector<std::unique_ptr<Collectives>> NewJobCollectives(
+    const std::vector<Device*>& devices) {
+  return NewLocalCollectives(static_cast<int>(devices.size()),
+                             absl::Seconds(60));
+}
+
+}  // namespace gradwire
