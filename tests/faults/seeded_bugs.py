@@ -113,6 +113,8 @@ class Tree:
             programs = list(PROGRAMS)
             if any("test_death_at_a_failpoint" in test for test in tests):
                 programs.append("gradwired_failpoints")
+            if any("test_cuda" in test for test in tests):
+                programs.append("gradwire_rank_emulated")
             targets = [f"//server:{program}" for program in programs]
             if any("test_fault_index" in test for test in tests):
                 targets.append("//tests/faults:libfault_shim.so")
