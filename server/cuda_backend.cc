@@ -8,6 +8,7 @@
 #include "device/cuda/cuda_device.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "sharding/nccl/nccl_collectives.h"
+#include "sharding/nccl/replicated_nccl.h"
 
 namespace gradwire {
 
@@ -21,6 +22,12 @@ absl::StatusOr<RankBackend> MakeCudaBackend(int index) {
     NcclOptions nccl;
     nccl.control = options;
     return NewNcclCollectives(*device, nccl, exchange);
+  };
+  backend.replicate = [device = device.get()](
+                          std::unique_ptr<Collectives> shards,
+                          std::unique_ptr<Collectives> replicas) {
+    return NewReplicatedNcclCollectives(*device, std::move(shards),
+                                        std::move(replicas));
   };
   backend.device = std::move(device);
   return backend;

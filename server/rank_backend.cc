@@ -9,6 +9,7 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "server/cuda_backend.h"
 #include "sharding/gloo/gloo_collectives.h"
+#include "sharding/replicated_collectives.h"
 
 namespace gradwire {
 
@@ -26,6 +27,7 @@ absl::StatusOr<RankBackend> MakeRankBackend(const std::string& device,
     backend.device = std::make_unique<CpuDevice>(threads);
     backend.kernels = NewCpuKernels();
     backend.connect = NewGlooCollectives;
+    backend.replicate = NewReplicatedCollectives;
     return backend;
   }
   absl::string_view index = device;

@@ -21,6 +21,13 @@ struct RankBackend {
   std::function<absl::StatusOr<std::unique_ptr<Collectives>>(
       const GlooOptions& options, const ExchangeAddresses& exchange)>
       connect;
+  // Of a job that holds its model several times, a rank's collectives within
+  // its group and with the same rank of the others made one
+  // (sharding/replicated_collectives.h).
+  std::function<absl::StatusOr<std::unique_ptr<Collectives>>(
+      std::unique_ptr<Collectives> shards,
+      std::unique_ptr<Collectives> replicas)>
+      replicate;
 
   // "cpu avx512_bf16, 8 threads", "cuda sm_90": for profiles and fingerprints.
   std::string description() const;

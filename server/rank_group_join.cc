@@ -15,7 +15,6 @@
 #include "base/status.h"
 #include "device/device.h"
 #include "server/host_port.h"
-#include "sharding/replicated_collectives.h"
 #include "xxhash.h"
 
 namespace gradwire {
@@ -90,22 +89,11 @@ absl::StatusOr<RankGroupMember> JoinRankGroup(const RankGroupJoin& join) {
   }
   GW_ASSIGN_OR_RETURN(member.world, Connect(join, kWorld, all));
   if (join.replicas > 1) {
-    // Sums over replicas are added by the host.
-    if (!join.backend->device->IsHostMemory()) {
-      return ErrorBuilder(absl::StatusCode::kUnimplemented,
-                          "UNSUPPORTED_OPTION")
-          .Server()
-          .With("field", "replicas")
-          .With("value", join.replicas)
-          .With("limit", 1)
-          .Message(
-              "replicas of the model are for CPU ranks only; use 1, with "
-              "which all GPUs hold the model together");
-    }
     GW_ASSIGN_OR_RETURN(auto in_group, Connect(join, kShards, group));
     GW_ASSIGN_OR_RETURN(auto of_groups, Connect(join, kReplicas, across));
-    member.shards =
-        NewReplicatedCollectives(std::move(in_group), std::move(of_groups));
+    GW_ASSIGN_OR_RETURN(
+        member.shards,
+        join.backend->replicate(std::move(in_group), std::move(of_groups)));
   }
   GW_ASSIGN_OR_RETURN(member.ranks_on_host,
                       RanksOnHost(*join.backend->device, *member.world));

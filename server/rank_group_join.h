@@ -42,8 +42,8 @@ struct RankGroupMember {
   int ranks_on_host = 1;
 };
 
-// Errors: those of the exchange and of the backend's `connect`; UNIMPLEMENTED
-// UNSUPPORTED_OPTION: replicas on GPUs.
+// Errors: those of the exchange, and of the backend's `connect` and
+// `replicate`.
 absl::StatusOr<RankGroupMember> JoinRankGroup(const RankGroupJoin& join);
 
 // The address from which this machine reaches a supervisor ("unix:..." or

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <utility>
+
 #include "absl/time/time.h"
 #include "device/cpu_device.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "sharding/local/local_collectives.h"
+#include "sharding/replicated_collectives.h"
 #include "tests/equivalence/job_backend.h"
 
 namespace gradwire {
@@ -17,6 +20,12 @@ std::vector<std::unique_ptr<Collectives>> NewJobCollectives(
     const std::vector<Device*>& devices) {
   return NewLocalCollectives(static_cast<int>(devices.size()),
                              absl::Seconds(60));
+}
+
+std::unique_ptr<Collectives> NewJobReplicated(
+    Device&, std::unique_ptr<Collectives> shards,
+    std::unique_ptr<Collectives> replicas) {
+  return NewReplicatedCollectives(std::move(shards), std::move(replicas));
 }
 
 }  // namespace gradwire

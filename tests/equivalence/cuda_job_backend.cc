@@ -8,6 +8,7 @@
 #include "kernels/cuda/cuda_kernels.h"
 #include "sharding/gloo/address_board.h"
 #include "sharding/nccl/nccl_collectives.h"
+#include "sharding/nccl/replicated_nccl.h"
 #include "tests/equivalence/job_backend.h"
 
 namespace gradwire {
@@ -47,6 +48,17 @@ std::vector<std::unique_ptr<Collectives>> NewJobCollectives(
   }
   for (std::thread& thread : threads) thread.join();
   return ranks;
+}
+
+std::unique_ptr<Collectives> NewJobReplicated(
+    Device& device, std::unique_ptr<Collectives> shards,
+    std::unique_ptr<Collectives> replicas) {
+  // Several pieces of the larger sums.
+  auto made = NewReplicatedNcclCollectives(static_cast<CudaDevice&>(device),
+                                           std::move(shards),
+                                           std::move(replicas), 1 << 12);
+  GW_CHECK(made.ok());
+  return *std::move(made);
 }
 
 }  // namespace gradwire

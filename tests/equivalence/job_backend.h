@@ -18,5 +18,9 @@ std::unique_ptr<Kernels> NewJobKernels(Device& device);
 // Of one group, whose ranks are threads: of each a device of NewJobDevice.
 std::vector<std::unique_ptr<Collectives>> NewJobCollectives(
     const std::vector<Device*>& devices);
+// Of one rank: sharding/replicated_collectives.h.
+std::unique_ptr<Collectives> NewJobReplicated(
+    Device& device, std::unique_ptr<Collectives> shards,
+    std::unique_ptr<Collectives> replicas);
 
 }  // namespace gradwire

@@ -18,7 +18,6 @@
 #include "kernels/kernels.h"
 #include "model/config.h"
 #include "model/param_table.h"
-#include "sharding/replicated_collectives.h"
 #include "tests/equivalence/job_backend.h"
 #include "trainer/rank_plan.h"
 #include "trainer/trainer.h"
@@ -293,7 +292,8 @@ class Job {
       const auto first = devices.begin() + r * shards;
       auto group = NewJobCollectives({first, first + shards});
       for (int s = 0; s < shards; ++s) {
-        shards_.push_back(NewReplicatedCollectives(
+        shards_.push_back(NewJobReplicated(
+            *devices[static_cast<size_t>(r * shards + s)],
             std::move(group[static_cast<size_t>(s)]),
             std::move(across[static_cast<size_t>(s)][static_cast<size_t>(r)])));
       }
