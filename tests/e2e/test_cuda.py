@@ -176,6 +176,54 @@ def test_the_algorithms_of_products_outlast_the_server(
         assert run(late) == others[:4]
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("first", ["cuda", "cpu"])
+def test_a_job_goes_on_on_another_device(
+    emulated, models, tmp_path, precision, first
+):
+    """What was done is done again there, as near as roundings allow; and a
+    checkpoint is of any device."""
+    data = data_of("qwen3")
+    # The CPU's rank is the other program beside the server.
+    flags = {"cuda": emulated, "cpu": ["--device=cpu"]}
+    then = {"cuda": "cpu", "cpu": "cuda"}[first]
+    with (
+        Server(tmp_path, *flags[first]) as server,
+        gradwire.ServiceClient(address=server.address) as service,
+    ):
+        client = create(
+            service, models, "qwen3", precision=precision, job_id="it"
+        )
+        train(client, data, 3)
+        saved = client.save_state("three").result()
+        want = train(client, data, 1)
+        server.process.kill()
+    with (
+        Server(tmp_path, *flags[then]) as server,
+        gradwire.ServiceClient(address=server.address) as service,
+    ):
+        client = create(
+            service,
+            models,
+            "qwen3",
+            precision=precision,
+            job_id="it",
+            take_over=True,
+        )
+        assert client.info().optimizer_step == 4
+        job = service.get_job("it")
+        assert job.device.startswith(then)
+        assert (
+            job.last_recovery.fidelity
+            == jobs_pb2.REPLAY_FIDELITY_WITHIN_TOLERANCE
+        )
+        client.load_state_with_optimizer(saved.path).result()
+        assert client.info().optimizer_step == 3
+        got = train(client, data, 1)
+        relative = 1e-4 if precision == "f32" else 0.1
+        assert got[0][1] == pytest.approx(want[0][1], rel=relative)
+
+
 def test_a_snapshot_is_of_what_was_trained(emulated, models, tmp_path):
     data = data_of("llama")
     with (
