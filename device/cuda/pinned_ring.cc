@@ -39,11 +39,14 @@ absl::StatusOr<std::unique_ptr<PinnedRing>> PinnedRing::Create(int64_t bytes) {
 
 PinnedRing::~PinnedRing() { cudaFreeHost(memory_); }
 
-void PinnedRing::DropOldest(CudaStream& stream) {
+bool PinnedRing::DropOldest(CudaStream& stream) {
   Piece& oldest = pieces_.front();
-  stream.Check(oldest.used.Wait(), "a copy");
+  const cudaError_t used = oldest.used->Query();
+  if (used == cudaErrorNotReady) return false;
+  stream.Check(used, "a copy");
   spare_.push_back(std::move(oldest.used));
   pieces_.pop_front();
+  return true;
 }
 
 char* PinnedRing::Reserve(CudaStream& stream, int64_t bytes) {
@@ -51,61 +54,77 @@ char* PinnedRing::Reserve(CudaStream& stream, int64_t bytes) {
   if (next_ + bytes > bytes_) {
     // What lies from here to the end is oldest.
     while (!pieces_.empty() && pieces_.front().begin >= next_) {
-      DropOldest(stream);
+      if (!DropOldest(stream)) return nullptr;
     }
     next_ = 0;
   }
   while (!pieces_.empty() && pieces_.front().begin >= next_ &&
          pieces_.front().begin < next_ + bytes) {
-    DropOldest(stream);
+    if (!DropOldest(stream)) return nullptr;
   }
   char* const room = memory_ + next_;
   next_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   return room;
 }
 
-CudaEvent PinnedRing::TakeEvent() {
-  if (spare_.empty()) return CudaEvent();
-  CudaEvent event = std::move(spare_.back());
-  spare_.pop_back();
-  return event;
-}
-
-void PinnedRing::Release(CudaStream& stream, const char* room) {
-  Piece piece = {room - memory_, TakeEvent()};
-  stream.Check(piece.used.Record(stream.get()), "a copy");
-  pieces_.push_back(std::move(piece));
+std::shared_ptr<CudaEvent> PinnedRing::TakeEvent() {
+  // Somebody may still wait for one that is spare.
+  for (auto& spare : spare_) {
+    if (spare.use_count() > 1) continue;
+    std::shared_ptr<CudaEvent> event = std::move(spare);
+    spare = std::move(spare_.back());
+    spare_.pop_back();
+    return event;
+  }
+  return std::make_shared<CudaEvent>();
 }
 
 void PinnedRing::CopyFromHost(CudaStream& stream, const void* from, void* to,
                               int64_t bytes) {
-  const std::lock_guard<std::mutex> lock(mutex_);
   for (int64_t at = 0; at < bytes && stream.ok();) {
     const int64_t part = std::min(bytes - at, bytes_ / 4);
+    const char* source = static_cast<const char*>(from) + at;
+    std::shared_ptr<CudaEvent> own;  // a copy of this stream is in the way
+    std::unique_lock<std::mutex> lock(mutex_);
     char* const room = Reserve(stream, part);
-    std::memcpy(room, static_cast<const char*>(from) + at,
-                static_cast<size_t>(part));
-    stream.Check(cudaMemcpyAsync(static_cast<char*>(to) + at, room,
+    if (room != nullptr) {
+      std::memcpy(room, source, static_cast<size_t>(part));
+      source = room;
+    } else {
+      if (pieces_.front().stream == stream.get()) own = pieces_.front().used;
+      lock.unlock();
+    }
+    if (own != nullptr) {
+      stream.Check(own->Wait(), "a copy");
+      continue;
+    }
+    stream.Check(cudaMemcpyAsync(static_cast<char*>(to) + at, source,
                                  static_cast<size_t>(part),
                                  cudaMemcpyHostToDevice, stream.get()),
                  "a copy from the host");
-    Release(stream, room);
+    if (room != nullptr) {
+      Piece piece = {room - memory_, stream.get(), TakeEvent()};
+      stream.Check(piece.used->Record(stream.get()), "a copy");
+      pieces_.push_back(std::move(piece));
+    }
     at += part;
   }
 }
 
 void PinnedRing::CopyToHost(CudaStream& stream, const void* from, void* to,
                             int64_t bytes) {
+  // What comes before it may take long; the copies do not.
+  stream.Check(cudaStreamSynchronize(stream.get()), "a copy to the host");
   const std::lock_guard<std::mutex> lock(mutex_);
   struct Flight {
     const char* room;
     int64_t at, part;
-    CudaEvent arrived;
+    std::shared_ptr<CudaEvent> arrived;
   };
   std::deque<Flight> flights;
   const auto land = [&] {
     Flight& first = flights.front();
-    stream.Check(first.arrived.Wait(), "a copy to the host");
+    stream.Check(first.arrived->Wait(), "a copy to the host");
     std::memcpy(static_cast<char*>(to) + first.at, first.room,
                 static_cast<size_t>(first.part));
     spare_.push_back(std::move(first.arrived));
@@ -116,16 +135,20 @@ void PinnedRing::CopyToHost(CudaStream& stream, const void* from, void* to,
     // A room is taken again only by the fourth piece after it.
     if (flights.size() == 2) land();
     char* const room = Reserve(stream, part);
-    stream.Check(cudaMemcpyAsync(room, static_cast<const char*>(from) + at,
+    char* const target = room != nullptr ? room : static_cast<char*>(to) + at;
+    stream.Check(cudaMemcpyAsync(target, static_cast<const char*>(from) + at,
                                  static_cast<size_t>(part),
                                  cudaMemcpyDeviceToHost, stream.get()),
                  "a copy to the host");
-    Flight flight = {room, at, part, TakeEvent()};
-    stream.Check(flight.arrived.Record(stream.get()), "a copy to the host");
-    flights.push_back(std::move(flight));
+    if (room != nullptr) {
+      Flight flight = {room, at, part, TakeEvent()};
+      stream.Check(flight.arrived->Record(stream.get()), "a copy to the host");
+      flights.push_back(std::move(flight));
+    }
     at += part;
   }
   while (!flights.empty()) land();
+  stream.Check(cudaStreamSynchronize(stream.get()), "a copy to the host");
 }
 
 }  // namespace gradwire

@@ -19,7 +19,8 @@ namespace gradwire {
 
 class CudaStream;
 
-// Thread rule: all methods from any thread; they wait for each other. REQUIRES:
+// Thread rule: all methods from any thread. None waits for what another
+// thread's stream waits for, which may be that this thread goes on. REQUIRES:
 // the device is the thread's current one, also at the end.
 class PinnedRing {
  public:
@@ -30,8 +31,9 @@ class PinnedRing {
   ~PinnedRing();
   PinnedRing(const PinnedRing&) = delete;
 
-  // Queues a copy; `from` may change when it returns. Waits for the device only
-  // as long as the ring is full of what that has not copied yet.
+  // Queues a copy; `from` may change when it returns. Waits for `stream` only
+  // as long as the ring is full of what that has not copied yet; of what is
+  // full of other streams' copies, the ring is not used.
   void CopyFromHost(CudaStream& stream, const void* from, void* to,
                     int64_t bytes);
   // What the stream has queued has been done, and `to` holds the bytes, when it
@@ -42,17 +44,18 @@ class PinnedRing {
  private:
   struct Piece {
     int64_t begin;
-    CudaEvent used;  // by the device, for the last time
+    cudaStream_t stream;
+    std::shared_ptr<CudaEvent> used;  // by the device, for the last time
   };
 
   PinnedRing(char* memory, int64_t bytes) : memory_(memory), bytes_(bytes) {}
 
-  // Room for `bytes`, that nothing uses any more.
+  // REQUIRES of all: the mutex.
+  // Room for `bytes` that nothing uses any more; null: the oldest piece is
+  // used.
   char* Reserve(CudaStream& stream, int64_t bytes);
-  // The room is used until `stream` has come to where it is now.
-  void Release(CudaStream& stream, const char* room);
-  void DropOldest(CudaStream& stream);
-  CudaEvent TakeEvent();
+  bool DropOldest(CudaStream& stream);
+  std::shared_ptr<CudaEvent> TakeEvent();
 
   char* const memory_;
   const int64_t bytes_;
@@ -61,7 +64,7 @@ class PinnedRing {
   // All below is guarded by it.
   std::deque<Piece>
       pieces_;  // oldest first: in the ring's order, from next_ on
-  std::vector<CudaEvent> spare_;
+  std::vector<std::shared_ptr<CudaEvent>> spare_;
   int64_t next_ = 0;
 };
 

@@ -89,6 +89,31 @@ TEST_F(PinnedRingTest, WaitsForTheDeviceWhenItIsFull) {
   EXPECT_EQ(Fetch(at), want);
 }
 
+// A stream that waits, for other threads perhaps, holds up nobody else's
+// copies, however full of its own the ring is.
+TEST_F(PinnedRingTest, AStreamThatWaitsHoldsUpNoOther) {
+  std::promise<void> held;
+  cuda_emulator::StreamOf(stream().get())
+      .Add([&, wait = held.get_future().share()] { wait.wait(); });
+  const std::vector<char> first = Values(6 * 640, 1);
+  ring_->CopyFromHost(stream(), first.data(), memory() + 20'000, 6 * 640);
+  std::thread blocked([&] {
+    std::vector<char> got(first.size());
+    ring_->CopyToHost(stream(), memory() + 20'000, got.data(), 6 * 640);
+    EXPECT_EQ(got, first);
+  });
+  const auto own = device_->NewStream();
+  auto& other = static_cast<CudaStream&>(*own);
+  const std::vector<char> want = Values(2 * kBytes, 2);
+  ring_->CopyFromHost(other, want.data(), memory(), 2 * kBytes);
+  std::vector<char> got(want.size());
+  ring_->CopyToHost(other, memory(), got.data(), 2 * kBytes);
+  EXPECT_TRUE(other.Finish().ok());
+  EXPECT_EQ(got, want);
+  held.set_value();
+  blocked.join();
+}
+
 TEST_F(PinnedRingTest, ServesSeveralThreads) {
   constexpr int64_t kPart = 50'000;
   std::vector<std::thread> threads;

@@ -108,7 +108,7 @@ SHARDING_SEEDS = (
         "room_taken_before_it_is_free",
         "what the GPU has not copied yet is written over",
         "device/cuda/pinned_ring.cc",
-        '  stream.Check(oldest.used.Wait(), "a copy");\n',
+        "if (used == cudaErrorNotReady) return false;",
         "",
         ("//device/cuda:pinned_ring_test",),
     ),
