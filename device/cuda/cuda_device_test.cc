@@ -29,7 +29,7 @@ class CudaDeviceTest : public testing::Test {
 
 TEST_F(CudaDeviceTest, MemoryIsZeroAlignedAndCopied) {
   EXPECT_EQ(device_->name(), "cuda:0");
-  for (const int64_t n : {1, 3, 1000, 1 << 20}) {
+  for (const int64_t n : {1, 3, 1000, 1 << 20, (11 << 20) + 1}) {
     const auto buffer = device_->Allocate(n * 4);
     ASSERT_TRUE(buffer.ok());
     EXPECT_EQ((*buffer)->bytes(), n * 4);
