@@ -26,8 +26,13 @@ absl::StatusOr<RankBackend> MakeCudaBackend(int index) {
   backend.replicate = [device = device.get()](
                           std::unique_ptr<Collectives> shards,
                           std::unique_ptr<Collectives> replicas) {
-    return NewReplicatedNcclCollectives(*device, std::move(shards),
-                                        std::move(replicas));
+    // As `connect` has made them.
+    const auto nccl = [](std::unique_ptr<Collectives> group) {
+      return std::unique_ptr<NcclGroup>(
+          static_cast<NcclGroup*>(group.release()));
+    };
+    return NewReplicatedNcclCollectives(*device, nccl(std::move(shards)),
+                                        nccl(std::move(replicas)));
   };
   backend.device = std::move(device);
   return backend;

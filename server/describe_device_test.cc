@@ -2,6 +2,7 @@
 #include "server/describe_device.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/stat.h>
 
 #include <fstream>
@@ -45,15 +46,21 @@ TEST(DescribeDeviceTest, AProgramThatFailsSaysWhy) {
 
 // While it says nothing, and when it has said all but does not end.
 TEST(DescribeDeviceTest, AProgramThatHangsIsKilled) {
+  const std::string pid = testing::TempDir() + "/pid";
   for (const std::string before : {"", "echo '{\"device\": \"cuda\"}'; "}) {
     const absl::Time begin = absl::Now();
     const auto said =
-        DescribeDevice(Program("hangs", before + "echo hm; exec sleep 100"),
+        DescribeDevice(Program("hangs", before + "echo hm; echo $$ > " + pid +
+                                            "; exec sleep 100"),
                        "cuda", absl::Milliseconds(500));
     EXPECT_LT(absl::Now() - begin, absl::Seconds(50));
     EXPECT_NE(said.status().message().find("did not answer within 500ms"),
               std::string::npos)
         << said.status();
+    int number = 0;
+    std::ifstream(pid) >> number;
+    ASSERT_GT(number, 0);
+    EXPECT_EQ(kill(number, 0), -1);
   }
   // It closes what it writes to.
   const auto said =

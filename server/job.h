@@ -385,9 +385,10 @@ class Job {
       ABSL_LOCKS_EXCLUDED(mu_);
   // What it has saved is in the metadata, and known as made now.
   absl::Status RecordSaved(const Operation& op) ABSL_LOCKS_EXCLUDED(mu_);
-  // `choices` are on the disk before the outcomes that have their bits.
-  absl::Status Record(const std::vector<KernelChoicesRow>& choices,
-                      const std::vector<OperationPtr>& ended)
+  // Before the outcomes that have their bits.
+  absl::Status RecordChoices(const std::vector<KernelChoicesRow>& choices)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status Record(const std::vector<OperationPtr>& ended)
       ABSL_LOCKS_EXCLUDED(mu_);
   void CountDurable(Handle& handle) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // `recorded`: its outcome is in the log, durable if it must be.

@@ -106,7 +106,10 @@ void Job::Commit() {
     const bool broken = journal_broken_ || journal_ == nullptr;
     mu_.Unlock();
     absl::Status status;
-    if (!broken && !ended.empty()) status = Record(choices, ended);
+    if (!broken && !ended.empty()) {
+      status = RecordChoices(choices);
+      if (status.ok()) status = Record(ended);
+    }
     if (!status.ok() && !absl::IsCancelled(status)) BreakJournal(status);
     if (!absl::IsCancelled(status)) {
       absl::MutexLock lock(&mu_);
@@ -184,13 +187,14 @@ absl::Status Job::RecordSaved(const Operation& op) {
   return absl::OkStatus();
 }
 
-absl::Status Job::Record(const std::vector<KernelChoicesRow>& choices,
-                         const std::vector<OperationPtr>& ended) {
+absl::Status Job::RecordChoices(const std::vector<KernelChoicesRow>& choices) {
+  if (choices.empty()) return absl::OkStatus();
+  return AwaitSpace(
+      [&] { return environment_->metadata->AddChoices(id_, choices); });
+}
+
+absl::Status Job::Record(const std::vector<OperationPtr>& ended) {
   bool durable = false;
-  for (const KernelChoicesRow& row : choices) {
-    GW_RETURN_IF_ERROR(AwaitSpace(
-        [&] { return environment_->metadata->AddChoices(id_, row); }));
-  }
   for (const OperationPtr& op : ended) GW_RETURN_IF_ERROR(RecordSaved(*op));
   for (const OperationPtr& op : ended) {
     // Nobody changes it between its end and its publication.

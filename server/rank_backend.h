@@ -29,7 +29,8 @@ struct RankBackend {
       std::unique_ptr<Collectives> replicas)>
       replicate;
 
-  // "cpu avx512_bf16, 8 threads", "cuda sm_90": for profiles and fingerprints.
+  // "cpu avx512_bf16, 8 threads", "cuda sm_90, 132
+  // multiprocessors": for profiles and fingerprints.
   std::string description() const;
 };
 

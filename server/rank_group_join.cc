@@ -30,6 +30,8 @@ absl::StatusOr<std::unique_ptr<Collectives>> Connect(
   options.world = static_cast<int>(ranks.size());
   options.rank = static_cast<int>(
       std::find(ranks.begin(), ranks.end(), join.rank) - ranks.begin());
+  // Whoever reads of a failure knows the ranks of the job.
+  options.names = ranks;
   options.bind_address = join.address;
   options.timeout = join.timeout;
   return join.backend->connect(

@@ -40,15 +40,19 @@ absl::Status RankWorker::JoinGroup(const v1::RankLoad& load) {
 }
 
 void RankWorker::AdoptChoices(const v1::RankLoad& load) {
+  int refused = 0;
+  absl::Status first;
   for (const std::string& choices : load.choices()) {
     const absl::Status adopted = backend_.kernels->AdoptChoices(choices);
     if (adopted.ok()) continue;
-    // Bits are promised for the same kernels alone; a replay says what it
-    // finds.
-    spdlog::warn("what {} has decided before is not used: {}",
-                 backend_.kernels->description(),
-                 std::string(adopted.message()));
+    ++refused;
+    if (first.ok()) first = adopted;
   }
+  if (refused == 0) return;
+  // As other kernels would, they may give other bits.
+  other_choices_ = true;
+  spdlog::warn("{} of {} lists of what was decided before are not used: {}",
+               refused, load.choices_size(), std::string(first.message()));
 }
 
 void RankWorker::TellChoices() {
@@ -135,7 +139,8 @@ bool RankWorker::Load(const v1::RankLoad& load) {
   *ready.mutable_ready()->mutable_profile() = *std::move(profile);
   *ready.mutable_ready()->mutable_memory() = ToProto(trainer_->plan());
   ready.mutable_ready()->set_kernels(
-      KernelsId(ready.ready().profile().device()));
+      KernelsId(ready.ready().profile().device()) +
+      (other_choices_ ? ", not as decided before" : ""));
   ready.mutable_ready()->set_quadratic(
       QuadraticCost(trainer_->config(), trainer_->num_parameters()));
   TellChoices();

@@ -70,6 +70,8 @@ class RankWorker {
   int rank_ = 0;
   int world_ = 1;
   bool forward_only_ = false;
+  // Something that this rank decided in an earlier process is not adopted.
+  bool other_choices_ = false;
   RankGroupMember group_;
   std::unique_ptr<FileSystem> files_;  // as its server may change them
   std::unique_ptr<Trainer> trainer_;

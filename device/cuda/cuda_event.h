@@ -8,7 +8,8 @@
 
 namespace gradwire {
 
-// Made when it is first recorded. Thread rule: one thread at a time.
+// Made when it is first recorded. Thread rule: one thread at a time; Wait and
+// Query from any, if none records.
 class CudaEvent {
  public:
   // `timed`: Seconds can be asked for; costs a little.

@@ -51,6 +51,9 @@ bool PinnedRing::DropOldest(CudaStream& stream) {
 
 char* PinnedRing::Reserve(CudaStream& stream, int64_t bytes) {
   GW_CHECK(bytes <= bytes_ / 4);
+  // Not a whole ring of pieces that are long done, each with its event.
+  for (int i = 0; i < 2 && !pieces_.empty() && DropOldest(stream); ++i) {
+  }
   if (next_ + bytes > bytes_) {
     // What lies from here to the end is oldest.
     while (!pieces_.empty() && pieces_.front().begin >= next_) {
@@ -132,7 +135,7 @@ void PinnedRing::CopyToHost(CudaStream& stream, const void* from, void* to,
   };
   for (int64_t at = 0; at < bytes && stream.ok();) {
     const int64_t part = std::min(bytes - at, bytes_ / 4);
-    // A room is taken again only by the fourth piece after it.
+    // A room is taken again only by the third piece after it.
     if (flights.size() == 2) land();
     char* const room = Reserve(stream, part);
     char* const target = room != nullptr ? room : static_cast<char*>(to) + at;

@@ -51,13 +51,12 @@ absl::StatusOr<std::unique_ptr<Kernels>> NewCudaKernels(CudaDevice& device) {
                              device.index()),
       "asking for the number of multiprocessors"));
   const std::string description =
-      "cuda sm_" + std::to_string(major) + std::to_string(minor);
+      "cuda sm_" + std::to_string(major) + std::to_string(minor) + ", " +
+      std::to_string(multiprocessors) + " multiprocessors";
   GW_ASSIGN_OR_RETURN(
       std::unique_ptr<CudaGemm> gemm,
-      CudaGemm::Create(description + ", " + std::to_string(multiprocessors) +
-                           " multiprocessors",
-                       static_cast<char*>(scratch->data()) + kScratchBytes -
-                           kGemmWorkspaceBytes));
+      CudaGemm::Create(description, static_cast<char*>(scratch->data()) +
+                                        kScratchBytes - kGemmWorkspaceBytes));
   return std::make_unique<CudaKernels>(description, std::move(scratch),
                                        std::move(gemm));
 }

@@ -242,18 +242,21 @@ absl::Status Metadata::SetProfile(const std::string& job_id,
 }
 
 absl::Status Metadata::AddChoices(const std::string& job_id,
-                                  const KernelChoicesRow& row) {
+                                  const std::vector<KernelChoicesRow>& rows) {
   return Transact([&]() -> absl::Status {
-    GW_ASSIGN_OR_RETURN(
-        Statement add,
-        database_->Prepare(
-            "INSERT INTO kernel_choices (job_id, rank, choices) "
-            "SELECT job_id, ?, ? FROM jobs WHERE job_id = ? AND state != ?"));
-    return add.Bind(int64_t{row.rank})
-        .BindBlob(row.choices)
-        .Bind(job_id)
-        .Bind(int64_t{JobRow::kDeleted})
-        .Run();
+    for (const KernelChoicesRow& row : rows) {
+      GW_ASSIGN_OR_RETURN(
+          Statement add,
+          database_->Prepare(
+              "INSERT INTO kernel_choices (job_id, rank, choices) "
+              "SELECT job_id, ?, ? FROM jobs WHERE job_id = ? AND state != ?"));
+      GW_RETURN_IF_ERROR(add.Bind(int64_t{row.rank})
+                             .BindBlob(row.choices)
+                             .Bind(job_id)
+                             .Bind(int64_t{JobRow::kDeleted})
+                             .Run());
+    }
+    return absl::OkStatus();
   });
 }
 

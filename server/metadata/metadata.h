@@ -118,7 +118,7 @@ class Metadata {
                           const std::string& profile);
   // Until the job is deleted.
   absl::Status AddChoices(const std::string& job_id,
-                          const KernelChoicesRow& row);
+                          const std::vector<KernelChoicesRow>& rows);
   // Oldest first.
   absl::StatusOr<std::vector<KernelChoicesRow>> Choices(
       const std::string& job_id);

@@ -166,10 +166,9 @@ TEST_F(MetadataTest, WhatKernelsDecideIsKeptForEachRankUntilTheJobGoes) {
     ASSERT_TRUE(metadata->AddJob(Row("a")).ok());
     ASSERT_TRUE(metadata->AddJob(Row("b")).ok());
     const std::string bytes("\0first", 6);
-    ASSERT_TRUE(metadata->AddChoices("a", {1, bytes}).ok());
-    ASSERT_TRUE(metadata->AddChoices("b", {0, "of b"}).ok());
-    ASSERT_TRUE(metadata->AddChoices("a", {0, "zero"}).ok());
-    ASSERT_TRUE(metadata->AddChoices("a", {1, "second"}).ok());
+    ASSERT_TRUE(metadata->AddChoices("a", {{1, bytes}, {0, "zero"}}).ok());
+    ASSERT_TRUE(metadata->AddChoices("b", {{0, "of b"}}).ok());
+    ASSERT_TRUE(metadata->AddChoices("a", {{1, "second"}}).ok());
     EXPECT_TRUE(metadata->Choices("none")->empty());
     const auto rows = *metadata->Choices("a");
     ASSERT_EQ(rows.size(), 3u);
@@ -184,7 +183,7 @@ TEST_F(MetadataTest, WhatKernelsDecideIsKeptForEachRankUntilTheJobGoes) {
   ASSERT_TRUE(metadata->SetJobState("a", JobRow::kDeleted, "").ok());
   EXPECT_TRUE(metadata->Choices("a")->empty());
   // A rank that has not heard of it.
-  ASSERT_TRUE(metadata->AddChoices("a", {0, "late"}).ok());
+  ASSERT_TRUE(metadata->AddChoices("a", {{0, "late"}}).ok());
   EXPECT_TRUE(metadata->Choices("a")->empty());
   EXPECT_EQ(metadata->Choices("b")->size(), 1u);
   ASSERT_TRUE(metadata->ForgetJob("b").ok());
@@ -448,7 +447,7 @@ TEST_F(MetadataTest, WhatOlderServersHaveWrittenIsKept) {
       ASSERT_TRUE(metadata->AddCheckpoint(CheckpointOf("one", "d1", 100)).ok());
       EXPECT_EQ(metadata->Checkpoints()->size(), 1u);
       EXPECT_EQ(metadata->Removals()->size(), version >= 3 ? 1u : 0u);
-      ASSERT_TRUE(metadata->AddChoices("a", {0, "chosen"}).ok());
+      ASSERT_TRUE(metadata->AddChoices("a", {{0, "chosen"}}).ok());
       EXPECT_EQ(metadata->Choices("a")->size(), opening + 1u);
     }
   }

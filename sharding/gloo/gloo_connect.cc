@@ -116,9 +116,10 @@ absl::Status GlooMesh::ConnectAll(const ExchangeAddresses& exchange) {
     GW_ASSIGN_OR_RETURN(const std::vector<std::string> theirs,
                         exchange(all_mine));
     if (theirs.size() != static_cast<size_t>(world_)) {
-      return CollectiveFailed(
-          rank_, "it got the addresses of " + std::to_string(theirs.size()) +
-                     " ranks, not of " + std::to_string(world_));
+      return CollectiveFailed(NameOf(rank_), "it got the addresses of " +
+                                                 std::to_string(theirs.size()) +
+                                                 " ranks, not of " +
+                                                 std::to_string(world_));
     }
     for (rank = 0; rank < world_; ++rank) {
       if (rank == rank_) continue;
@@ -126,8 +127,9 @@ absl::Status GlooMesh::ConnectAll(const ExchangeAddresses& exchange) {
       const std::string& addresses = theirs[static_cast<size_t>(rank)];
       if (addresses.size() != all_mine.size()) {
         return CollectiveFailed(
-            rank, "its addresses have " + std::to_string(addresses.size()) +
-                      " bytes, not " + std::to_string(all_mine.size()));
+            NameOf(rank), "its addresses have " +
+                              std::to_string(addresses.size()) +
+                              " bytes, not " + std::to_string(all_mine.size()));
       }
       const auto begin = addresses.begin() +
                          static_cast<std::ptrdiff_t>(address_bytes) * rank_;
@@ -140,8 +142,8 @@ absl::Status GlooMesh::ConnectAll(const ExchangeAddresses& exchange) {
     spdlog::warn("collectives: rank {} cannot connect to rank {}: {}", rank_,
                  rank, e.what());
     return absl::Now() - start < timeout_
-               ? CollectiveFailed(rank, "no connection")
-               : CollectiveTimeout(rank, timeout_);
+               ? CollectiveFailed(NameOf(rank), "no connection")
+               : CollectiveTimeout(NameOf(rank), timeout_);
   }
   return absl::OkStatus();
 }

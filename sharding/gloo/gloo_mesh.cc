@@ -71,6 +71,7 @@ absl::Status GlooTransfer::Wait() {
 GlooMesh::GlooMesh(const GlooOptions& options)
     : rank_(options.rank),
       world_(options.world),
+      names_(options.names),
       timeout_(std::min(options.timeout, absl::FromChrono(kNever))),
       peers_(static_cast<size_t>(options.world)) {}
 
@@ -282,13 +283,13 @@ void GlooMesh::Flush(const std::vector<std::unique_ptr<Buffer>>& farewells) {
 absl::Status GlooMesh::ToStatus(const Farewell& verdict) const {
   switch (verdict.reason) {
     case Farewell::kTimeout:
-      return CollectiveTimeout(verdict.rank, timeout_);
+      return CollectiveTimeout(NameOf(verdict.rank), timeout_);
     case Farewell::kLeft:
-      return CollectiveFailed(verdict.rank, "it left the group");
+      return CollectiveFailed(NameOf(verdict.rank), "it left the group");
     case Farewell::kAborted:
-      return CollectiveFailed(verdict.rank, "it ended the group");
+      return CollectiveFailed(NameOf(verdict.rank), "it ended the group");
     default:
-      return CollectiveFailed(verdict.rank, "its connection broke");
+      return CollectiveFailed(NameOf(verdict.rank), "its connection broke");
   }
 }
 

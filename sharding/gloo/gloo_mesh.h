@@ -69,6 +69,10 @@ class GlooMesh {
 
   int rank() const { return rank_; }
   int world() const { return world_; }
+  // In errors.
+  int NameOf(int rank) const {
+    return names_.empty() ? rank : names_[static_cast<size_t>(rank)];
+  }
   int64_t bytes_sent() const { return bytes_sent_; }
 
   // Begins a collective. Errors: the verdict.
@@ -132,6 +136,7 @@ class GlooMesh {
 
   const int rank_;
   const int world_;
+  const std::vector<int> names_;
   const absl::Duration timeout_;
   std::shared_ptr<gloo::transport::Context> context_;  // null in a world of 1
 

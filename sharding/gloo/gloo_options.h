@@ -14,6 +14,9 @@ namespace gradwire {
 struct GlooOptions {
   int rank = 0;
   int world = 1;
+  // What errors call the ranks, where they are some of a larger world; empty:
+  // as here.
+  std::vector<int> names = {};
   // An IPv4 or IPv6 address of this machine at which the others reach it.
   std::string bind_address = "127.0.0.1";
   // A rank that waits longer than this for one message of another, or for its

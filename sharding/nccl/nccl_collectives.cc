@@ -47,7 +47,7 @@ struct Running {
   std::optional<absl::Time> since;
 };
 
-class NcclCollectives : public Collectives {
+class NcclCollectives : public NcclGroup {
  public:
   NcclCollectives(CudaDevice& device, const NcclOptions& options,
                   std::unique_ptr<GlooMesh> mesh)
@@ -76,6 +76,7 @@ class NcclCollectives : public Collectives {
         comm_,
         NcclComm::Create(id, {.rank = rank(),
                               .world = world(),
+                              .name = mesh_->NameOf(rank()),
                               .timeout = timeout_,
                               .given_up = [this] { return GivenUp(); }}));
     GW_ASSIGN_OR_RETURN(transfers_,
@@ -116,6 +117,19 @@ class NcclCollectives : public Collectives {
   }
 
   absl::Status Wait(Stream& stream, Ticket ticket) override {
+    return Await(stream, ticket, /*counted=*/true);
+  }
+  absl::Status Follow(Stream& stream, Ticket ticket) override {
+    return Await(stream, ticket, /*counted=*/false);
+  }
+
+  void WhenFailed(std::function<void(const absl::Status&)> told) override {
+    Lock lock(progress_->mutex);
+    told_ = std::move(told);
+    Tell(lock);
+  }
+
+  absl::Status Await(Stream& stream, Ticket ticket, bool counted) {
     {
       std::lock_guard<std::mutex> lock(progress_->mutex);
       GW_CHECK(0 < ticket && ticket <= progress_->last);
@@ -123,7 +137,7 @@ class NcclCollectives : public Collectives {
       const Ticket index = ticket - progress_->completed - 1;
       if (progress_->failure.ok() &&
           index < static_cast<Ticket>(running_.size())) {
-        return HoldUp(static_cast<CudaStream&>(stream), ticket,
+        return HoldUp(static_cast<CudaStream&>(stream), ticket, counted,
                       running_[static_cast<size_t>(index)]);
       }
     }
@@ -208,9 +222,10 @@ class NcclCollectives : public Collectives {
   }
 
   // REQUIRES: the lock.
-  absl::Status HoldUp(CudaStream& stream, Ticket ticket, Running& running) {
+  absl::Status HoldUp(CudaStream& stream, Ticket ticket, bool counted,
+                      Running& running) {
     device_.MakeCurrent();
-    if (!running.is_waited_for) {
+    if (counted && !running.is_waited_for) {
       stream.Check(running.waited.Record(stream.get()), "waiting");
       running.is_waited_for = true;
     }
@@ -352,8 +367,19 @@ class NcclCollectives : public Collectives {
     return mesh_->End();
   }
 
+  // Lets go of the lock where there is somebody to tell of a failure.
+  void Tell(Lock& lock) {
+    if (progress_->failure.ok() || told_ == nullptr) return;
+    const auto told = std::exchange(told_, nullptr);
+    const absl::Status failure = progress_->failure;
+    lock.unlock();
+    told(failure);
+    lock.lock();
+  }
+
   // Ends the group for `failure`: nothing touches memory any more.
   void End(Lock& lock) {
+    Tell(lock);
     lock.unlock();
     mesh_->Interrupt();  // in vain if there is a verdict
     (void)mesh_->End();
@@ -410,6 +436,7 @@ class NcclCollectives : public Collectives {
   std::deque<Running> running_;
   std::vector<Running> spare_;
   std::optional<absl::Time> left_since_;
+  std::function<void(const absl::Status&)> told_;
   Statistics statistics_;
   bool stop_ = false;
 
@@ -418,7 +445,7 @@ class NcclCollectives : public Collectives {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Collectives>> NewNcclCollectives(
+absl::StatusOr<std::unique_ptr<NcclGroup>> NewNcclCollectives(
     CudaDevice& device, const NcclOptions& options,
     const ExchangeAddresses& exchange) {
   GW_ASSIGN_OR_RETURN(std::unique_ptr<GlooMesh> mesh,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "absl/status/statusor.h"
@@ -17,6 +18,17 @@ struct NcclOptions {
   GlooOptions control;
   // Of the device's memory, for addends that have arrived.
   int64_t staging_bytes = int64_t{64} << 20;
+};
+
+// What work on the device that stands between two groups needs of them.
+class NcclGroup : public Collectives {
+ public:
+  // As Wait, of a stream that has nothing else to do: statistics() do not count
+  // that it waits.
+  virtual absl::Status Follow(Stream& stream, Ticket ticket) = 0;
+  // `told` is called once, by a thread that holds no lock, when the group has
+  // failed and before its memory is free; now, if it has. Of several the last.
+  virtual void WhenFailed(std::function<void(const absl::Status&)> told) = 0;
 };
 
 // One rank of a group, whose streams are those of `device`, which must outlive
@@ -34,7 +46,7 @@ struct NcclOptions {
 // staging_bytes >= 0.
 // Errors: those of NewGlooCollectives; RESOURCE_EXHAUSTED OUT_OF_MEMORY;
 // INTERNAL DEVICE_FAILED.
-absl::StatusOr<std::unique_ptr<Collectives>> NewNcclCollectives(
+absl::StatusOr<std::unique_ptr<NcclGroup>> NewNcclCollectives(
     CudaDevice& device, const NcclOptions& options,
     const ExchangeAddresses& exchange);
 

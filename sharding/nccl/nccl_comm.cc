@@ -87,10 +87,10 @@ absl::Status NcclComm::Settle() {
     GW_RETURN_IF_ERROR(ToStatus(ncclCommGetAsyncError(comm_, &result)));
     if (result != ncclInProgress) return ToStatus(result);
     if (options_.given_up()) {
-      return CollectiveFailed(options_.rank, "it gave up waiting for NCCL");
+      return CollectiveFailed(options_.name, "it gave up waiting for NCCL");
     }
     if (absl::Now() > end) {
-      return CollectiveFailed(options_.rank,
+      return CollectiveFailed(options_.name,
                               "NCCL took more than " +
                                   absl::FormatDuration(options_.timeout) +
                                   " to connect it");
@@ -104,7 +104,7 @@ absl::Status NcclComm::ToStatus(ncclResult_t result) const {
   const char* detail = ncclGetLastError(comm_);
   spdlog::warn("collectives: rank {}: NCCL: {} {}", options_.rank,
                ncclGetErrorString(result), detail == nullptr ? "" : detail);
-  return CollectiveFailed(options_.rank,
+  return CollectiveFailed(options_.name,
                           std::string("NCCL: ") + ncclGetErrorString(result));
 }
 

@@ -21,6 +21,7 @@ class NcclComm {
   struct Options {
     int rank = 0;
     int world = 1;
+    int name = 0;  // of the rank, in errors
     // How long NCCL may take for what a call begins (connections, mostly).
     absl::Duration timeout;
     // True: somebody wants to abort.

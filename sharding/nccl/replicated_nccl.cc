@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -12,180 +13,257 @@
 #include "base/status.h"
 #include "device/cuda/cuda_event.h"
 #include "device/cuda/cuda_status.h"
+#include "sharding/collective_error.h"
 #include "sharding/nccl/rank_sum_cuda.h"
 
 namespace gradwire {
 namespace {
 
-// Older tickets are waited for together.
+// A ticket of before is waited for with the oldest of these.
 constexpr size_t kMaxEntries = 64;
+
+// Sums over ranks, then over groups, then additions, one after the other. There
+// are two, so that both groups are busy.
+struct Lane {
+  CudaStream stream;
+  CudaEvent ready;
+  std::unique_ptr<DeviceBuffer> sum;
+};
+
+// What streams that still ask may outlive the collectives with.
+class Lanes {
+ public:
+  Lane& operator[](size_t i) { return lanes_[i]; }
+
+  void SetFailed() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failed_ = true;
+  }
+  // After a failure, when both groups have ended: what is added is, too.
+  absl::Status LeaveMemoryAlone() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!failed_) return absl::OkStatus();
+    for (Lane& lane : lanes_) {
+      GW_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(lane.stream.get()),
+                                    "summing over replicas"));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  std::mutex mutex_;
+  bool failed_ = false;  // guarded by mutex_
+  std::array<Lane, 2> lanes_;
+};
+
+// The two groups, for whoever must end them. Thread rule: from any thread.
+class Groups {
+ public:
+  Groups(std::unique_ptr<NcclGroup> shards, std::unique_ptr<NcclGroup> replicas)
+      : shards(std::move(shards)), replicas(std::move(replicas)) {
+    for (NcclGroup* group : {this->shards.get(), this->replicas.get()}) {
+      targets_.push_back(group);
+    }
+  }
+  // One after the other: each still tells of its failure while it ends.
+  ~Groups() {
+    Forget(shards.get());
+    shards.reset();
+    Forget(replicas.get());
+    replicas.reset();
+  }
+
+  void Abort(const absl::Status& status) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (NcclGroup* group : targets_) group->Abort(status);
+  }
+
+  std::unique_ptr<NcclGroup> shards, replicas;
+
+ private:
+  void Forget(NcclGroup* group) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::erase(targets_, group);
+  }
+
+  std::mutex mutex_;
+  std::vector<NcclGroup*> targets_;  // guarded by mutex_
+};
 
 class ReplicatedNccl : public Collectives {
  public:
-  ReplicatedNccl(CudaDevice& device, std::unique_ptr<Collectives> shards,
-                 std::unique_ptr<Collectives> replicas, int64_t sum_bytes)
+  ReplicatedNccl(CudaDevice& device, std::unique_ptr<NcclGroup> shards,
+                 std::unique_ptr<NcclGroup> replicas, int64_t sum_bytes)
       : device_(device),
         piece_(sum_bytes / 4),
-        shards_(std::move(shards)),
-        replicas_(std::move(replicas)) {}
+        lanes_(std::make_shared<Lanes>()),
+        groups_(
+            std::make_unique<Groups>(std::move(shards), std::move(replicas))) {
+    for (NcclGroup* group : {groups_->shards.get(), groups_->replicas.get()}) {
+      group->WhenFailed([lanes = lanes_.get(),
+                         groups = groups_.get()](const absl::Status& status) {
+        lanes->SetFailed();
+        groups->Abort(status);
+      });
+    }
+  }
 
   ~ReplicatedNccl() override {
     device_.MakeCurrent();
-    // When they have ended, nothing that the lanes wait for is still to come.
-    shards_.reset();
-    replicas_.reset();
-    for (Lane& lane : lanes_) (void)lane.stream.Finish();
+    // What one group still does, the other may wait for.
+    if (latest_.added != nullptr &&
+        latest_.added->Query() == cudaErrorNotReady) {
+      Abort(CollectiveFailed(rank(), "it left the group"));
+    }
+    groups_.reset();
+    lanes_->LeaveMemoryAlone().IgnoreError();
   }
 
-  absl::Status AllocateSums() {
-    for (Lane& lane : lanes_) {
+  absl::Status Start() {
+    for (size_t i : {0, 1}) {
+      Lane& lane = (*lanes_)[i];
+      GW_RETURN_IF_ERROR(lane.stream.Finish());
       GW_ASSIGN_OR_RETURN(lane.sum, device_.Allocate(piece_ * 4));
     }
     return absl::OkStatus();
   }
 
-  int rank() const override { return shards_->rank(); }
-  int world() const override { return shards_->world(); }
+  int rank() const override { return groups_->shards->rank(); }
+  int world() const override { return groups_->shards->world(); }
 
   Ticket AllGather(Stream& stream, const Tensor& shard,
                    const Tensor& full) override {
-    return Add({.shards = shards_->AllGather(stream, shard, full)});
+    return AddOfShards(groups_->shards->AllGather(stream, shard, full));
   }
   Ticket AllReduce(Stream& stream, const Tensor& values) override {
-    return Add({.shards = shards_->AllReduce(stream, values)});
+    return AddOfShards(groups_->shards->AllReduce(stream, values));
   }
   Ticket Broadcast(Stream& stream, const Tensor& values, int root) override {
-    return Add({.shards = shards_->Broadcast(stream, values, root)});
+    return AddOfShards(groups_->shards->Broadcast(stream, values, root));
   }
 
   Ticket ReduceScatterParts(Stream& stream, const Tensor& full, int64_t stride,
                             const Tensor& shard, bool accumulate) override {
     device_.MakeCurrent();
-    auto& from = static_cast<CudaStream&>(stream);
-    Entry entry;
-    if (!accumulate) {
-      Lane& lane = NextLane(from);
-      SumInto(lane, full, stride, shard, entry);
-      Mark(lane, entry);
-      return Add(std::move(entry));
-    }
     const int64_t n = shard.num_elements();
+    GW_CHECK(stride >= n && full.num_elements() == (world() - 1) * stride + n);
     for (int64_t at = 0; at < n; at += piece_) {
       const int64_t part = std::min(piece_, n - at);
-      Lane& lane = NextLane(from);
-      const Tensor sum(lane.sum->data(), DType::kF32, {part});
-      SumInto(lane, full.Rows(at, at + (shards_->world() - 1) * stride + part),
-              stride, sum, entry);
-      const RankParts<float> parts = {.own = sum.data<float>(),
-                                      .others = nullptr,
-                                      .stride = 0,
-                                      .rank = 0,
-                                      .world = 1};
-      Check(SumInRankOrder<float>(parts, part, shard.data<float>() + at, true,
-                                  lane.stream.get()));
-      Mark(lane, entry);
+      SumPiece(static_cast<CudaStream&>(stream),
+               full.Rows(at, at + (world() - 1) * stride + part), stride,
+               shard.Rows(at, at + part), accumulate);
     }
-    return Add(std::move(entry));
+    Entry entry = latest_;
+    entry.is_sum = true;
+    return Add(entry);
   }
 
   absl::Status Wait(Stream& stream, Ticket ticket) override {
     GW_CHECK(0 < ticket && ticket <= last_);
     device_.MakeCurrent();
-    const auto index = ticket - (last_ - static_cast<Ticket>(entries_.size()));
+    const Ticket before = last_ - static_cast<Ticket>(entries_.size());
     const Entry& entry =
-        index > 0 ? entries_[static_cast<size_t>(index - 1)] : older_;
-    absl::Status status;
-    if (entry.shards > 0) status = shards_->Wait(stream, entry.shards);
-    if (status.ok() && entry.replicas > 0) {
-      status = replicas_->Wait(stream, entry.replicas);
-    }
+        entries_[static_cast<size_t>(std::max<Ticket>(ticket - before - 1, 0))];
+    const auto wait = [&](NcclGroup& group, Ticket of, bool counted) {
+      if (of == 0) return absl::OkStatus();
+      return counted ? group.Wait(stream, of) : group.Follow(stream, of);
+    };
+    // The sum over groups comes after that within: its end is what is waited
+    // for.
+    const absl::Status within =
+        wait(*groups_->shards, entry.shards, !entry.is_sum);
+    const absl::Status across =
+        wait(*groups_->replicas, entry.replicas, entry.is_sum);
+    const absl::Status status = within.ok() ? across : within;
     if (!status.ok()) {
       Abort(status);
+      // Both say so when they have ended.
+      wait(*groups_->shards, latest_.shards, false).IgnoreError();
+      wait(*groups_->replicas, latest_.replicas, false).IgnoreError();
+      lanes_->SetFailed();
+      lanes_->LeaveMemoryAlone().IgnoreError();
       return status;
     }
     auto& cuda = static_cast<CudaStream&>(stream);
-    for (const auto& added : entry.added) {
-      if (added != nullptr) cuda.Check(added->HoldUp(cuda.get()), "waiting");
+    if (entry.added != nullptr) {
+      cuda.Check(entry.added->HoldUp(cuda.get()), "waiting");
+      // After the groups', each of which waits for its group's end.
+      cuda.AskWhenSynchronized(
+          [lanes = lanes_] { return lanes->LeaveMemoryAlone(); });
     }
-    return status;
+    return absl::OkStatus();
   }
 
-  void Abort(const absl::Status& status) override {
-    shards_->Abort(status);
-    replicas_->Abort(status);
-  }
+  void Abort(const absl::Status& status) override { groups_->Abort(status); }
 
+  // A sum counts as one collective, and is busy while either group is.
   Statistics statistics() const override {
-    Statistics all = shards_->statistics();
-    const Statistics more = replicas_->statistics();
+    Statistics all = groups_->shards->statistics();
+    const Statistics more = groups_->replicas->statistics();
     all.bytes_sent += more.bytes_sent;
-    all.collectives += more.collectives;
+    all.collectives = last_;
     all.busy_seconds += more.busy_seconds;
     all.wait_seconds += more.wait_seconds;
     return all;
   }
 
  private:
-  // What one ticket stands for: a collective in each group, 0 for none, and how
-  // far the lanes have to be.
+  // How far the groups and the lanes have to be when a ticket, and so all
+  // before it, is done.
   struct Entry {
     Ticket shards = 0;
     Ticket replicas = 0;
-    std::array<std::shared_ptr<CudaEvent>, 2> added = {};
-  };
-  // Sums over ranks, over groups, and additions, one after the other. Of two,
-  // so that the groups are busy at the same time.
-  struct Lane {
-    CudaStream stream;
-    CudaEvent ready;
-    std::unique_ptr<DeviceBuffer> sum;
+    std::shared_ptr<CudaEvent> added;
+    bool is_sum = false;
   };
 
-  Ticket Add(Entry entry) {
-    entries_.push_back(std::move(entry));
-    if (entries_.size() > kMaxEntries) {
-      Entry& oldest = entries_.front();
-      older_.shards = std::max(older_.shards, oldest.shards);
-      older_.replicas = std::max(older_.replicas, oldest.replicas);
-      for (size_t i = 0; i < 2; ++i) {
-        if (oldest.added[i] != nullptr) {
-          older_.added[i] = std::move(oldest.added[i]);
-        }
-      }
-      entries_.pop_front();
-    }
+  Ticket AddOfShards(Ticket ticket) {
+    latest_.shards = ticket;
+    return Add(latest_);
+  }
+  Ticket Add(const Entry& entry) {
+    entries_.push_back(entry);
+    if (entries_.size() > kMaxEntries) entries_.pop_front();
     return ++last_;
   }
 
-  // It comes after what is in `from`.
-  Lane& NextLane(CudaStream& from) {
-    Lane& lane = lanes_[turn_];
+  // shard = or += the sum over the ranks of all groups.
+  void SumPiece(CudaStream& from, const Tensor& full, int64_t stride,
+                const Tensor& shard, bool accumulate) {
+    Lane& lane = (*lanes_)[turn_];
     turn_ = 1 - turn_;
     Check(lane.ready.Record(from.get()));
     Check(lane.ready.HoldUp(lane.stream.get()));
-    return lane;
-  }
-
-  // sum = the sum over the ranks of all groups.
-  void SumInto(Lane& lane, const Tensor& full, int64_t stride,
-               const Tensor& sum, Entry& entry) {
-    entry.shards = shards_->ReduceScatterParts(lane.stream, full, stride, sum,
-                                               /*accumulate=*/false);
-    const absl::Status within = shards_->Wait(lane.stream, entry.shards);
-    // The other groups are not to add what is none.
-    if (!within.ok()) replicas_->Abort(within);
-    entry.replicas = replicas_->AllReduce(lane.stream, sum);
-    const absl::Status across = replicas_->Wait(lane.stream, entry.replicas);
-    if (!across.ok()) shards_->Abort(across);
-    // Whoever waits for the entry asks the groups.
+    const int64_t n = shard.num_elements();
+    const Tensor sum(lane.sum->data(), DType::kF32, {n});
+    latest_.shards = groups_->shards->ReduceScatterParts(
+        lane.stream, full, stride, sum, /*accumulate=*/false);
+    Follow(*groups_->shards, latest_.shards, lane);
+    latest_.replicas = groups_->replicas->AllReduce(lane.stream, sum);
+    Follow(*groups_->replicas, latest_.replicas, lane);
+    // Additions are in order, whichever lane makes them: they may be to the
+    // same shard.
+    if (latest_.added != nullptr) {
+      Check(latest_.added->HoldUp(lane.stream.get()));
+    }
+    const RankParts<float> parts = {.own = sum.data<float>(),
+                                    .others = nullptr,
+                                    .stride = 0,
+                                    .rank = 0,
+                                    .world = 1};
+    Check(SumInRankOrder<float>(parts, n, shard.data<float>(), accumulate,
+                                lane.stream.get()));
+    latest_.added = FreeEvent();
+    Check(latest_.added->Record(lane.stream.get()));
+    // A failure is whoever's who waits for the ticket; but one of CUDA's.
     lane.stream.ForgetQuestions();
+    if (!lane.stream.ok()) Check(cudaErrorUnknown);
   }
 
-  void Mark(Lane& lane, Entry& entry) {
-    const size_t which = &lane == &lanes_[0] ? 0 : 1;
-    auto& added = entry.added[which];
-    if (added == nullptr) added = FreeEvent();
-    Check(added->Record(lane.stream.get()));
+  void Follow(NcclGroup& group, Ticket ticket, Lane& lane) {
+    // The others are not to add what is none.
+    const absl::Status status = group.Follow(lane.stream, ticket);
+    if (!status.ok()) Abort(status);
   }
 
   std::shared_ptr<CudaEvent> FreeEvent() {
@@ -202,26 +280,26 @@ class ReplicatedNccl : public Collectives {
 
   CudaDevice& device_;
   const int64_t piece_;  // elements
-  std::unique_ptr<Collectives> shards_, replicas_;
-  std::array<Lane, 2> lanes_;
+  const std::shared_ptr<Lanes> lanes_;
   size_t turn_ = 0;
   std::vector<std::shared_ptr<CudaEvent>> events_;
+  std::unique_ptr<Groups> groups_;
 
   Ticket last_ = 0;
+  Entry latest_;
   std::deque<Entry> entries_;  // of the last tickets
-  Entry older_;                // all before these
 };
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Collectives>> NewReplicatedNcclCollectives(
-    CudaDevice& device, std::unique_ptr<Collectives> shards,
-    std::unique_ptr<Collectives> replicas, int64_t sum_bytes) {
+    CudaDevice& device, std::unique_ptr<NcclGroup> shards,
+    std::unique_ptr<NcclGroup> replicas, int64_t sum_bytes) {
   GW_CHECK(sum_bytes > 0 && sum_bytes % 4 == 0);
   device.MakeCurrent();  // for its streams
   auto made = std::make_unique<ReplicatedNccl>(device, std::move(shards),
                                                std::move(replicas), sum_bytes);
-  GW_RETURN_IF_ERROR(made->AllocateSums());
+  GW_RETURN_IF_ERROR(made->Start());
   return made;
 }
 

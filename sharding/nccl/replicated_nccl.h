@@ -9,17 +9,17 @@
 #include "absl/status/statusor.h"
 #include "device/cuda/cuda_device.h"
 #include "sharding/collectives.h"
+#include "sharding/nccl/nccl_collectives.h"
 
 namespace gradwire {
 
 // As NewReplicatedCollectives. Both are NewNcclCollectives' of `device`, which
-// must outlive this. A sum that is added to what is there is made in pieces of
-// `sum_bytes`, twice which is taken of the device's memory.
-// REQUIRES: sum_bytes is a positive multiple of 4.
-// Errors: RESOURCE_EXHAUSTED OUT_OF_MEMORY; INTERNAL DEVICE_FAILED.
+// must outlive this. A sum is made in pieces of `sum_bytes`, twice which is
+// taken of the device's memory. When one of the groups fails, so does the
+// other. REQUIRES: sum_bytes is a positive multiple of 4. Errors:
+// RESOURCE_EXHAUSTED OUT_OF_MEMORY; INTERNAL DEVICE_FAILED.
 absl::StatusOr<std::unique_ptr<Collectives>> NewReplicatedNcclCollectives(
-    CudaDevice& device, std::unique_ptr<Collectives> shards,
-    std::unique_ptr<Collectives> replicas,
-    int64_t sum_bytes = int64_t{16} << 20);
+    CudaDevice& device, std::unique_ptr<NcclGroup> shards,
+    std::unique_ptr<NcclGroup> replicas, int64_t sum_bytes = int64_t{16} << 20);
 
 }  // namespace gradwire

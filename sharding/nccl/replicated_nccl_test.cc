@@ -5,12 +5,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "sharding/conformance.h"
@@ -188,6 +190,115 @@ TEST(ReplicatedNcclTest, ATicketOfLongAgoIsStillWaitedFor) {
           << i;
     }
     ASSERT_TRUE(rank.Wait(tickets.back()).ok()) << r;
+  });
+}
+
+// Collectives are in order: with the last one all are done. Sums that are added
+// to one shard follow each other, also in several pieces.
+TEST(ReplicatedNcclTest, ATicketCoversAllBeforeIt) {
+  const auto ranks = NewRanks(2, 2, absl::Seconds(100));
+  OnAll(ranks, [](int, RankThread& rank) {
+    constexpr int64_t n = 150;
+    const auto full = rank.Put(std::vector<float>(2 * n, 1.0f));
+    const auto all = rank.Put(std::vector<float>(2));
+    const auto one = rank.Put(std::vector<float>{1.0f});
+    for (int round = 0; round < 20; ++round) {
+      const auto shard = rank.Put(std::vector<float>(n, -1.0f));
+      rank.group.ReduceScatter(rank.stream, full.tensor(), shard.tensor(),
+                               false);
+      for (int i = 0; i < 5; ++i) {
+        rank.group.ReduceScatter(rank.stream, full.tensor(), shard.tensor(),
+                                 true);
+      }
+      const auto last =
+          rank.group.AllGather(rank.stream, one.tensor(), all.tensor());
+      ASSERT_TRUE(rank.group.Wait(rank.stream, last).ok());
+      EXPECT_EQ(shard.Read(rank.stream), std::vector<float>(n, 24.0f));
+    }
+  });
+}
+
+// When a rank has the error, nothing writes to what it gave any more, and the
+// group is gone within a moment, though ranks of others never come.
+TEST(ReplicatedNcclTest, MemoryIsLeftAloneAfterAFailure) {
+  for (const bool finish : {true, false}) {
+    auto ranks = NewRanks(2, 2, absl::Seconds(100));
+    const absl::Time begin = absl::Now();
+    // Only one group comes, so its sums wait for the other's.
+    std::vector<std::thread> threads;
+    for (int r : {0, 1}) {
+      threads.emplace_back([&, r] {
+        RankThread rank(*ranks[static_cast<size_t>(r)], *TheDevice());
+        const auto full = rank.Put(std::vector<float>(600, 1.0f));
+        const auto shard = rank.Put(std::vector<float>(300, 7.0f));
+        const auto ticket = rank.group.ReduceScatter(rank.stream, full.tensor(),
+                                                     shard.tensor(), true);
+        if (finish) {
+          EXPECT_TRUE(rank.group.Wait(rank.stream, ticket).ok());
+        }
+        if (r == 1) {
+          absl::SleepFor(absl::Milliseconds(100));
+          rank.group.Abort(absl::CancelledError("no more"));
+        }
+        absl::Status status;
+        if (finish) {
+          status = rank.stream.Finish();
+        } else {
+          while (status.ok()) {
+            status = rank.group.Wait(rank.stream, ticket);
+            absl::SleepFor(absl::Milliseconds(5));
+          }
+        }
+        EXPECT_FALSE(status.ok());
+        // By a stream that waits for nothing.
+        const RankThread reader(rank.group, *TheDevice());
+        const std::vector<float> left = shard.Read(reader.stream);
+        absl::SleepFor(absl::Milliseconds(50));
+        EXPECT_EQ(shard.Read(reader.stream), left);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    ranks.clear();
+    EXPECT_LT(absl::Now() - begin, absl::Seconds(50));
+  }
+}
+
+TEST(ReplicatedNcclTest, ARankThatLeavesWithWorkQueuedGoesAtOnce) {
+  auto ranks = NewRanks(2, 2, absl::Seconds(100));
+  const absl::Time begin = absl::Now();
+  {
+    RankThread rank(*ranks[0], *TheDevice());
+    const auto full = rank.Put(std::vector<float>(2000, 1.0f));
+    const auto shard = rank.Put(std::vector<float>(1000, 7.0f));
+    rank.group.ReduceScatter(rank.stream, full.tensor(), shard.tensor(), true);
+    ranks[0].reset();
+  }
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(50));
+}
+
+// What a stream waits for is counted, not what lanes do.
+TEST(ReplicatedNcclTest, StatisticsAreOfWhoWaits) {
+  const auto ranks = NewRanks(2, 2, absl::Seconds(100));
+  OnAll(ranks, [](int r, RankThread& rank) {
+    const auto full = rank.Put(std::vector<float>(600, 1.0f));
+    const auto shard = rank.Put(std::vector<float>(300, 7.0f));
+    constexpr int kRounds = 5;
+    double least = 1, before = 0;
+    for (int round = 1; round <= kRounds; ++round) {
+      // One group comes late, and nobody waits for it: on a busy machine, in
+      // one of the rounds.
+      if (r < 2) absl::SleepFor(absl::Milliseconds(100));
+      const auto ticket = rank.group.ReduceScatter(rank.stream, full.tensor(),
+                                                   shard.tensor(), true);
+      absl::SleepFor(absl::Milliseconds(300));
+      ASSERT_TRUE(rank.Wait(ticket).ok());
+      const Collectives::Statistics statistics = rank.group.statistics();
+      EXPECT_EQ(statistics.collectives, round);
+      EXPECT_GT(statistics.busy_seconds, 0);
+      least = std::min(least, statistics.wait_seconds - before);
+      before = statistics.wait_seconds;
+    }
+    EXPECT_LT(least, 0.05);
   });
 }
 

@@ -7,6 +7,7 @@ for each rank below the last before it sends any.
 """
 
 import argparse
+import json
 import os
 import queue
 import signal
@@ -25,6 +26,9 @@ from rank_proto import rank_pb2, rank_pb2_grpc
 LONG = 60
 VERSION = "0.1.0"
 VOCAB = 97
+
+# A file. Then each forward decides something, and a load notes what is known.
+CHOICES = "FAKE_RANK_CHOICES"
 
 
 class FakeRank:
@@ -181,6 +185,13 @@ def error(reason, **metadata):
     )
 
 
+def note_choices(rank, load):
+    if CHOICES in os.environ:
+        known = [rank.rank, *(choices.decode() for choices in load.choices)]
+        with open(os.environ[CHOICES], "a") as file:
+            file.write(json.dumps(known) + "\n")
+
+
 def crash():
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -190,6 +201,7 @@ def serve(rank, delay):
     held = {}  # own datums, by activation id
     datums, gradients = [], []
     crashes = False
+    forwards = 0
     while (command := rank.next()) is not None:
         kind = command.WhichOneof("command")
         if kind == "load":
@@ -197,6 +209,7 @@ def serve(rank, delay):
             everybody = rank.exchange(address)
             assert everybody[rank.rank] == address
             assert len(set(everybody)) == rank.world_size
+            note_choices(rank, command.load)
             rank.be_ready()
         elif kind == "datums":
             datums += command.datums.datums
@@ -207,6 +220,10 @@ def serve(rank, delay):
                 crash()
             forward = command.forward
             own = [i for i, r in enumerate(forward.rank_of) if r == rank.rank]
+            forwards += 1
+            if CHOICES in os.environ:
+                choices = f"rank {rank.rank}, forward {forwards}".encode()
+                rank.send(choices=rank_pb2.RankChoices(choices=choices))
             assert len(datums) == len(own)
             held[forward.activation_id] = own
             time.sleep(delay * (rank.world_size - 1 - rank.rank))

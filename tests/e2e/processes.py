@@ -80,11 +80,11 @@ class Server:
     A job fails with its first rank, unless the flags say otherwise.
     """
 
-    def __init__(self, state_dir, *flags):
+    def __init__(self, state_dir, *flags, binary=None):
         port_file = pathlib.Path(state_dir) / "ports.json"
         self.process = subprocess.Popen(
             [
-                find_server(),
+                binary or find_server(),
                 f"--state_dir={state_dir}",
                 f"--port_file={port_file}",
                 "--listen=127.0.0.1:0",

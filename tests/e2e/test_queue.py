@@ -25,7 +25,7 @@ def hasty(binaries, tmp_path_factory):
         tmp_path_factory.mktemp("state"),
         "--gap_timeout_seconds=0.1",
         "--max_queued_ops=4",
-        "--result_retention_seconds=0.05",
+        "--result_retention_seconds=1",
     ) as server:
         yield server
 

@@ -278,6 +278,40 @@ def test_a_save_that_crashes_a_rank_is_given_up_and_nothing_else(
         model.result(model.save_snapshot("another", seq=7))
 
 
+def test_choices_are_recorded_before_outcomes(
+    fake_binary, binaries, tmp_path, monkeypatch
+):
+    """What a rank has decided is there after a death at which the outcome that
+    has its bits may be."""
+    failing = binaries / "gradwired_failpoints"
+    if not failing.exists():
+        pytest.skip("gradwired_failpoints was not built")
+    noted = tmp_path / "choices"
+    monkeypatch.setenv("FAKE_RANK_CHOICES", str(noted))
+    flag = f"--rank_binary={fake_binary}"
+    with monkeypatch.context() as patch:
+        # After the beginning of a handle.
+        patch.setenv("GRADWIRE_FAILPOINT", "op.after_record:2")
+        with (
+            Server(tmp_path, flag, binary=failing) as server,
+            calls.Stubs(server.address) as own,
+        ):
+            job, model = new_model(own, world_size=2)
+            model.forward_backward(calls.batch(sequences(VOCAB, (5, 3))))
+            server.process.wait(60)
+    with (
+        Server(tmp_path, flag) as server,
+        calls.Stubs(server.address) as own,
+    ):
+        own.watch(job, lambda j: j.ready)
+    loads = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert sorted(loads[:2]) == [[0], [1]]
+    assert sorted(loads[2:]) == [
+        [0, "rank 0, forward 1"],
+        [1, "rank 1, forward 1"],
+    ]
+
+
 def test_a_job_that_keeps_failing_fails(fake_binary, tmp_path):
     flags = (f"--rank_binary={fake_binary}", "--max_recoveries=2")
     with (

@@ -53,10 +53,13 @@ std::vector<std::unique_ptr<Collectives>> NewJobCollectives(
 std::unique_ptr<Collectives> NewJobReplicated(
     Device& device, std::unique_ptr<Collectives> shards,
     std::unique_ptr<Collectives> replicas) {
+  const auto nccl = [](std::unique_ptr<Collectives> group) {
+    return std::unique_ptr<NcclGroup>(static_cast<NcclGroup*>(group.release()));
+  };
   // Several pieces of the larger sums.
   auto made = NewReplicatedNcclCollectives(static_cast<CudaDevice&>(device),
-                                           std::move(shards),
-                                           std::move(replicas), 1 << 12);
+                                           nccl(std::move(shards)),
+                                           nccl(std::move(replicas)), 1 << 12);
   GW_CHECK(made.ok());
   return *std::move(made);
 }

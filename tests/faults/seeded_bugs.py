@@ -111,7 +111,11 @@ class Tree:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         if any(test.startswith("tests/") for test in tests):
             programs = list(PROGRAMS)
-            if any("test_death_at_a_failpoint" in test for test in tests):
+            if any(
+                name in test
+                for test in tests
+                for name in ("test_death_at_a_failpoint", "before_outcomes")
+            ):
                 programs.append("gradwired_failpoints")
             if any("test_cuda" in test for test in tests):
                 programs.append("gradwire_rank_emulated")

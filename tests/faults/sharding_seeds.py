@@ -3,6 +3,7 @@
 
 from seed import Seed
 
+_REPLICATED = ("//sharding/nccl:replicated_nccl_test",)
 _RANKS = ("//tests/equivalence:sharded_test",)
 
 SHARDING_SEEDS = (
@@ -84,25 +85,41 @@ SHARDING_SEEDS = (
         "groups_add_before_they_have_summed",
         "replicas on GPUs exchange sums that their own group is still making",
         "sharding/nccl/replicated_nccl.cc",
-        "shards_->Wait(lane.stream, entry.shards);",
-        "absl::OkStatus();",
-        ("//sharding/nccl:replicated_nccl_test",),
+        "    Follow(*groups_->shards, latest_.shards, lane);\n",
+        "",
+        _REPLICATED,
     ),
     Seed(
         "addition_not_waited_for",
         "a gradient is read before the sum over replicas was added to it",
         "sharding/nccl/replicated_nccl.cc",
-        'if (added != nullptr) cuda.Check(added->HoldUp(cuda.get()), "waiting");',
+        'cuda.Check(entry.added->HoldUp(cuda.get()), "waiting");',
         "",
-        ("//sharding/nccl:replicated_nccl_test",),
+        _REPLICATED,
     ),
     Seed(
-        "old_tickets_forgotten",
-        "of a ticket of long ago only its last part is waited for",
+        "additions_in_any_order",
+        "two sums are added to one shard at once",
         "sharding/nccl/replicated_nccl.cc",
-        "older_.replicas = std::max(older_.replicas, oldest.replicas);",
+        "Check(latest_.added->HoldUp(lane.stream.get()));",
         "",
-        ("//sharding/nccl:replicated_nccl_test",),
+        _REPLICATED,
+    ),
+    Seed(
+        "ticket_covers_itself_alone",
+        "of collectives before the one that is waited for not all are done",
+        "sharding/nccl/replicated_nccl.cc",
+        "    latest_.shards = ticket;\n    return Add(latest_);",
+        "    latest_.shards = ticket;\n    return Add({.shards = ticket});",
+        _REPLICATED,
+    ),
+    Seed(
+        "other_group_not_told",
+        "a failure in a group leaves the replicas waiting for it",
+        "sharding/nccl/replicated_nccl.cc",
+        "        groups->Abort(status);\n",
+        "        (void)groups, (void)status;\n",
+        _REPLICATED,
     ),
     Seed(
         "room_taken_before_it_is_free",
