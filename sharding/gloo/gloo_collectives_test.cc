@@ -18,16 +18,16 @@ namespace gradwire {
 namespace {
 
 // Ranks that are threads, each with connections of its own.
-std::vector<std::unique_ptr<Collectives>> NewGroup(int world,
-                                                   absl::Duration timeout) {
+std::vector<std::unique_ptr<Collectives>> NewNamedGroup(
+    int world, absl::Duration timeout, const std::vector<int>& names) {
   AddressBoard board(world);
   std::vector<std::unique_ptr<Collectives>> ranks(static_cast<size_t>(world));
   std::vector<std::thread> threads;
   for (int rank = 0; rank < world; ++rank) {
     threads.emplace_back([&, rank] {
-      auto made =
-          NewGlooCollectives({.rank = rank, .world = world, .timeout = timeout},
-                             board.ForRank(rank));
+      auto made = NewGlooCollectives(
+          {.rank = rank, .world = world, .names = names, .timeout = timeout},
+          board.ForRank(rank));
       GW_CHECK(made.ok());
       ranks[static_cast<size_t>(rank)] = *std::move(made);
     });
@@ -36,9 +36,33 @@ std::vector<std::unique_ptr<Collectives>> NewGroup(int world,
   return ranks;
 }
 
+std::vector<std::unique_ptr<Collectives>> NewGroup(int world,
+                                                   absl::Duration timeout) {
+  return NewNamedGroup(world, timeout, {});
+}
+
 INSTANTIATE_TEST_SUITE_P(Gloo, CollectivesConformanceTest,
                          testing::ValuesIn(ForEveryWorld(NewGroup)),
                          BackendName);
+
+// Ranks of a larger world, which whoever reads of a failure knows by their
+// numbers there.
+TEST(GlooCollectivesTest, ErrorsNameTheRanksOfTheWorld) {
+  for (const bool leaves : {true, false}) {
+    auto group = NewNamedGroup(2, absl::Seconds(leaves ? 100 : 1), {3, 7});
+    CpuDevice device(1);
+    RankThread zero(*group[0], device);
+    if (leaves) group[1]->Abort(absl::CancelledError("no more"));
+    const auto values = zero.Put(std::vector<float>(10));
+    const absl::Status status =
+        zero.Wait(zero.group.AllReduce(zero.stream, values.tensor()));
+    const auto detail = GetErrorDetail(status);
+    ASSERT_TRUE(detail.has_value()) << status;
+    EXPECT_EQ(detail->reason,
+              leaves ? "COLLECTIVE_FAILED" : "COLLECTIVE_TIMEOUT");
+    EXPECT_EQ(detail->metadata.at("rank"), "7");
+  }
+}
 
 ExchangeAddresses Answer(std::vector<std::string> addresses) {
   return [addresses](const std::string&) {

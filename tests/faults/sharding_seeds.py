@@ -129,4 +129,12 @@ SHARDING_SEEDS = (
         "",
         ("//device/cuda:pinned_ring_test",),
     ),
+    Seed(
+        "errors_name_ranks_of_a_group",
+        "of replicas, another rank is blamed than the one that is lost",
+        "sharding/gloo/gloo_mesh.h",
+        "return names_.empty() ? rank : names_[static_cast<size_t>(rank)];",
+        "return rank;",
+        ("//sharding/gloo:gloo_collectives_test",),
+    ),
 )
