@@ -207,6 +207,7 @@ absl::Status RankWorker::Forward(int64_t command_id,
         *event.mutable_logprobs()->mutable_chunk()->add_items() = ToItem(
             datum, batch.data[own], batch.matrix[own], batch.options.top_k);
         if (!flush) return;
+        TellChoices();  // before what has their bits
         link_.Send(event);
         event.mutable_logprobs()->clear_chunk();
       }));

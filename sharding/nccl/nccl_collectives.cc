@@ -67,7 +67,7 @@ class NcclCollectives : public NcclGroup {
   absl::Status Start() {
     ncclUniqueId id = {};
     if (rank() == 0 && ncclGetUniqueId(&id) != ncclSuccess) {
-      return CollectiveFailed(0, "NCCL finds no network interface");
+      return CollectiveFailed(name(), "NCCL finds no network interface");
     }
     GW_RETURN_IF_ERROR(mesh_->Begin());
     GW_RETURN_IF_ERROR(Spread(&id, sizeof(id)));
@@ -88,6 +88,7 @@ class NcclCollectives : public NcclGroup {
 
   int rank() const override { return mesh_->rank(); }
   int world() const override { return mesh_->world(); }
+  int name() const override { return mesh_->NameOf(rank()); }
 
   Ticket AllGather(Stream& stream, const Tensor& shard,
                    const Tensor& full) override {
@@ -400,7 +401,7 @@ class NcclCollectives : public NcclGroup {
       if (progress_->failure.ok()) Retire();
       const bool busy = !running_.empty();
       if (busy && progress_->failure.ok()) {
-        progress_->failure = CollectiveFailed(rank(), "it left the group");
+        progress_->failure = CollectiveFailed(name(), "it left the group");
         aborting_ = true;
         mesh_->Interrupt();
       }
@@ -415,7 +416,7 @@ class NcclCollectives : public NcclGroup {
     Lock lock(progress_->mutex);
     // For streams that still ask.
     if (progress_->failure.ok()) {
-      progress_->failure = CollectiveFailed(rank(), "it left the group");
+      progress_->failure = CollectiveFailed(name(), "it left the group");
     }
     progress_->ended = true;
     progress_->changed.notify_all();

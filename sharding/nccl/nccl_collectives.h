@@ -23,6 +23,8 @@ struct NcclOptions {
 // What work on the device that stands between two groups needs of them.
 class NcclGroup : public Collectives {
  public:
+  // What errors call this rank (GlooOptions).
+  virtual int name() const = 0;
   // As Wait, of a stream that has nothing else to do: statistics() do not count
   // that it waits.
   virtual absl::Status Follow(Stream& stream, Ticket ticket) = 0;

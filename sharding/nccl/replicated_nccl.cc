@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <mutex>
@@ -35,13 +36,11 @@ class Lanes {
  public:
   Lane& operator[](size_t i) { return lanes_[i]; }
 
-  void SetFailed() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    failed_ = true;
-  }
-  // After a failure, when both groups have ended: what is added is, too.
+  // No lock: whoever ends a group says so while another thread waits here.
+  void SetFailed() { failed_ = true; }
+  // After a failure, when both groups have ended or are about to: what is added
+  // is, too.
   absl::Status LeaveMemoryAlone() {
-    std::lock_guard<std::mutex> lock(mutex_);
     if (!failed_) return absl::OkStatus();
     for (Lane& lane : lanes_) {
       GW_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(lane.stream.get()),
@@ -51,8 +50,7 @@ class Lanes {
   }
 
  private:
-  std::mutex mutex_;
-  bool failed_ = false;  // guarded by mutex_
+  std::atomic<bool> failed_{false};
   std::array<Lane, 2> lanes_;
 };
 
@@ -113,7 +111,7 @@ class ReplicatedNccl : public Collectives {
     // What one group still does, the other may wait for.
     if (latest_.added != nullptr &&
         latest_.added->Query() == cudaErrorNotReady) {
-      Abort(CollectiveFailed(rank(), "it left the group"));
+      Abort(CollectiveFailed(groups_->shards->name(), "it left the group"));
     }
     groups_.reset();
     lanes_->LeaveMemoryAlone().IgnoreError();
@@ -168,13 +166,15 @@ class ReplicatedNccl : public Collectives {
       if (of == 0) return absl::OkStatus();
       return counted ? group.Wait(stream, of) : group.Follow(stream, of);
     };
-    // The sum over groups comes after that within: its end is what is waited
-    // for.
-    const absl::Status within =
-        wait(*groups_->shards, entry.shards, !entry.is_sum);
-    const absl::Status across =
-        wait(*groups_->replicas, entry.replicas, entry.is_sum);
-    const absl::Status status = within.ok() ? across : within;
+    // The sum over groups comes after that within: until its end is waited for.
+    // It comes first, before the stream stands still for the other.
+    absl::Status status = ticket < failed_from_ ? absl::OkStatus() : failure_;
+    if (status.ok()) {
+      status = wait(*groups_->replicas, entry.replicas, entry.is_sum);
+    }
+    if (status.ok()) {
+      status = wait(*groups_->shards, entry.shards, !entry.is_sum);
+    }
     if (!status.ok()) {
       Abort(status);
       // Both say so when they have ended.
@@ -196,7 +196,8 @@ class ReplicatedNccl : public Collectives {
 
   void Abort(const absl::Status& status) override { groups_->Abort(status); }
 
-  // A sum counts as one collective, and is busy while either group is.
+  // A sum counts as one collective, once it is queued; times are those of both
+  // groups together.
   Statistics statistics() const override {
     Statistics all = groups_->shards->statistics();
     const Statistics more = groups_->replicas->statistics();
@@ -261,7 +262,8 @@ class ReplicatedNccl : public Collectives {
   }
 
   void Follow(NcclGroup& group, Ticket ticket, Lane& lane) {
-    // The others are not to add what is none.
+    // The others are not to add what is none. What is not known yet this rank
+    // itself will tell of.
     const absl::Status status = group.Follow(lane.stream, ticket);
     if (!status.ok()) Abort(status);
   }
@@ -273,9 +275,15 @@ class ReplicatedNccl : public Collectives {
     return events_.emplace_back(std::make_shared<CudaEvent>());
   }
 
+  // The groups may have done their part by then: the ticket that is being made
+  // and all after it fail for this.
   void Check(cudaError_t error) {
     if (error == cudaSuccess) return;
-    Abort(CudaStatus(error, "summing over replicas"));
+    if (failure_.ok()) {
+      failure_ = CudaStatus(error, "summing over replicas");
+      failed_from_ = last_ + 1;
+    }
+    Abort(failure_);
   }
 
   CudaDevice& device_;
@@ -286,6 +294,8 @@ class ReplicatedNccl : public Collectives {
   std::unique_ptr<Groups> groups_;
 
   Ticket last_ = 0;
+  absl::Status failure_;  // of CUDA, here
+  Ticket failed_from_ = 0;
   Entry latest_;
   std::deque<Entry> entries_;  // of the last tickets
 };
