@@ -484,10 +484,11 @@ JOB_SEEDS = (
     ),
     Seed(
         "choices_not_told",
-        "a rank tells what it chose while it warmed up, and nothing later",
-        "server/rank_worker.cc",
-        "  TellChoices();\n",
-        "",
+        "a rank keeps to itself which algorithms it has chosen",
+        "server/rank_load.cc",
+        "if (!event.choices().choices().empty()) link_.Send(event);",
+        "if (event.choices().choices() == event.hello().version()) "
+        "link_.Send(event);",
         (f"{CUDA}::{OUTLAST}",),
     ),
     Seed(
