@@ -95,7 +95,9 @@ absl::StatusOr<Output> RunProgram(const std::string& program,
   if (!ended) {
     return absl::DeadlineExceededError(
         "it did not answer within " + absl::FormatDuration(timeout) +
-        ", which a driver or a GPU that hangs does, too; " + output.text);
+        ": its driver or a GPU may hang (the kernel log tells of Xid errors); "
+        "it said: " +
+        output.text);
   }
   return output;
 }
