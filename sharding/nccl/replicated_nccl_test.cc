@@ -98,6 +98,10 @@ void OnAll(const std::vector<std::unique_ptr<Collectives>>& ranks,
     threads.emplace_back([&, r] {
       RankThread rank(*ranks[r], *TheDevice());
       body(static_cast<int>(r), rank);
+      // The others are not to wait for one that has given up.
+      if (testing::Test::HasFailure()) {
+        rank.group.Abort(absl::CancelledError("a rank's check has failed"));
+      }
     });
   }
   for (std::thread& thread : threads) thread.join();
