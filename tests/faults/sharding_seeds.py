@@ -110,7 +110,7 @@ SHARDING_SEEDS = (
         "of collectives before the one that is waited for not all are done",
         "sharding/nccl/replicated_nccl.cc",
         "    latest_.shards = ticket;\n    return Add(latest_);",
-        "    latest_.shards = ticket;\n    return Add({.shards = ticket});",
+        "    latest_.shards = ticket;\n    return Add({ticket, 0, nullptr, false});",
         _REPLICATED,
     ),
     Seed(
