@@ -98,14 +98,6 @@ SHARDING_SEEDS = (
         _REPLICATED,
     ),
     Seed(
-        "additions_in_any_order",
-        "two sums are added to one shard at once",
-        "sharding/nccl/replicated_nccl.cc",
-        "Check(latest_.added->HoldUp(lane.stream.get()));",
-        "",
-        _REPLICATED,
-    ),
-    Seed(
         "ticket_covers_itself_alone",
         "of collectives before the one that is waited for not all are done",
         "sharding/nccl/replicated_nccl.cc",
