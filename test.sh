@@ -9,7 +9,8 @@
 # GRADWIRE_FUZZ_RUNS says how many inputs each fuzz target gets (docs/fuzzing.md),
 # and GRADWIRE_FUZZ_UNTIL after how many seconds from now they end anyway.
 #
-# The last line is "N passed, N failed"; the status is non-zero if any failed.
+# What failed is told once more at the end, whatever was printed in between. The
+# last line is "N passed, N failed"; the status is non-zero if any failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -43,6 +44,12 @@ add() { # add PASSED FAILED
   failed=$((failed + $2))
 }
 
+# Counts a failure that no runner has counted.
+fail() { # fail WHAT
+  echo "FAILED $1" | tee -a "$results/failures.txt" >&2
+  add 0 1
+}
+
 # Fuzzing runs beside the other stages, on what they leave idle of the cores. The
 # group of its session is what the scheduler sees first; where that cannot give
 # way, it would take half of the processor, and comes last.
@@ -73,6 +80,10 @@ end_fuzzing() {
 trap end_fuzzing EXIT
 
 finish() {
+  if [[ -s $results/failures.txt ]]; then
+    stage "what failed"
+    cat "$results/failures.txt"
+  fi
   echo "$passed passed, $failed failed"
   [[ $failed -eq 0 && $passed -gt 0 ]]
   exit
@@ -83,12 +94,13 @@ finish() {
 count() { # count STATUS count_tests.py-ARGUMENTS...
   local status=$1 p f
   shift
-  read -r p f < <(python3 tools/count_tests.py "$@")
-  if [[ $status -ne 0 && ${f:-0} -eq 0 ]]; then
-    echo "FAILED: the runner ended with status $status" >&2
-    f=1
+  read -r p f < <(python3 tools/count_tests.py "$@" 2>>"$results/failures.txt")
+  if [[ -z $f ]]; then
+    fail "tools/count_tests.py $*"
+  elif [[ $status -ne 0 && $f -eq 0 ]]; then
+    fail "$*: the runner ended with status $status"
   fi
-  add "${p:-0}" "${f:-1}"
+  add "${p:-0}" "${f:-0}"
 }
 
 # bazel_test NAME ARGUMENTS...
@@ -126,12 +138,12 @@ unit() {
 
 stage "set-up"
 if ! tools/setup.sh --dev; then
-  add 0 1
+  fail "tools/setup.sh"
   finish
 fi
 
 stage "format"
-if tools/format.sh --check; then add 1 0; else add 0 1; fi
+if tools/format.sh --check; then add 1 0; else fail "tools/format.sh"; fi
 
 stage "build and test"
 bazel_test plain //...
@@ -145,7 +157,7 @@ bazel_test cuda --config=cuda --build_tag_filters=cuda --test_tag_filters=gpu \
 if [[ $fuzz_runs -gt 0 ]]; then
   stage "fuzz: build"
   if ! tests/fuzz/run.sh --build; then
-    add 0 1
+    fail "tests/fuzz/run.sh --build"
     fuzz_runs=0
   elif can_give_way; then
     start_fuzzing
@@ -176,7 +188,7 @@ for config in "${sanitizers[@]}"; do
       GRADWIRE_BIN_DIR=$(bazel info --config="$config" bazel-bin)/server \
       python_test "$config-e2e" tests/e2e
   else
-    add 0 1
+    fail "bazel build --config=$config //server:gradwired //server:gradwire_rank"
   fi
 done
 

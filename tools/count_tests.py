@@ -4,8 +4,9 @@
 Reads what the runners wrote: Bazel's build events (--bazel, one JSON object a
 line, which name the test.xml of every test target, cached ones included), a
 JUnit file (--junit) or the lines of tests/fuzz/run.sh (--fuzz; a target is a
-case). Prints "PASSED FAILED" and names each failure on standard
-error. A target that was not built, crashed or timed out counts as one failure.
+case). Prints "PASSED FAILED", and on standard error each failure's name and the
+end of what it said. A target that was not built, crashed or timed out counts as
+one failure.
 """
 
 import argparse
@@ -14,22 +15,47 @@ import os
 import sys
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
+from typing import NamedTuple
+
+# Of what a failed test said, the lines that are told.
+LINES = 30
+
+
+class Failure(NamedTuple):
+    name: str
+    why: str = ""
+
+
+def end_of(text):
+    return "\n".join(text.strip().splitlines()[-LINES:])
 
 
 def count_junit(path):
-    """Returns (passed, names of the failed) of one JUnit file."""
+    """Returns (passed, failures) of one JUnit file."""
     passed, failed = 0, []
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         name = f"{case.get('classname', '')}.{case.get('name', '')}"
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(name)
+        bad = [e for e in case if e.tag in ("failure", "error")]
+        if bad:
+            said = [e.text or e.get("message") or "" for e in bad]
+            failed.append(Failure(name, end_of("\n".join(said))))
         elif case.find("skipped") is None and case.get("status") != "notrun":
             passed += 1
     return passed, failed
 
 
+def end_of_file(path):
+    if path is None:
+        return ""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return end_of(file.read())
+    except OSError as error:
+        return str(error)
+
+
 def count_bazel(path):
-    """Returns (passed, names of the failed) of one Bazel invocation."""
+    """Returns (passed, failures) of one Bazel invocation."""
     passed, failed, seen_failing = 0, [], set()
     with open(path, encoding="utf-8") as lines:
         events = [json.loads(line) for line in lines if line.strip()]
@@ -38,22 +64,25 @@ def count_bazel(path):
         if label is None:
             continue
         result = event["testResult"]
+        files = {
+            output["name"]: urllib.parse.unquote(
+                urllib.parse.urlparse(output["uri"]).path
+            )
+            for output in result.get("testActionOutput", [])
+        }
         cases_failed = []
-        for output in result.get("testActionOutput", []):
-            if output["name"] == "test.xml":
-                file = urllib.parse.unquote(
-                    urllib.parse.urlparse(output["uri"]).path
-                )
-                try:
-                    n, cases_failed = count_junit(file)
-                    passed += n
-                except (OSError, ElementTree.ParseError) as error:
-                    cases_failed = [str(error)]
+        if "test.xml" in files:
+            try:
+                n, cases_failed = count_junit(files["test.xml"])
+                passed += n
+            except (OSError, ElementTree.ParseError) as error:
+                cases_failed = [Failure(str(error))]
         if result["status"] != "PASSED" and not cases_failed:
-            cases_failed = [result["status"]]
+            log = end_of_file(files.get("test.log"))
+            cases_failed = [Failure(result["status"], log)]
         if cases_failed:
             seen_failing.add(label)
-        failed += [f"{label}: {name}" for name in cases_failed]
+        failed += [Failure(f"{label}: {f.name}", f.why) for f in cases_failed]
     for event in events:
         label = event["id"].get("targetCompleted", {}).get("label")
         if label is None or label in seen_failing:
@@ -62,12 +91,12 @@ def count_bazel(path):
         if event.get("aborted", {}).get("reason") == "SKIPPED":
             continue
         if not event.get("completed", {}).get("success"):
-            failed.append(f"{label}: not built")
+            failed.append(Failure(f"{label}: not built"))
     return passed, failed
 
 
 def count_fuzz(path):
-    """Returns (passed, names of the failed) of one run of the fuzz targets."""
+    """Returns (passed, failures) of one run of the fuzz targets."""
     passed, failed = 0, []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
@@ -77,7 +106,7 @@ def count_fuzz(path):
             if words[-2:] == ["0", "findings"]:
                 passed += 1
             else:
-                failed.append(f"fuzz.{words[1]}")
+                failed.append(Failure(f"fuzz.{words[1]}", line.strip()))
     return passed, failed
 
 
@@ -94,13 +123,15 @@ def main():
         + [(p, count_fuzz) for p in args.fuzz]
     ):
         if not os.path.exists(path):
-            failed.append(f"{path}: the runner left no result")
+            failed.append(Failure(f"{path}: the runner left no result"))
             continue
         p, f = count(path)
         passed += p
         failed += f
-    for name in failed:
-        print(f"FAILED {name}", file=sys.stderr)
+    for failure in failed:
+        print(f"FAILED {failure.name}", file=sys.stderr)
+        for line in failure.why.splitlines():
+            print(f"    {line}", file=sys.stderr)
     print(passed, len(failed))
 
 

@@ -102,7 +102,8 @@ SHARDING_SEEDS = (
         "of collectives before the one that is waited for not all are done",
         "sharding/nccl/replicated_nccl.cc",
         "    latest_.shards = ticket;\n    return Add(latest_);",
-        "    latest_.shards = ticket;\n    return Add({ticket, 0, nullptr, false});",
+        "    latest_.shards = ticket;\n"
+        "    return Add({ticket, 0, nullptr, false});",
         _REPLICATED,
     ),
     Seed(
