@@ -544,8 +544,8 @@ def test_a_rank_that_is_killed_while_it_saves_leaves_no_half(models, tmp_path):
             service.restart_job("job")
             client = start(service, models, "job", world_size=2, take_over=True)
             assert weights_of(client) == want
-            there = [n for n in os.listdir(folder) if not n.startswith(".")]
-            if f"try-{number}" not in there:
+            # Nor is the folder there if the first was not begun.
+            if not (folder / f"try-{number}").exists():
                 # The name is free, and what was begun is gone.
                 client.save_state(f"try-{number}").result()
             for name in os.listdir(folder):
