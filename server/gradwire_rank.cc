@@ -171,6 +171,12 @@ int Main() {
 int main(int argc, char** argv) {
   absl::SetProgramUsageMessage("one rank of a gradwire job");
   absl::ParseCommandLine(argc, argv);
+  // A rank has more streams than a GPU has queues unless it is asked:
+  // collectives of two groups that share a queue wait for each other's peers.
+  if (absl::GetFlag(FLAGS_device).starts_with("cuda")) {
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0);
+  }
   gradwire::InitLog("gradwire_rank");
   return gradwire::Main();
 }

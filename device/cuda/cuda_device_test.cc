@@ -2,6 +2,7 @@
 // On a GPU, or on the emulator, whichever runtime is linked.
 #include "device/cuda/cuda_device.h"
 
+#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -84,6 +85,14 @@ TEST_F(CudaDeviceTest, AFailedStreamDoesNothingMore) {
   device_->CopyToHost(*stream_, tensor, &value);
   EXPECT_EQ(value, 0.0f);
   EXPECT_TRUE(stream_->Finish().ok());
+}
+
+TEST_F(CudaDeviceTest, AnErrorIsOfItsStreamAlone) {
+  auto& stream = static_cast<CudaStream&>(*stream_);
+  stream.Check(cudaSetDevice(1000), "a call");
+  EXPECT_FALSE(stream.Finish().ok());
+  // Or the next launch, of whatever stream, would fail.
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
 }
 
 TEST_F(CudaDeviceTest, QuestionsAreAskedOnceAndInOrder) {

@@ -9,6 +9,9 @@ namespace gradwire {
 
 absl::Status CudaStatus(cudaError_t error, const char* operation) {
   if (error == cudaSuccess) return absl::OkStatus();
+  // It is told here: the thread's next launch, on a stream that has not failed,
+  // is not to find it again.
+  (void)cudaGetLastError();
   const std::string cause =
       std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
   return ErrorBuilder(absl::StatusCode::kInternal, "DEVICE_FAILED")

@@ -14,7 +14,8 @@
 namespace gradwire {
 
 // Queues kernel(arguments...) with `shared_bytes` of dynamic shared memory,
-// which is all the shared memory that a kernel may have: at most 99 KiB.
+// which is all the shared memory that a kernel may have: at most 99 KiB, but
+// for kernels of warpgroups (warpgroup.h).
 template <typename... Parameters, typename... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    std::size_t shared_bytes, cudaStream_t stream,
@@ -70,14 +71,14 @@ class SharedArray {
   int size_ = 0;
 };
 
-// Hands out the block's dynamic shared memory from its beginning, each array
-// aligned to 128 bytes.
+// Hands out the block's dynamic shared memory from its beginning.
 class SharedMemory {
  public:
-  template <typename T>
+  // Aligned to kAlign bytes, at most 1024.
+  template <typename T, uint32_t kAlign = 128>
   __device__ SharedArray<T> Take(int n) {
-    extern __shared__ __align__(128) unsigned char dynamic_shared[];
-    const uint32_t offset = (used_ + 127) / 128 * 128;
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    const uint32_t offset = (used_ + kAlign - 1) / kAlign * kAlign;
     used_ = offset + static_cast<uint32_t>(sizeof(T)) * n;
     return SharedArray<T>(reinterpret_cast<T*>(dynamic_shared + offset), n);
   }
@@ -98,6 +99,15 @@ __device__ void CopyAsync16(SharedArray<T> to, int i, const T* from,
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to.Address(i)),
       "l"(from), "r"(there ? 16 : 0)
+      : "memory");
+}
+// The same of 8 bytes, aligned to 8.
+template <typename T>
+__device__ void CopyAsync8(SharedArray<T> to, int i, const T* from,
+                           bool there = true) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(to.Address(i)),
+      "l"(from), "r"(there ? 8 : 0)
       : "memory");
 }
 // Ends the thread's group.
@@ -174,6 +184,28 @@ __device__ inline uint32_t PackBf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// ---- Global memory ----------------------------------------------------------
+
+// *to = value, in one instruction for 8 or 16 bytes: of an assignment under a
+// condition the compiler makes one for each element.
+template <typename V>
+__device__ void StoreWhole(V* to, const V& value) {
+  static_assert(alignof(V) == sizeof(V));
+  if constexpr (sizeof(V) == 16) {
+    const auto v = __builtin_bit_cast(uint4, value);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    const auto v = __builtin_bit_cast(uint2, value);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(to), "r"(v.x),
+                 "r"(v.y)
+                 : "memory");
+  } else {
+    *to = value;
+  }
 }
 
 // ---- Functions --------------------------------------------------------------

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "tests/cuda_emulator/products.h"
 #include "tests/cuda_emulator/shared_memory.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -119,11 +120,13 @@ bool IsSame(const std::source_location& a, const std::source_location& b) {
 
 class Block {
  public:
-  Block(dim3 size, std::size_t shared_bytes, const std::function<void()>& body)
+  Block(dim3 size, std::size_t shared_bytes, bool warpgroups,
+        const std::function<void()>& body)
       : threads_(size.x * size.y * size.z),
         warps_((threads_.size() + kWarp - 1) / kWarp),
-        shared_(shared_bytes),
+        shared_(shared_bytes, warpgroups),
         body_(body) {
+    if (warpgroups) products_ = std::make_unique<Products>(num_threads());
     int i = 0;
     for (unsigned z = 0; z < size.z; ++z) {
       for (unsigned y = 0; y < size.y; ++y) {
@@ -137,6 +140,7 @@ class Block {
 
   int current() const { return current_; }
   SharedState& shared() { return shared_; }
+  Products* products() { return products_.get(); }
   uint32_t epoch() const { return epoch_; }
   uint32_t warp_epoch() const { return threads_[current_].warp_epoch; }
 
@@ -156,6 +160,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   SharedState shared_;
+  std::unique_ptr<Products> products_;  // or null
   const std::function<void()>& body_;
   fiber scheduler_;
   SwitchNotes scheduler_notes_;
@@ -231,6 +236,7 @@ void Block::Run(const Stacks& stacks, std::mt19937& random) {
     }
     if (!moved) RefuseToWait();
   }
+  if (products_) products_->CheckEnd();
   running = nullptr;
 }
 
@@ -330,8 +336,10 @@ bool Fits(dim3 grid, dim3 block) {
          block.x * block.y * block.z <= kMaxThreads;
 }
 
-void RunGrid(dim3 grid, dim3 block, std::size_t shared_bytes,
-             const std::function<void()>& thread) {
+namespace {
+
+void RunBlocks(dim3 grid, dim3 block, std::size_t shared_bytes, bool warpgroups,
+               const std::function<void()>& thread) {
   thread_local Stacks stacks;
   gridDim = grid;
   blockDim = block;
@@ -344,8 +352,20 @@ void RunGrid(dim3 grid, dim3 block, std::size_t shared_bytes,
     blockIdx.x = static_cast<unsigned>(number % grid.x);
     blockIdx.y = static_cast<unsigned>(number / grid.x % grid.y);
     blockIdx.z = static_cast<unsigned>(number / grid.x / grid.y);
-    Block(block, shared_bytes, thread).Run(stacks, random);
+    Block(block, shared_bytes, warpgroups, thread).Run(stacks, random);
   }
+}
+
+}  // namespace
+
+void RunGrid(dim3 grid, dim3 block, std::size_t shared_bytes,
+             const std::function<void()>& thread) {
+  RunBlocks(grid, block, shared_bytes, false, thread);
+}
+
+void RunGridOfWarpgroups(dim3 grid, dim3 block, std::size_t shared_bytes,
+                         const std::function<void()>& thread) {
+  RunBlocks(grid, block, shared_bytes, true, thread);
 }
 
 void RunIndependentGrid(dim3 grid, dim3 block,
@@ -385,6 +405,13 @@ void WaitForWarp(const std::source_location& where) {
 }
 
 SharedState& Shared() { return Running().shared(); }
+Products& ProductsOfBlock() {
+  Products* const products = Running().products();
+  if (products == nullptr) {
+    Refuse("products of warpgroups in a kernel of Launch");
+  }
+  return *products;
+}
 uint32_t BlockEpoch() { return Running().epoch(); }
 uint32_t WarpEpoch() { return Running().warp_epoch(); }
 

@@ -28,7 +28,9 @@ namespace gradwire::cuda_emulator {
 constexpr int kWarp = 32;
 // Of dynamic shared memory: what every GPU since sm_80 has.
 constexpr std::size_t kMaxSharedBytes = std::size_t{99} << 10;
+constexpr std::size_t kMaxSharedBytesOfSm90 = std::size_t{227} << 10;
 
+class Products;
 class SharedState;
 
 // Ends the process; names block and thread. `where` is of the source, or null.
@@ -42,6 +44,10 @@ bool Fits(dim3 grid, dim3 block);
 // block to block. Global variables are the kernel's.
 void RunGrid(dim3 grid, dim3 block, std::size_t shared_bytes,
              const std::function<void()>& thread);
+
+// The same of threads that may use products of warpgroups (products.h).
+void RunGridOfWarpgroups(dim3 grid, dim3 block, std::size_t shared_bytes,
+                         const std::function<void()>& thread);
 
 // The same for threads that do not wait for each other: one after another.
 void RunIndependentGrid(dim3 grid, dim3 block,
@@ -69,6 +75,7 @@ const std::byte* ExchangeInWarp(const void* value, std::size_t bytes,
 void WaitForWarp(const std::source_location& where);
 
 SharedState& Shared();
+Products& ProductsOfBlock();
 
 // How often the block, and the thread with its warp, have waited.
 uint32_t BlockEpoch();

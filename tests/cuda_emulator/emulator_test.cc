@@ -14,41 +14,12 @@
 
 #include "device/cuda/kernel.h"
 #include "device/dtype.h"
+#include "tests/cuda_emulator/on_device.h"
 
 namespace gradwire {
 namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
-
-// Device memory of n elements, and what kernels made of it.
-template <typename T>
-class OnDevice {
- public:
-  explicit OnDevice(const std::vector<T>& values) : n_(values.size()) {
-    EXPECT_EQ(cudaMalloc(reinterpret_cast<void**>(&data_), n_ * sizeof(T)),
-              cudaSuccess);
-    cudaMemcpyAsync(data_, values.data(), n_ * sizeof(T), cudaMemcpyDefault,
-                    nullptr);
-    cudaStreamSynchronize(nullptr);
-  }
-  ~OnDevice() { cudaFree(data_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
-  T* data() const { return data_; }
-  std::vector<T> Fetch() const {
-    std::vector<T> values(n_);
-    cudaStreamSynchronize(nullptr);
-    cudaMemcpyAsync(values.data(), data_, n_ * sizeof(T), cudaMemcpyDefault,
-                    nullptr);
-    cudaStreamSynchronize(nullptr);
-    return values;
-  }
-
- private:
-  size_t n_;
-  T* data_ = nullptr;
-};
 
 std::vector<float> Counting(int n) {
   std::vector<float> values(n);
@@ -60,13 +31,10 @@ std::vector<float> Counting(int n) {
 template <typename Kernel, typename... Arguments>
 void RunOne(Kernel* kernel, int threads, std::size_t shared_bytes,
             Arguments... arguments) {
-  cudaStream_t stream;
-  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, 0), cudaSuccess);
-  ASSERT_EQ(Launch(kernel, dim3(1), dim3(threads), shared_bytes, stream,
-                   arguments...),
-            cudaSuccess);
-  cudaStreamSynchronize(stream);
-  cudaStreamDestroy(stream);
+  OnStream([&](cudaStream_t stream) {
+    return Launch(kernel, dim3(1), dim3(threads), shared_bytes, stream,
+                  arguments...);
+  });
 }
 
 // ---- What is right ----------------------------------------------------------

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <source_location>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -168,7 +169,7 @@ cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
     cuda_emulator::RunGrid(grid, block, shared_bytes,
                            [&] { kernel(arguments...); });
   });
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -183,7 +184,7 @@ cudaError_t LaunchIndependent(void (*kernel)(Parameters...), dim3 grid,
     cuda_emulator::RunIndependentGrid(grid, block,
                                       [&] { kernel(arguments...); });
   });
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 // As in device/cuda/kernel.h.
@@ -286,6 +287,15 @@ inline void MmaBf16(
     for (int k = 0; k < 16; ++k) sum += of_a[i / 2][k] * of_b[i % 2][k];
     d[i] = static_cast<float>(static_cast<double>(d[i]) + sum);
   }
+}
+
+template <typename V>
+void StoreWhole(V* to, const V& value) {
+  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(V) != 0) {
+    cuda_emulator::Refuse("misaligned: a store of " +
+                          std::to_string(sizeof(V)) + " bytes");
+  }
+  *to = value;
 }
 
 inline uint32_t PackBf16(float low, float high) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "tests/cuda_emulator/block.h"
+#include "tests/cuda_emulator/emulated_gpu.h"
 #include "tests/cuda_emulator/streams.h"
 
 namespace {
@@ -81,6 +83,14 @@ struct Allocations {
   }
 };
 
+// What cudaGetLastError tells this thread.
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t Failed(cudaError_t error) {
+  last_error = error;
+  return error;
+}
+
 // Never destroyed: other static objects may still use them.
 Allocations& OfDevice() {
   static Allocations* const allocations = new Allocations;
@@ -92,6 +102,19 @@ Allocations& OfHost() {
 }
 
 }  // namespace
+
+namespace gradwire::cuda_emulator {
+namespace {
+
+// Hopper, which kernels are written for first.
+std::atomic<int> compute_capability = 90;
+
+}  // namespace
+
+int ComputeCapability() { return compute_capability; }
+void SetComputeCapability(int capability) { compute_capability = capability; }
+
+}  // namespace gradwire::cuda_emulator
 
 struct CUevent_st {
   std::mutex mutex;
@@ -165,23 +188,23 @@ cudaError_t cudaGetDeviceCount(int* count) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  return device == 0 ? cudaSuccess : Failed(cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = gradwire::cuda_emulator::ComputeCapability() / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = gradwire::cuda_emulator::ComputeCapability() % 10;
       return cudaSuccess;
     // Few, so that work is split as on a GPU.
     case cudaDevAttrMultiProcessorCount:
       *value = 4;
       return cudaSuccess;
     default:
-      return cudaErrorInvalidValue;
+      return Failed(cudaErrorInvalidValue);
   }
 }
 
@@ -193,7 +216,9 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "the emulator refused the call";
 }
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  return std::exchange(last_error, cudaSuccess);
+}
 
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   *total = size_t{16} << 30;
@@ -204,7 +229,7 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
 cudaError_t cudaMalloc(void** data, size_t bytes) {
   size_t available, total;
   cudaMemGetInfo(&available, &total);
-  if (bytes > available) return cudaErrorMemoryAllocation;
+  if (bytes > available) return Failed(cudaErrorMemoryAllocation);
   *data = OfDevice().Add(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
@@ -306,7 +331,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start,
                                  cudaEvent_t end) {
   const std::shared_ptr<Recording> first = start->Latest();
   const std::shared_ptr<Recording> last = end->Latest();
-  if (!first || !last) return cudaErrorInvalidResourceHandle;
+  if (!first || !last) return Failed(cudaErrorInvalidResourceHandle);
   if (!first->IsDone() || !last->IsDone()) return cudaErrorNotReady;
   *milliseconds =
       std::chrono::duration<float, std::milli>(last->at - first->at).count();

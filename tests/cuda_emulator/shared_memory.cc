@@ -14,8 +14,10 @@ struct SharedState::Now {
   uint32_t warp_epoch = WarpEpoch();
 };
 
-SharedState::SharedState(std::size_t bytes)
-    : memory_(bytes, std::byte{0xff}), cells_((bytes + 1) / 2) {}
+SharedState::SharedState(std::size_t bytes, bool for_products)
+    : memory_(bytes, std::byte{0xff}),
+      cells_((bytes + 1) / 2),
+      for_products_(for_products) {}
 
 template <typename Visit>
 void SharedState::ForCells(std::size_t offset, std::size_t bytes,
@@ -55,22 +57,70 @@ void SharedState::MarkRead(const Now& now, Cell& cell) {
   cell.read_warp = now.warp_epoch;
 }
 
+void SharedState::CheckRead(const Now& now, const Cell& cell,
+                            std::size_t at) const {
+  const int thread = now.thread;
+  if (cell.pending) RefuseAt(at, "read before the copy was waited for", -1);
+  if (cell.writer == Cell::kNone) {
+    RefuseAt(at, "read of what was never written", -1);
+  }
+  if (cell.writer != thread && cell.write_block == now.block_epoch &&
+      !(cell.writer / kWarp == thread / kWarp &&
+        cell.write_warp < now.warp_epoch)) {
+    RefuseAt(at, "race: read of what no barrier parts from its write",
+             cell.writer);
+  }
+}
+
 void SharedState::Read(std::size_t offset, std::size_t bytes) {
   const Now now;
-  const int thread = now.thread;
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
-    if (cell.pending) RefuseAt(at, "read before the copy was waited for", -1);
-    if (cell.writer == Cell::kNone) {
-      RefuseAt(at, "read of what was never written", -1);
-    }
-    if (cell.writer != thread && cell.write_block == now.block_epoch &&
-        !(cell.writer / kWarp == thread / kWarp &&
-          cell.write_warp < now.warp_epoch)) {
-      RefuseAt(at, "race: read of what no barrier parts from its write",
+    CheckRead(now, cell, at);
+    MarkRead(now, cell);
+  });
+}
+
+void SharedState::ReadByProducts(std::size_t offset, std::size_t bytes) {
+  const Now now;
+  ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
+    CheckRead(now, cell, at);
+    // Its own writes, too: the warpgroup reads on behalf of all its threads.
+    if (cell.write_block == now.block_epoch) {
+      RefuseAt(at,
+               "race: a product's read that no barrier parts from the write",
                cell.writer);
+    }
+    if (!cell.shown) {
+      RefuseAt(at, "a product's read of what was not shown to it", cell.writer);
     }
     MarkRead(now, cell);
   });
+}
+
+void SharedState::ShowToProducts() {
+  const auto thread = static_cast<std::size_t>(ThreadNumber());
+  if (unshown_.size() <= thread) return;
+  for (const auto& [offset, bytes] : unshown_[thread]) {
+    ForCells(offset, bytes, [&](Cell& cell, std::size_t) {
+      if (cell.writer == static_cast<int16_t>(thread)) cell.shown = true;
+    });
+  }
+  unshown_[thread].clear();
+}
+
+void SharedState::NoteWrite(std::size_t offset, std::size_t bytes) {
+  const Now now;
+  ForCells(offset, bytes, [&](Cell& cell, std::size_t) {
+    cell.pending = false;
+    cell.shown = false;
+    cell.writer = static_cast<int16_t>(now.thread);
+    cell.write_block = now.block_epoch;
+    cell.write_warp = now.warp_epoch;
+  });
+  if (!for_products_) return;
+  const auto thread = static_cast<std::size_t>(now.thread);
+  if (unshown_.size() <= thread) unshown_.resize(thread + 1);
+  unshown_[thread].emplace_back(offset, bytes);
 }
 
 void SharedState::CheckWrite(const Now& now, const Cell& cell,
@@ -95,12 +145,9 @@ void SharedState::CheckWrite(const Now& now, const Cell& cell,
 
 void SharedState::Write(std::size_t offset, std::size_t bytes) {
   const Now now;
-  ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
-    CheckWrite(now, cell, at);
-    cell.writer = static_cast<int16_t>(now.thread);
-    cell.write_block = now.block_epoch;
-    cell.write_warp = now.warp_epoch;
-  });
+  ForCells(offset, bytes,
+           [&](Cell& cell, std::size_t at) { CheckWrite(now, cell, at); });
+  NoteWrite(offset, bytes);
 }
 
 void SharedState::CopyLater(std::size_t offset, const void* from,
@@ -133,12 +180,7 @@ void SharedState::FinishCopies(int but) {
       } else {
         std::memset(At(copy.offset), 0, copy.bytes);
       }
-      ForCells(copy.offset, copy.bytes, [](Cell& cell, std::size_t) {
-        cell.pending = false;
-        cell.writer = static_cast<int16_t>(ThreadNumber());
-        cell.write_block = BlockEpoch();
-        cell.write_warp = WarpEpoch();
-      });
+      NoteWrite(copy.offset, copy.bytes);
     }
     groups.pop_front();
   }

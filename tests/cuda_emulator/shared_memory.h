@@ -11,6 +11,7 @@
 #include <deque>
 #include <source_location>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "tests/cuda_emulator/block.h"
@@ -20,7 +21,8 @@ namespace gradwire::cuda_emulator {
 // Of one block.
 class SharedState {
  public:
-  explicit SharedState(std::size_t bytes);
+  // `for_products`: of a block that may use products of warpgroups.
+  SharedState(std::size_t bytes, bool for_products);
 
   std::size_t bytes() const { return memory_.size(); }
   std::byte* At(std::size_t offset) { return memory_.data() + offset; }
@@ -28,6 +30,10 @@ class SharedState {
   // By the current thread, now.
   void Read(std::size_t offset, std::size_t bytes);
   void Write(std::size_t offset, std::size_t bytes);
+  // By the products of the current thread's warpgroup, which see only what has
+  // been shown to them.
+  void ReadByProducts(std::size_t offset, std::size_t bytes);
+  void ShowToProducts();
 
   // cp.async: the bytes are there when the thread has waited for them.
   void CopyLater(std::size_t offset, const void* from, std::size_t bytes);
@@ -44,6 +50,7 @@ class SharedState {
     int16_t reader = kNone;
     int16_t reading_warp = 0;
     bool pending = false;
+    bool shown = false;  // to products
     uint32_t write_block = 0, write_warp = 0;
     uint32_t read_block = 0, read_warp = 0;
   };
@@ -59,7 +66,10 @@ class SharedState {
 
   struct Now;
 
+  void CheckRead(const Now& now, const Cell& cell, std::size_t offset) const;
   static void MarkRead(const Now& now, Cell& cell);
+  // By the current thread, at an offset.
+  void NoteWrite(std::size_t offset, std::size_t bytes);
   void CheckWrite(const Now& now, const Cell& cell, std::size_t offset) const;
   [[noreturn]] void RefuseAt(std::size_t offset, const char* what,
                              int other) const;
@@ -69,6 +79,9 @@ class SharedState {
   std::vector<std::byte> memory_;
   std::vector<Cell> cells_;
   std::vector<Copies> copies_;  // by thread
+  const bool for_products_;
+  // By thread: offset and size of what it has written and not shown.
+  std::vector<std::vector<std::pair<std::size_t, std::size_t>>> unshown_;
 };
 
 // Refers to an element; reads and writes are noticed.
@@ -137,6 +150,9 @@ class SharedArray {
                        n);
   }
 
+  // In the block's shared memory.
+  uint32_t Address(int i) const { return static_cast<uint32_t>(Offset(i, 1)); }
+
   // Of the emulator: where elements i to i + n lie.
   std::size_t Offset(int i, int n) const {
     if (i < 0 || n < 0 || i > size_ - n) {
@@ -169,9 +185,9 @@ class SharedArray {
 
 class SharedMemory {
  public:
-  template <typename T>
+  template <typename T, std::size_t kAlign = 128>
   SharedArray<T> Take(int n) {
-    const std::size_t offset = (used_ + 127) / 128 * 128;
+    const std::size_t offset = (used_ + kAlign - 1) / kAlign * kAlign;
     used_ = offset + sizeof(T) * static_cast<std::size_t>(n);
     if (used_ > cuda_emulator::Shared().bytes()) {
       cuda_emulator::Refuse("the kernel takes " + std::to_string(used_) +
@@ -185,17 +201,30 @@ class SharedMemory {
   std::size_t used_ = 0;
 };
 
-// Copies 16 bytes, or zeros where not `there`.
-template <typename T>
-void CopyAsync16(SharedArray<T> to, int i, const T* from, bool there = true) {
-  struct alignas(16) Vector {
-    std::byte bytes[16];
+namespace cuda_emulator {
+
+// Copies kBytes bytes, or zeros where not `there`.
+template <int kBytes, typename T>
+void CopyAsync(SharedArray<T> to, int i, const T* from, bool there) {
+  struct alignas(kBytes) Vector {
+    std::byte bytes[kBytes];
   };
   const std::size_t offset = to.template VectorOffset<Vector>(i);
-  if (there && reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
-    cuda_emulator::Refuse("misaligned: the source of an asynchronous copy");
+  if (there && reinterpret_cast<std::uintptr_t>(from) % kBytes != 0) {
+    Refuse("misaligned: the source of an asynchronous copy");
   }
-  cuda_emulator::Shared().CopyLater(offset, there ? from : nullptr, 16);
+  Shared().CopyLater(offset, there ? from : nullptr, kBytes);
+}
+
+}  // namespace cuda_emulator
+
+template <typename T>
+void CopyAsync16(SharedArray<T> to, int i, const T* from, bool there = true) {
+  cuda_emulator::CopyAsync<16>(to, i, from, there);
+}
+template <typename T>
+void CopyAsync8(SharedArray<T> to, int i, const T* from, bool there = true) {
+  cuda_emulator::CopyAsync<8>(to, i, from, there);
 }
 inline void CommitAsync() { cuda_emulator::Shared().CommitCopies(); }
 template <int kBut>

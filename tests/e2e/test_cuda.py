@@ -258,7 +258,7 @@ def test_bf16_is_what_gpus_compute_in(emulated, models, tmp_path):
             check=True,
         ).stdout
     )
-    assert said["device"] == "cuda sm_80, 4 multiprocessors"
+    assert said["device"] == "cuda sm_90, 4 multiprocessors"
     assert said["default_precision"] == "bf16"
     with (
         Server(tmp_path, *emulated) as server,
