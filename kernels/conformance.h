@@ -2,7 +2,8 @@
 // One suite for every backend: each op on each case against its definition in
 // kernels/reference, with tolerances that follow from it.
 //
-// A backend's test instantiates it:
+// A backend's test instantiates it, and attention's part for every way that the
+// backend has to make it:
 //   INSTANTIATE_TEST_SUITE_P(Cpu, KernelsConformanceTest,
 //   testing::Values(...));
 #pragma once
@@ -109,5 +110,7 @@ class KernelsConformanceTest : public testing::TestWithParam<KernelsBackend> {
   std::vector<std::unique_ptr<DeviceBuffer>> device_memory_;
   std::vector<Tensor> guards_;  // memory around the tensors, checked at the end
 };
+
+class AttentionConformanceTest : public KernelsConformanceTest {};
 
 }  // namespace gradwire

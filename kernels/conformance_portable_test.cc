@@ -28,15 +28,19 @@ KernelsBackend Restricted(const std::string& name, int64_t targets, DType act) {
           act};
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Portable, KernelsConformanceTest,
-    testing::Values(Restricted("Avx2", HWY_AVX2, DType::kF32),
-                    Restricted("Avx2", HWY_AVX2, DType::kBF16),
-                    Restricted("Scalar", HWY_SCALAR, DType::kF32),
-                    Restricted("Scalar", HWY_SCALAR, DType::kBF16)),
-    [](const testing::TestParamInfo<KernelsBackend>& info) {
-      return info.param.name + DTypeName(info.param.act);
-    });
+std::vector<KernelsBackend> Backends() {
+  return {Restricted("Avx2", HWY_AVX2, DType::kF32),
+          Restricted("Avx2", HWY_AVX2, DType::kBF16),
+          Restricted("Scalar", HWY_SCALAR, DType::kF32),
+          Restricted("Scalar", HWY_SCALAR, DType::kBF16)};
+}
+std::string NameOf(const testing::TestParamInfo<KernelsBackend>& info) {
+  return info.param.name + DTypeName(info.param.act);
+}
+INSTANTIATE_TEST_SUITE_P(Portable, KernelsConformanceTest,
+                         testing::ValuesIn(Backends()), NameOf);
+INSTANTIATE_TEST_SUITE_P(Portable, AttentionConformanceTest,
+                         testing::ValuesIn(Backends()), NameOf);
 
 TEST(RestrictedTest, TakesEffect) {
   const auto kernels = Restricted("Avx2", HWY_AVX2, DType::kF32).kernels();

@@ -40,6 +40,10 @@ std::vector<AttentionCase> AttentionCases() {
       {{4, 1, 128, 0}, {0, 65, 98}},
       {{8, 1, 8, 0}, {0, 31, 161}},
       {{2, 1, 256, 0}, {0, 66}},
+      // Three of the tiles of keys that a warpgroup takes, and more.
+      {{3, 1, 64, 0}, {0, 385}},
+      {{2, 1, 128, 0}, {0, 130, 387}},
+      {{2, 2, 112, 0}, {0, 127, 255, 384}},
       // Beyond what tensor cores' kernels are made for.
       {{1, 1, 264, 0}, {0, 5}},
   };
@@ -49,7 +53,7 @@ std::vector<AttentionCase> AttentionCases() {
   return cases;
 }
 
-TEST_P(KernelsConformanceTest, Attention) {
+TEST_P(AttentionConformanceTest, ForwardAndBackward) {
   for (const AttentionCase& c : AttentionCases()) {
     const AttentionShape& s = c.shape;
     const int64_t tokens = c.cu_seqlens.back();

@@ -30,11 +30,13 @@ std::vector<KernelsBackend> Backends() {
   return backends;
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, KernelsConformanceTest, testing::ValuesIn(Backends()),
-    [](const testing::TestParamInfo<KernelsBackend>& info) {
-      return info.param.name + DTypeName(info.param.act);
-    });
+std::string NameOf(const testing::TestParamInfo<KernelsBackend>& info) {
+  return info.param.name + DTypeName(info.param.act);
+}
+INSTANTIATE_TEST_SUITE_P(All, KernelsConformanceTest,
+                         testing::ValuesIn(Backends()), NameOf);
+INSTANTIATE_TEST_SUITE_P(All, AttentionConformanceTest,
+                         testing::ValuesIn(Backends()), NameOf);
 
 TEST(CompareWithinTest, OneWrongElementFailsAndIsNamed) {
   std::vector<float> got = {1.0f, 2.0f, 3.0f};

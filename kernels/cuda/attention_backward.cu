@@ -10,6 +10,7 @@
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_gradient.h"
 #include "kernels/cuda/attention_plain.h"
+#include "kernels/cuda/attention_warpgroup.h"
 #include "kernels/cuda/cuda_kernels_impl.h"
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/reduce.h"
@@ -72,7 +73,7 @@ cudaError_t MakeStats(const AttentionGradArgs<T>& args,
 template <typename T>
 cudaError_t Backward(const Kernels::Attention& args,
                      const Kernels::AttentionGrad& grad, const Tensor& d_qkv,
-                     cudaStream_t stream) {
+                     bool warpgroups, cudaStream_t stream) {
   const AttentionWorkspace workspace(args.workspace, args.shape.heads,
                                      args.qkv.dim(0));
   AttentionGradArgs<T> on_device;
@@ -85,10 +86,13 @@ cudaError_t Backward(const Kernels::Attention& args,
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (AttentionOnTensorCores(
             args.shape, {args.qkv.raw(), grad.d_out.raw(), d_qkv.raw()})) {
+      const bool wide = warpgroups && AttentionOnWarpgroups(args.shape);
       const cudaError_t failed =
-          AttentionQueryGradient(args.layout, on_device, workspace, stream);
+          (wide ? AttentionQueryGradientOnWarpgroups : AttentionQueryGradient)(
+              args.layout, on_device, workspace, stream);
       if (failed != cudaSuccess) return failed;
-      return AttentionKeyGradient(args.layout, on_device, workspace, stream);
+      return (wide ? AttentionKeyGradientOnWarpgroups : AttentionKeyGradient)(
+          args.layout, on_device, workspace, stream);
     }
   }
   return PlainAttentionBackward(args.layout, on_device, workspace, stream);
@@ -104,10 +108,11 @@ void CudaKernels::AttentionBackward(Stream& stream, const Attention& args,
   GW_CHECK(grad.d_out.dim(0) == args.qkv.dim(0) &&
            d_qkv.dim(1) == args.qkv.dim(1));
   CudaStream& cuda = Cuda(stream);
-  cuda.Check(args.qkv.dtype() == DType::kBF16
-                 ? Backward<BFloat16>(args, grad, d_qkv, cuda.get())
-                 : Backward<float>(args, grad, d_qkv, cuda.get()),
-             "attention's gradient");
+  cuda.Check(
+      args.qkv.dtype() == DType::kBF16
+          ? Backward<BFloat16>(args, grad, d_qkv, warpgroups_, cuda.get())
+          : Backward<float>(args, grad, d_qkv, false, cuda.get()),
+      "attention's gradient");
 }
 
 }  // namespace gradwire

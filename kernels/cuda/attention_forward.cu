@@ -11,16 +11,16 @@
 // A block's heads come before its tiles in the grid: neighbours in time share
 // keys and values of a group in the cache.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_args.h"
 #include "kernels/cuda/attention_plain.h"
+#include "kernels/cuda/attention_softmax.h"
 #include "kernels/cuda/attention_tiles.h"
+#include "kernels/cuda/attention_warpgroup.h"
 #include "kernels/cuda/cuda_kernels_impl.h"
 
 namespace gradwire {
@@ -37,85 +37,6 @@ struct ForwardTile {
   static constexpr std::size_t kSharedBytes =
       sizeof(BFloat16) * TileElements<kDim>(kRows + 2 * kKeys);
 };
-
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Of the warp's rows: lane l knows of rows 16 r + 8 h + l / 4.
-template <int kRowTiles>
-struct Softmax {
-  float max[kRowTiles][2];  // of the scores so far, before `scale`
-  float sum[kRowTiles][2];  // of the lane's exponentials alone
-
-  __device__ Softmax() {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      max[r][0] = max[r][1] = kMinusInfinity;
-      sum[r][0] = sum[r][1] = 0.0f;
-    }
-  }
-
-  // scores = exp(scale * (scores - the new max)); `out` shrinks as max grows.
-  template <int kColumnTiles, int kOutTiles>
-  __device__ void Update(float scale_log2,
-                         Accumulator<kRowTiles, kColumnTiles>& scores,
-                         Accumulator<kRowTiles, kOutTiles>& out) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float most = max[r][h];
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          most =
-              fmaxf(most, fmaxf(scores[r][n][2 * h], scores[r][n][2 * h + 1]));
-        }
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-        const float shrink = Exp2Approx((max[r][h] - most) * scale_log2);
-        max[r][h] = most;
-        const float offset = -most * scale_log2;
-        float total = sum[r][h] * shrink;
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i) {
-            scores[r][n][i] =
-                Exp2Approx(fmaf(scores[r][n][i], scale_log2, offset));
-            total += scores[r][n][i];
-          }
-        }
-        sum[r][h] = total;
-#pragma unroll
-        for (int n = 0; n < kOutTiles; ++n) {
-          out[r][n][2 * h] *= shrink;
-          out[r][n][2 * h + 1] *= shrink;
-        }
-      }
-    }
-  }
-};
-
-// Leaves the scores of keys up to the query: `first_key` is of column 0,
-// `first_query` of row 0.
-template <int kRowTiles, int kColumnTiles>
-__device__ inline void MaskLaterKeys(
-    int first_query, int first_key,
-    Accumulator<kRowTiles, kColumnTiles>& scores) {
-  const int lane = LaneOfWarp();
-  const int ahead = first_query + lane / 4 - first_key - lane % 4 * 2;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (n * 8 + i % 2 > ahead + r * 16 + i / 2 * 8) {
-          scores[r][n][i] = kMinusInfinity;
-        }
-      }
-    }
-  }
-}
 
 template <class Tile>
 __global__ void __launch_bounds__(kAttentionThreads)
@@ -165,35 +86,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
     CommitAsync();
     if (sees) {
       if (first_key + Tile::kKeys - 1 > first_query) {
-        MaskLaterKeys(first_query, first_key, scores);
+        SetLaterKeys(first_query, first_key, kMinusInfinity, scores);
       }
-      softmax.Update(scale_log2, scores, out);
+      Shrinkage<Tile::kRowTiles> shrinkage;
+      softmax.Update(scale_log2, scores, shrinkage);
+      Shrink(shrinkage, out);
       LeftSide<Tile::kRowTiles, Tile::kColumnTiles / 2> p;
       Round(scores, p);
       AddProduct<kDim>(p, v, out);
     }
   }
 
-#pragma unroll
-  for (int r = 0; r < Tile::kRowTiles; ++r) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = softmax.sum[r][h];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      const float factor = 1.0f / sum;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        out[r][n][2 * h] *= factor;
-        out[r][n][2 * h + 1] *= factor;
-      }
-      const int query = first_query + r * 16 + h * 8 + LaneOfWarp() / 4;
-      if (LaneOfWarp() % 4 == 0 && query < tile.length) {
-        args.lse[(int64_t{tile.first} + query) * args.heads + head] =
-            fmaf(softmax.max[r][h], args.scale, logf(sum));
-      }
-    }
-  }
+  softmax.Finish(args, tile, head, first_query, out);
   StoreRows<kDim>(out, q, row, tile.begin, args.InOut(args.out, tile, head));
 }
 
@@ -215,7 +119,7 @@ cudaError_t ForwardOnTensorCores(const SequenceLayout& layout,
 
 template <typename T>
 cudaError_t Forward(const Kernels::Attention& args, const Tensor& out,
-                    const Tensor& lse, cudaStream_t stream) {
+                    const Tensor& lse, bool warpgroups, cudaStream_t stream) {
   const AttentionWorkspace workspace(args.workspace, args.shape.heads,
                                      args.qkv.dim(0));
   AttentionForwardArgs<T> on_device;
@@ -225,6 +129,10 @@ cudaError_t Forward(const Kernels::Attention& args, const Tensor& out,
   on_device.lse = lse.data<float>();
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (AttentionOnTensorCores(args.shape, {args.qkv.raw(), out.raw()})) {
+      if (warpgroups && AttentionOnWarpgroups(args.shape)) {
+        return AttentionForwardOnWarpgroups(args.layout, on_device,
+                                            workspace.query_tiles, stream);
+      }
       return ForwardOnTensorCores(args.layout, on_device, workspace.query_tiles,
                                   stream);
     }
@@ -246,8 +154,8 @@ void CudaKernels::AttentionForward(Stream& stream, const Attention& args,
   GW_CHECK(out.dim(0) == args.qkv.dim(0) && lse.dim(0) == args.qkv.dim(0));
   CudaStream& cuda = Cuda(stream);
   cuda.Check(args.qkv.dtype() == DType::kBF16
-                 ? Forward<BFloat16>(args, out, lse, cuda.get())
-                 : Forward<float>(args, out, lse, cuda.get()),
+                 ? Forward<BFloat16>(args, out, lse, warpgroups_, cuda.get())
+                 : Forward<float>(args, out, lse, false, cuda.get()),
              "attention");
 }
 

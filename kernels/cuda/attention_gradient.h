@@ -57,17 +57,4 @@ struct GradientTiles {
   Bf16Tile streamed[2];
 };
 
-template <int kRowTiles, int kColumnTiles>
-__device__ inline void Scale(float factor,
-                             Accumulator<kRowTiles, kColumnTiles>& acc) {
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[r][n][i] *= factor;
-    }
-  }
-}
-
 }  // namespace gradwire

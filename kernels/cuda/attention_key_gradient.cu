@@ -14,6 +14,7 @@
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_gradient.h"
+#include "kernels/cuda/attention_scores_gradient.h"
 
 namespace gradwire {
 namespace {
@@ -24,65 +25,6 @@ using KeyTile =
 
 // Which sums a kernel makes.
 enum class Sums { kBoth, kKeys, kValues };
-
-// Stats of the lane's columns.
-template <int kColumnTiles>
-using ColumnStats = AttentionRowStats[kColumnTiles][2];
-
-template <int kColumnTiles>
-__device__ inline void LoadStats(const AttentionRowStats* from, int first_query,
-                                 int length, ColumnStats<kColumnTiles>& stats) {
-#pragma unroll
-  for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = first_query + n * 8 + LaneOfWarp() % 4 * 2 + i;
-      stats[n][i] = from[std::min(query, length - 1)];
-    }
-  }
-}
-
-// scores, of keys by queries, become p: 0 where the key comes after the query,
-// or the query after the sequence.
-template <int kRowTiles, int kColumnTiles>
-__device__ inline void Probabilities(
-    const ColumnStats<kColumnTiles>& stats, float scale_log2, int query_ahead,
-    int num_queries, Accumulator<kRowTiles, kColumnTiles>& scores) {
-  const int lane = LaneOfWarp();
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = n * 8 + lane % 4 * 2 + i % 2;
-        const int row = r * 16 + lane / 4 + i / 2 * 8;
-        const float p = Exp2Approx(
-            fmaf(scores[r][n][i], scale_log2, -stats[n][i % 2].lse2));
-        const bool seen = row <= column + query_ahead && column < num_queries;
-        scores[r][n][i] = seen ? p : 0.0f;
-      }
-    }
-  }
-}
-
-// d_p becomes p (d_p - delta).
-template <int kRowTiles, int kColumnTiles>
-__device__ inline void ScoreGradient(
-    const ColumnStats<kColumnTiles>& stats,
-    const Accumulator<kRowTiles, kColumnTiles>& p,
-    Accumulator<kRowTiles, kColumnTiles>& d_p) {
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        d_p[r][n][i] = p[r][n][i] * (d_p[r][n][i] - stats[n][i % 2].delta);
-      }
-    }
-  }
-}
 
 template <class Tile, Sums kSums>
 __global__ void __launch_bounds__(kAttentionThreads)
@@ -139,14 +81,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const Bf16Tile q = tiles.Streamed(0, step);
     const Bf16Tile d_out = tiles.Streamed(1, step);
     ColumnStats<Tile::kColumnTiles> stats;
-    LoadStats(args.Stats(tile, head_of(step)), first_query, tile.length, stats);
+    LoadColumnStats(args.Stats(tile, head_of(step)), first_query, tile.length,
+                    stats);
 
     Accumulator<Tile::kRowTiles, Tile::kColumnTiles> p;
     LeftSide<Tile::kRowTiles, Tile::kColumnTiles / 2> left;
     Clear(p);
     AddRowProducts<kDim>(tiles.own[0], row, q, p);
-    Probabilities(stats, scale_log2, first_query - first_key,
-                  tile.length - first_query, p);
+    Probabilities(stats, scale_log2, p);
+    if (first_query < first_key + Tile::kRowsPerWarp - 1 ||
+        first_query + Tile::kStreamed > tile.length) {
+      ClearUnseen(first_query - first_key, tile.length - first_query, p);
+    }
     if constexpr (kSums != Sums::kKeys) {
       Round(p, left);
       AddProduct<kDim>(left, d_out, d_v);

@@ -9,37 +9,13 @@
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_gradient.h"
+#include "kernels/cuda/attention_scores_gradient.h"
 
 namespace gradwire {
 namespace {
 
 template <int kDim>
 using QueryTile = GradientTile<kDim, kDim <= 96 ? 2 : 1, kDim <= 128 ? 32 : 16>;
-
-// scores become p (d_p - delta), 0 where the key comes after the query; the
-// stats are of the lane's rows.
-template <int kRowTiles, int kColumnTiles>
-__device__ inline void ScoreGradient(
-    const AttentionRowStats (&stats)[kRowTiles][2], float scale_log2,
-    int first_query, int first_key,
-    const Accumulator<kRowTiles, kColumnTiles>& d_p,
-    Accumulator<kRowTiles, kColumnTiles>& scores) {
-  const int lane = LaneOfWarp();
-  const int ahead = first_query + lane / 4 - first_key - lane % 4 * 2;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const AttentionRowStats& of = stats[r][i / 2];
-        const float p = Exp2Approx(fmaf(scores[r][n][i], scale_log2, -of.lse2));
-        const bool seen = n * 8 + i % 2 <= ahead + r * 16 + i / 2 * 8;
-        scores[r][n][i] = seen ? p * (d_p[r][n][i] - of.delta) : 0.0f;
-      }
-    }
-  }
-}
 
 template <class Tile>
 __global__ void __launch_bounds__(kAttentionThreads)
@@ -73,15 +49,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   load(0);
   CommitAsync();
 
-  AttentionRowStats stats[Tile::kRowTiles][2];
-#pragma unroll
-  for (int r = 0; r < Tile::kRowTiles; ++r) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int query = first_query + r * 16 + h * 8 + LaneOfWarp() / 4;
-      stats[r][h] = args.Stats(tile, head)[std::min(query, tile.length - 1)];
-    }
-  }
+  RowStats<Tile::kRowTiles> stats;
+  LoadStats(args.Stats(tile, head), first_query, tile.length, stats);
   Accumulator<Tile::kRowTiles, kDim / 8> d_q;
   Clear(d_q);
   for (int step = 0; step < steps; ++step) {
@@ -98,7 +67,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
     AddRowProducts<kDim>(tiles.own[0], row, k, scores);
     Clear(d_p);
     AddRowProducts<kDim>(tiles.own[1], row, tiles.Streamed(1, step), d_p);
-    ScoreGradient(stats, scale_log2, first_query, first_key, d_p, scores);
+    ScoreGradient(stats, scale_log2, d_p, scores);
+    if (first_key + Tile::kStreamed - 1 > first_query) {
+      SetLaterKeys(first_query, first_key, 0.0f, scores);
+    }
     LeftSide<Tile::kRowTiles, Tile::kColumnTiles / 2> d_scores;
     Round(scores, d_scores);
     AddProduct<kDim>(d_scores, k, d_q);

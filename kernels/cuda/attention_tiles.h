@@ -97,6 +97,19 @@ __device__ inline void Clear(Accumulator<kRowTiles, kColumnTiles>& acc) {
   }
 }
 
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void Copy(const Accumulator<kRowTiles, kColumnTiles>& from,
+                            Accumulator<kRowTiles, kColumnTiles>& to) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[r][n][i] = from[r][n][i];
+    }
+  }
+}
+
 // acc += a b^T: the warp's rows of `a`, from `row` on, with the first
 // 8 kColumnTiles rows of `b`.
 template <int kDim, int kRowTiles, int kColumnTiles>
@@ -123,6 +136,25 @@ __device__ inline void AddRowProducts(
       for (int r = 0; r < kRowTiles; ++r) {
         MmaBf16(acc[r][n], left[r], right[0]);
         MmaBf16(acc[r][n + 1], left[r], right[1]);
+      }
+    }
+  }
+}
+
+// Of queries by keys: `value` where the key comes after the query.
+// `first_query` is of row 0, `first_key` of column 0.
+template <int kRowTiles, int kColumnTiles>
+__device__ inline void SetLaterKeys(int first_query, int first_key, float value,
+                                    Accumulator<kRowTiles, kColumnTiles>& acc) {
+  const int lane = LaneOfWarp();
+  const int ahead = first_query + lane / 4 - first_key - lane % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (n * 8 + i % 2 > ahead + r * 16 + i / 2 * 8) acc[r][n][i] = value;
       }
     }
   }
@@ -169,13 +201,13 @@ __device__ inline void AddProduct(const LeftSide<kRowTiles, kDepth>& left,
 }
 
 // Writes the warp's rows, `row` and on of a tile that begins at row `begin` of
-// `to`, through its own rows of `room`, so that they leave by 16 bytes.
+// `to`, through its own rows of `room`, so that they leave by 16 bytes:
+// place(row, column) is where an element of the tile lies there.
 // REQUIRES: other warps do not use these rows of `room` any more.
-template <int kDim, int kRowTiles>
-__device__ inline void StoreRows(const Accumulator<kRowTiles, kDim / 8>& acc,
-                                 Bf16Tile room, int row, int begin,
-                                 const HeadRows<BFloat16>& to) {
-  constexpr int kPitch = kTilePitch<kDim>;
+template <int kDim, int kRowTiles, class Place>
+__device__ inline void StoreRowsThrough(
+    const Accumulator<kRowTiles, kDim / 8>& acc, Bf16Tile room,
+    const Place& place, int row, int begin, const HeadRows<BFloat16>& to) {
   constexpr int kPacks = kDim / 8;
   using RowPack = Pack<BFloat16, 8>;
   const int lane = LaneOfWarp();
@@ -187,7 +219,7 @@ __device__ inline void StoreRows(const Accumulator<kRowTiles, kDim / 8>& acc,
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         room.Store<uint32_t>(
-            (row + r * 16 + h * 8 + lane / 4) * kPitch + n * 8 + lane % 4 * 2,
+            place(row + r * 16 + h * 8 + lane / 4, n * 8 + lane % 4 * 2),
             PackBf16(acc[r][n][2 * h], acc[r][n][2 * h + 1]));
       }
     }
@@ -197,9 +229,19 @@ __device__ inline void StoreRows(const Accumulator<kRowTiles, kDim / 8>& acc,
     const int at = row + i / kPacks, column = i % kPacks * 8;
     if (begin + at < to.length && column < to.head_dim) {
       StorePack(to.Row(begin + at) + column,
-                room.Load<RowPack>(at * kPitch + column));
+                room.Load<RowPack>(place(at, column)));
     }
   }
+}
+
+template <int kDim, int kRowTiles>
+__device__ inline void StoreRows(const Accumulator<kRowTiles, kDim / 8>& acc,
+                                 Bf16Tile room, int row, int begin,
+                                 const HeadRows<BFloat16>& to) {
+  StoreRowsThrough<kDim>(
+      acc, room,
+      [](int at, int column) { return at * kTilePitch<kDim> + column; }, row,
+      begin, to);
 }
 
 }  // namespace gradwire

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,13 +12,15 @@
 #include "device/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_kernels_impl.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/warpgroup_check.h"
 
 namespace gradwire {
 
-CudaKernels::CudaKernels(std::string description,
+CudaKernels::CudaKernels(std::string description, bool warpgroups,
                          std::unique_ptr<DeviceBuffer> scratch,
                          std::unique_ptr<CudaGemm> gemm)
     : description_(std::move(description)),
+      warpgroups_(warpgroups),
       scratch_(std::move(scratch)),
       gemm_(std::move(gemm)) {}
 CudaKernels::~CudaKernels() = default;
@@ -33,32 +36,62 @@ absl::Status CudaKernels::AdoptChoices(std::string_view choices) {
   return gemm_->AdoptAlgorithms(choices);
 }
 
+namespace {
+
+absl::StatusOr<int> Attribute(const CudaDevice& device,
+                              cudaDeviceAttr attribute) {
+  int value = 0;
+  GW_RETURN_IF_ERROR(
+      CudaStatus(cudaDeviceGetAttribute(&value, attribute, device.index()),
+                 "asking for what the GPU is"));
+  return value;
+}
+
+// Of a GPU of sm_90: whether attention may use its products of warpgroups.
+absl::StatusOr<bool> HasWarpgroups(float* room) {
+  // For one whose driver or compiler gets them wrong in a way that ends the
+  // process that tries.
+  if (std::getenv("GRADWIRE_NO_WARPGROUPS") != nullptr) return false;
+  bool right = false;
+  const cudaError_t error = CheckWarpgroups(room, right);
+  // Of binaries without code for sm_90a.
+  if (error == cudaErrorNoKernelImageForDevice ||
+      error == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();
+    return false;
+  }
+  GW_RETURN_IF_ERROR(CudaStatus(error, "checking products of warpgroups"));
+  return right;
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<Kernels>> NewCudaKernels(CudaDevice& device) {
-  int major = 0, minor = 0;
-  GW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(
-                     &major, cudaDevAttrComputeCapabilityMajor, device.index()),
-                 "asking for the compute capability"));
-  GW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(
-                     &minor, cudaDevAttrComputeCapabilityMinor, device.index()),
-                 "asking for the compute capability"));
+  GW_ASSIGN_OR_RETURN(const int major,
+                      Attribute(device, cudaDevAttrComputeCapabilityMajor));
+  GW_ASSIGN_OR_RETURN(const int minor,
+                      Attribute(device, cudaDevAttrComputeCapabilityMinor));
+  GW_ASSIGN_OR_RETURN(const int multiprocessors,
+                      Attribute(device, cudaDevAttrMultiProcessorCount));
   GW_ASSIGN_OR_RETURN(std::unique_ptr<DeviceBuffer> scratch,
                       device.Allocate(kScratchBytes));
-  int multiprocessors = 0;
-  GW_RETURN_IF_ERROR(CudaStatus(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                             device.index()),
-      "asking for the number of multiprocessors"));
-  const std::string description =
+  std::string description =
       "cuda sm_" + std::to_string(major) + std::to_string(minor) + ", " +
       std::to_string(multiprocessors) + " multiprocessors";
+  bool warpgroups = false;
+  if (major == 9) {
+    static_assert(kWarpgroupCheckFloats * sizeof(float) <= kScratchBytes);
+    GW_ASSIGN_OR_RETURN(warpgroups,
+                        HasWarpgroups(static_cast<float*>(scratch->data())));
+    // Attention has other bits without them.
+    if (!warpgroups) description += ", no warpgroups";
+  }
   GW_ASSIGN_OR_RETURN(
       std::unique_ptr<CudaGemm> gemm,
       CudaGemm::Create(description, static_cast<char*>(scratch->data()) +
                                         kScratchBytes - kGemmWorkspaceBytes));
-  return std::make_unique<CudaKernels>(description, std::move(scratch),
-                                       std::move(gemm));
+  return std::make_unique<CudaKernels>(description, warpgroups,
+                                       std::move(scratch), std::move(gemm));
 }
 
 }  // namespace gradwire

@@ -22,8 +22,10 @@ class CudaGemm;
 
 class CudaKernels : public Kernels {
  public:
-  // `scratch` is of at least kScratchBytes, the last of which are gemm's.
-  CudaKernels(std::string description, std::unique_ptr<DeviceBuffer> scratch,
+  // `scratch` is of at least kScratchBytes, the last of which are gemm's;
+  // `warpgroups`: products of warpgroups are there (device/cuda/warpgroup.h).
+  CudaKernels(std::string description, bool warpgroups,
+              std::unique_ptr<DeviceBuffer> scratch,
               std::unique_ptr<CudaGemm> gemm);
   ~CudaKernels() override;
 
@@ -143,6 +145,7 @@ class CudaKernels : public Kernels {
   }
 
   const std::string description_;
+  const bool warpgroups_;
   const std::unique_ptr<DeviceBuffer> scratch_;
   const std::unique_ptr<CudaGemm> gemm_;
 };

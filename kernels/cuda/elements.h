@@ -25,7 +25,7 @@ __device__ inline Pack<T, kN> LoadPack(const T* from) {
 }
 template <typename T, int kN>
 __device__ inline void StorePack(T* to, const Pack<T, kN>& pack) {
-  *reinterpret_cast<Pack<T, kN>*>(to) = pack;
+  StoreWhole(reinterpret_cast<Pack<T, kN>*>(to), pack);
 }
 
 // Whether rows of `columns` elements, from an aligned address on, are whole
