@@ -8,8 +8,8 @@
 #   benchmarks/gpu.sh ops                  every op of a step
 #
 # Needs a GPU, and PyTorch with CUDA in $PYTHON (python3). The programs are those
-# of tests/gpu/bin, which tests/gpu/pack.sh builds if they are not there. Ends
-# with a status other than 0 if a part has failed, or without a GPU.
+# of tests/gpu/bin, or of the archive beside it, which tests/gpu/pack.sh makes if
+# neither is there. Ends with a status other than 0 if a part has failed, or without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,9 +29,8 @@ if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
 fi
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm \
   --format=csv,noheader
-if [[ ! -x $bin/gpu_step || ! -x $bin/cuda_kernels ]]; then
-  tests/gpu/pack.sh benchmarks || exit 1
-fi
+source tests/gpu/programs.sh
+need_programs benchmarks "$bin/gpu_step" "$bin/cuda_kernels" || exit 1
 source tests/gpu/libraries.sh
 export GRADWIRE_GPU_LIBRARIES=$gpu_libraries
 if [[ -s $bin/commit ]]; then

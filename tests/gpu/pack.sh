@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Builds the tests that need a GPU, and the programs of benchmarks/gpu.sh, and
-# puts them with the libraries that they are linked with into tests/gpu/bin, for
-# a machine that has a GPU, but not what they are built with. cuBLAS and NCCL,
-# which are large, are left out: tests/gpu/libraries.sh finds that machine's own.
+# puts them with the libraries that they are linked with into tests/gpu/bin, and
+# all of that into tests/gpu/bin.tar.xz, for a machine that has a GPU, but not what
+# they are built with. cuBLAS and NCCL, which are large, are left out:
+# tests/gpu/libraries.sh finds that machine's own.
 #
 #   tests/gpu/pack.sh              all of them
 #   tests/gpu/pack.sh tests        one half
@@ -30,7 +31,9 @@ case "$what" in
 esac
 bazel build --noshow_progress --config=cuda "${targets[@]}"
 bin=$(bazel info bazel-bin 2>/dev/null)
-rm -rf "$out"
+# Every machine's own; libstdc++'s is as new as ours, or newer.
+readonly theirs='libnccl\|libcublasLt\|libcuda\|libc\|libm\|libdl\|librt\|libpthread\|libstdc++\|libgcc_s'
+rm -rf "$out" "$out.tar.xz"
 mkdir -p "$out/lib"
 for target in "${targets[@]}"; do
   path=${target#//}
@@ -42,8 +45,10 @@ for target in "${targets[@]}"; do
   # Kernels have their own symbols, which this leaves.
   strip -o "$out/$(basename "$binary")" "$binary"
   ldd "$binary" | awk '$2 == "=>" { print $3 }' |
-    { grep -v '/\(libnccl\|libcublasLt\|libcuda\|libc\|libm\|libdl\|librt\|libpthread\)\.so' || true; } |
+    { grep -v "/\\($theirs\\)\\.so" || true; } |
     xargs -r cp -n -t "$out/lib"
 done
 git describe --always --dirty '--exclude=*' >"$out/commit" 2>/dev/null || true
-echo "packed ${#targets[@]} programs, $(du -sm "$out" | cut -f1) MiB: $out"
+XZ_OPT='-1 -T2' tar -cJf "$out.tar.xz" -C tests/gpu bin
+echo "packed ${#targets[@]} programs, $(du -sm "$out" | cut -f1) MiB: $out" \
+  "($(du -sm "$out.tar.xz" | cut -f1) MiB: $out.tar.xz)"

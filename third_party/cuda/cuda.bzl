@@ -40,6 +40,8 @@ def _flags():
         "-Werror=all-warnings",
         # nvcc's own: it takes an assignment of a nodiscard type for a call.
         "-diag-suppress=2810",
+        # Three architectures with line numbers are large.
+        "-Xfatbin=-compress-all",
         "-Xcompiler=-fPIC,-Wall,-Wextra,-fno-omit-frame-pointer,-ffp-contract=off",
     ]
     for arch in ARCHITECTURES:

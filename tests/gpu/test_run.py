@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tests/gpu/run.sh where everything but the script itself is made up."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import tarfile
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+
+SMI = 'if [[ $1 == -L ]]; then echo "GPU 0: none"; else echo none, 1, 9.0; fi'
+# A tool that has an old name for its filter, and runs what it is given.
+SANITIZER = """
+if [[ $1 == --help ]]; then echo '  --kernel-regex arg'; exit; fi
+echo "sanitizer: $*"
+while [[ $1 == -* ]]; do shift; done
+exec "$@"
+"""
+
+
+def script(path, body):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A checkout with two packed tests, on a machine that has a GPU."""
+    folder = tmp_path / "checkout/tests/gpu"
+    folder.mkdir(parents=True)
+    for name in ("run.sh", "programs.sh", "libraries.sh"):
+        shutil.copy(HERE / name, folder / name)
+    script(folder / "bin/good_test", 'echo "good $*"')
+    script(folder / "bin/other_test", 'echo "other $*"')
+    script(tmp_path / "bin/nvidia-smi", SMI)
+    return tmp_path
+
+
+def run(machine, *arguments, **environment):
+    done = subprocess.run(
+        [machine / "checkout/tests/gpu/run.sh", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ
+        | {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}"}
+        | environment,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def log(machine, name):
+    return (machine / "checkout/tests/gpu/logs" / name).read_text()
+
+
+def test_every_test_runs_and_counts(machine):
+    status, lines = run(machine, "tests", "A.*")
+    assert (status, lines[-1]) == (0, "2 passed, 0 failed")
+    assert "--gtest_filter=A.*" in log(machine, "good_test.txt")
+
+
+def test_a_failure_is_shown_at_its_end(machine):
+    script(
+        machine / "checkout/tests/gpu/bin/bad_test",
+        "seq 1000; echo '[  FAILED  ] Some.Test'; exit 1",
+    )
+    status, lines = run(machine, "tests")
+    assert (status, lines[-1]) == (1, "2 passed, 1 failed")
+    text = "\n".join(lines)
+    assert "FAILED: bad_test (status 1" in text
+    assert "[  FAILED  ] Some.Test" in text
+    assert "\n500\n" not in text
+    assert "\n500\n" in log(machine, "bad_test.txt")
+
+
+def test_tools_look_at_our_kernels_and_at_no_refused_calls(machine):
+    script(machine / "bin/compute-sanitizer", SANITIZER)
+    status, lines = run(machine)
+    assert (status, lines[-1]) == (0, "6 passed, 0 failed")
+    memcheck = log(machine, "good_test_under_memcheck.txt")
+    assert "--kernel-regex=kns=gradwire" in memcheck
+    assert "--report-api-errors=no" in memcheck
+    racecheck = log(machine, "good_test_under_racecheck.txt")
+    assert "--tool=racecheck" in racecheck
+    assert "--report-api-errors" not in racecheck
+    assert run(machine, "racecheck")[1][-1] == "2 passed, 0 failed"
+
+
+def test_a_device_that_tools_do_not_support_is_no_failure(machine):
+    script(
+        machine / "bin/compute-sanitizer",
+        'echo "========= Error: Device not supported"; exit 1',
+    )
+    status, lines = run(machine, "memcheck")
+    assert (status, lines[-1]) == (0, "0 passed, 0 failed")
+    assert sum("left out" in line for line in lines) == 2
+
+
+def test_what_there_is_no_time_for_is_named(machine):
+    status, lines = run(machine, "tests", GRADWIRE_GPU_SECONDS="0")
+    assert (status, lines[-1]) == (0, "0 passed, 0 failed")
+    assert "left out: good_test" in lines
+
+
+def test_a_test_that_hangs_fails(machine):
+    script(machine / "checkout/tests/gpu/bin/bad_test", "sleep 60")
+    status, lines = run(machine, "tests", GRADWIRE_GPU_TIMEOUT="1")
+    assert (status, lines[-1]) == (1, "2 passed, 1 failed")
+    assert any("status 124" in line for line in lines)
+
+
+@pytest.mark.parametrize("xz", [True, False])
+def test_the_archive_is_unpacked(machine, xz):
+    folder = machine / "checkout/tests/gpu"
+    with tarfile.open(folder / "bin.tar.xz", "w:xz") as archive:
+        archive.add(folder / "bin", arcname="bin")
+    shutil.rmtree(folder / "bin")
+    if not xz:
+        script(machine / "bin/tar", "exit 1")
+    status, lines = run(machine, "tests")
+    assert (status, lines[-1]) == (0, "2 passed, 0 failed")
+
+
+def test_an_argument_that_is_none_is_refused(machine):
+    assert run(machine, "everything")[0] == 2
+
+
+def test_without_a_gpu_nothing_runs(machine):
+    script(machine / "bin/nvidia-smi", "exit 9")
+    status, lines = run(machine)
+    assert (status, lines[-1]) == (0, "0 passed, 0 failed")
