@@ -16,6 +16,7 @@ namespace ref = reference;
 struct AttentionCase {
   AttentionShape shape;
   std::vector<int32_t> cu_seqlens;
+  float deviation = 1.0f;  // of what is normally distributed
 };
 
 // Lengths from 1 on, odd head sizes, all kinds of grouping, one sequence and
@@ -44,6 +45,10 @@ std::vector<AttentionCase> AttentionCases() {
       {{3, 1, 64, 0}, {0, 385}},
       {{2, 1, 128, 0}, {0, 130, 387}},
       {{2, 2, 112, 0}, {0, 127, 255, 384}},
+      // Scores in the hundreds: what the mask hides is beyond float32.
+      {{2, 1, 64, 0}, {0, 90, 230}, 20.0f},
+      {{1, 1, 128, 0}, {0, 150}, 20.0f},
+      {{1, 1, 96, 0}, {0, 80}, 20.0f},
       // Beyond what tensor cores' kernels are made for.
       {{1, 1, 264, 0}, {0, 5}},
   };
@@ -62,7 +67,7 @@ TEST_P(AttentionConformanceTest, ForwardAndBackward) {
                              std::to_string(s.kv_heads) + " heads of " +
                              std::to_string(s.head_dim) + ", " +
                              std::to_string(tokens) + " tokens";
-    const Operand qkv = Normal(act(), {tokens, s.QkvWidth()});
+    const Operand qkv = Normal(act(), {tokens, s.QkvWidth()}, c.deviation);
     const Operand out = Unwritten(act(), {tokens, width});
     const Operand lse = Unwritten(DType::kF32, {tokens, s.heads});
     const Operand workspace = Unwritten(

@@ -6,7 +6,7 @@
 // are in registers only when they have been waited for:
 //
 //   ShowToProducts(); __syncthreads();     // what threads have written
-//   BeginProducts();
+//   BeginProducts();                       // begins a group
 //   Multiply...(d, ...);                   // each adds 16 terms to d
 //   CommitProducts();                      // ends a group
 //   ...                                    // what else there is to do
@@ -119,13 +119,14 @@ template <int kBut>
 __device__ void WaitProducts() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kBut) : "memory");
 }
-// Keeps the assembler, which knows nothing of time, from waiting for products
-// before what `value` is made of is computed. It is not negative, or the warp
-// would wait for itself.
+// Keeps the assembler from waiting for products before what `value` is made of
+// is computed: it moves waits up as far as it may, and without this the
+// exponentials of attention's forward come after the wait that they are to
+// fill. `value` is not negative; the barrier is never reached.
 __device__ inline void ComputeBeforeWaiting(float value) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n"
-      "@p bar.sync 15, 32;\n}\n" ::"f"(value)
+      "@p bar.sync 1, 32;\n}\n" ::"f"(value)
       : "memory");
 }
 // Keeps the compiler from moving a use of the sums to before this.

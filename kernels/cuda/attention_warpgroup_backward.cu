@@ -30,11 +30,12 @@ struct WideGradient {
   using Scores = Accumulator<1, kStreamed / 8>;
   using Left = LeftSide<1, kStreamed / 16>;
   using Sums = Accumulator<1, kDim / 8>;
-  static constexpr std::size_t kSharedBytes =
-      sizeof(BFloat16) *
-          (2 * Own::kElements + 2 * kRing * Streamed::kElements) +
+  static constexpr std::size_t kTileBytes =
+      sizeof(BFloat16) * (2 * Own::kElements + 2 * kRing * Streamed::kElements);
+  // Of d_k and d_v alone.
+  static constexpr std::size_t kStatsBytes =
       sizeof(AttentionRowStats) * kRing * kStreamed;
-  static_assert(kSharedBytes <= std::size_t{227} << 10);
+  static_assert(kTileBytes + kStatsBytes <= std::size_t{227} << 10);
 };
 
 // While the gradient of one tile's scores is made and multiplied, the scores of
@@ -203,6 +204,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       BeginProducts();
       QueueRowProducts(k, first_row, q[step], p);
       CommitProducts();
+      BeginProducts();
       QueueRowProducts(v, first_row, d_out[step], d_p);
       CommitProducts();
       WaitProducts<1>();
@@ -251,7 +253,7 @@ cudaError_t AttentionQueryGradientOnWarpgroups(
     of_pass.tiles = workspace.query_tiles;
     return LaunchWarpgroups(WideQueryGradientKernel<Shape>,
                             GridOf(tiles, args.heads), dim3(kWideThreads),
-                            Shape::kSharedBytes, stream, of_pass);
+                            Shape::kTileBytes, stream, of_pass);
   });
 }
 
@@ -268,7 +270,8 @@ cudaError_t AttentionKeyGradientOnWarpgroups(
     of_pass.tiles = workspace.key_tiles;
     return LaunchWarpgroups(WideKeyGradientKernel<Shape>,
                             GridOf(tiles, args.kv_heads), dim3(kWideThreads),
-                            Shape::kSharedBytes, stream, of_pass);
+                            Shape::kTileBytes + Shape::kStatsBytes, stream,
+                            of_pass);
   });
 }
 

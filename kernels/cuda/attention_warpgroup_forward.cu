@@ -26,6 +26,7 @@ struct WideForward {
   using Keys = SwizzledTile<kKeys, kDim>;
   static constexpr std::size_t kSharedBytes =
       sizeof(BFloat16) * (Queries::kElements + 4 * Keys::kElements);
+  static_assert(kSharedBytes <= std::size_t{227} << 10);
 };
 
 template <class Shape>
@@ -92,6 +93,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       BeginProducts();
       QueueRowProducts(q, first_row, k[step + 1], scores);
       CommitProducts();
+      BeginProducts();
       QueueProduct(p, v[step], out);
       CommitProducts();
       WaitProducts<1>();
@@ -123,7 +125,6 @@ cudaError_t AttentionForwardOnWarpgroups(
     AttentionTile* tiles_on_device, cudaStream_t stream) {
   return WithPanels(args.head_dim, [&]<int kDim>() {
     using Shape = WideForward<kDim>;
-    static_assert(Shape::kSharedBytes <= std::size_t{227} << 10);
     const std::vector<AttentionTile> tiles =
         AttentionTiles(layout, kWideRows, AttentionWork::kKeysBefore);
     const cudaError_t error = SendTiles(tiles, tiles_on_device, stream);

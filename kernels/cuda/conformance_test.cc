@@ -2,6 +2,7 @@
 // The suite on the CUDA backend: on the emulator, or on a GPU.
 #include "kernels/conformance.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "device/cuda/test_device.h"
 #include "kernels/cuda/cuda_kernels.h"
+#include "kernels/cuda/warpgroup_check.h"
 
 namespace gradwire {
 namespace {
@@ -44,6 +46,25 @@ std::vector<KernelsBackend> AttentionBackends() {
 
 std::string NameOf(const testing::TestParamInfo<KernelsBackend>& info) {
   return info.param.name + DTypeName(info.param.act);
+}
+
+// Or the suite would say nothing of them, there where it matters.
+TEST(WarpgroupsTest, AreUsedOnHopper) {
+  const auto device = MakeTestDevice();
+  if (device == nullptr) GTEST_SKIP();
+  const std::string description = MakeKernels()->description();
+  std::printf("kernels: %s\n", description.c_str());
+  if (!description.starts_with("cuda sm_90")) GTEST_SKIP() << "another GPU";
+  const auto room = device->Allocate(kWarpgroupCheckFloats * sizeof(float));
+  ASSERT_TRUE(room.ok());
+  WarpgroupCheck check;
+  ASSERT_EQ(CheckWarpgroups(static_cast<float*>((*room)->data()), check),
+            cudaSuccess);
+  EXPECT_EQ(check.by_rows, 0);
+  EXPECT_EQ(check.by_rows_64, 0);
+  EXPECT_EQ(check.by_columns, 0);
+  EXPECT_EQ(check.by_columns_64, 0);
+  EXPECT_FALSE(description.ends_with("no warpgroups")) << description;
 }
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(KernelsConformanceTest);

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "base/status.h"
@@ -51,9 +52,12 @@ absl::StatusOr<int> Attribute(const CudaDevice& device,
 absl::StatusOr<bool> HasWarpgroups(float* room) {
   // For one whose driver or compiler gets them wrong in a way that ends the
   // process that tries.
-  if (std::getenv("GRADWIRE_NO_WARPGROUPS") != nullptr) return false;
-  bool right = false;
-  const cudaError_t error = CheckWarpgroups(room, right);
+  const char* const off = std::getenv("GRADWIRE_NO_WARPGROUPS");
+  if (off != nullptr && *off != '\0' && std::string_view(off) != "0") {
+    return false;
+  }
+  WarpgroupCheck check;
+  const cudaError_t error = CheckWarpgroups(room, check);
   // Of binaries without code for sm_90a.
   if (error == cudaErrorNoKernelImageForDevice ||
       error == cudaErrorInvalidDeviceFunction) {
@@ -61,7 +65,7 @@ absl::StatusOr<bool> HasWarpgroups(float* room) {
     return false;
   }
   GW_RETURN_IF_ERROR(CudaStatus(error, "checking products of warpgroups"));
-  return right;
+  return check.Right();
 }
 
 }  // namespace

@@ -10,15 +10,17 @@
 namespace gradwire {
 namespace {
 
-constexpr int kRows = 64;
+// As attention: two warpgroups, rows that were copied, panels of 64 and of 128.
+constexpr int kThreads = 2 * kWarpgroup;
+constexpr int kRows = 128;
 constexpr int kDim = 128;
-using A = SwizzledTile<kRows, kDim>;
-using B = SwizzledTile<kDim, kDim>;
-constexpr std::size_t kSharedBytes =
-    sizeof(BFloat16) * (A::kElements + B::kElements);
+constexpr int kHalf = kDim / 2;
+using Tile = SwizzledTile<kRows, kDim>;
+constexpr std::size_t kSharedBytes = sizeof(BFloat16) * 2 * Tile::kElements;
 
-// Small whole numbers: their products add up without rounding, and no two rows
-// or columns are alike.
+// Small whole numbers, whose products add up without rounding. They repeat
+// after 11 and 13 rows or columns, and what takes one for another is off by a
+// multiple of 8.
 GW_HOST_DEVICE inline int OfA(int row, int column) {
   return (row * 7 + column * 3 + row * column) % 11 - 5;
 }
@@ -26,44 +28,86 @@ GW_HOST_DEVICE inline int OfB(int row, int column) {
   return (row * 5 + column * 11 + row * column) % 13 - 6;
 }
 
-template <class Tile, class Value>
-__device__ inline void Fill(const Tile& tile, const Value& value) {
-  for (int i = static_cast<int>(threadIdx.x); i < Tile::kElements;
-       i += kWarpgroup) {
-    const int row = i / Tile::kColumns, column = i % Tile::kColumns;
-    tile.elements[Tile::At(row, column)] =
-        BFloat16(static_cast<float>(value(row, column)));
-  }
-}
+struct Results {
+  float* by_rows;        // a b^T: [128, 128]
+  float* by_columns;     // a b: [128, 128]
+  float* by_rows_64;     // the first 64 columns of a b^T
+  float* by_columns_64;  // and of a b
+  BFloat16* a;           // [128, 128], for the kernel itself
+};
 
-__device__ inline void Store(const WarpgroupSums<kDim / 8>& d, float* to) {
+template <int kTiles>
+__device__ inline void Store(const WarpgroupSums<kTiles>& d, float* to) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
 #pragma unroll
-  for (int n = 0; n < kDim / 8; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      to[(row + i / 2 * 8) * kDim + n * 8 + lane % 4 * 2 + i % 2] = d[n][i];
+      to[(row + i / 2 * 8) * kTiles * 8 + n * 8 + lane % 4 * 2 + i % 2] =
+          d[n][i];
     }
   }
 }
 
-// by_rows = a b^T and by_columns = a b.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    CheckKernel(float* by_rows, float* by_columns) {
+using Left = uint32_t[kDim / 16][4];
+
+// Both products of one number of columns; a sum that was there before is not to
+// be added to.
+template <int kTiles>
+__device__ inline void Multiply(const Tile& a, const Tile& b, const Left& left,
+                                float* by_rows, float* by_columns) {
+  const int first_row = static_cast<int>(threadIdx.x) / kWarpgroup * 64;
+  WarpgroupSums<kTiles> rows, columns;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[n][i] = columns[n][i] = 1.0f;
+  }
+  BeginProducts();
+#pragma unroll
+  for (int k = 0; k < kDim; k += 16) {
+    MultiplyRows(rows, a.Rows(first_row, k), b.Rows(0, k), k > 0);
+  }
+  CommitProducts();
+  BeginProducts();
+#pragma unroll
+  for (int k = 0; k < kDim; k += 16) {
+    MultiplyColumns(columns, left[k / 16], b.Columns(k), k > 0);
+  }
+  CommitProducts();
+  WaitProducts<1>();
+  HoldSums(rows);
+  Store(rows, by_rows);
+  WaitProducts<0>();
+  HoldSums(columns);
+  Store(columns, by_columns);
+}
+
+__global__ void __launch_bounds__(kThreads) CheckKernel(Results results) {
   if constexpr (kHasWarpgroups) {
     SharedMemory memory;
-    const A a{memory.Take<BFloat16, A::kAlign>(A::kElements)};
-    const B b{memory.Take<BFloat16, B::kAlign>(B::kElements)};
-    Fill(a, OfA);
-    Fill(b, OfB);
+    const Tile a{memory.Take<BFloat16, Tile::kAlign>(Tile::kElements)};
+    const Tile b{memory.Take<BFloat16, Tile::kAlign>(Tile::kElements)};
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int i = thread; i < Tile::kElements; i += kThreads) {
+      const int row = i / kDim, column = i % kDim;
+      results.a[i] = BFloat16(static_cast<float>(OfA(row, column)));
+      b.elements[Tile::At(row, column)] =
+          BFloat16(static_cast<float>(OfB(row, column)));
+    }
+    __syncthreads();
+    for (int i = thread * 8; i < Tile::kElements; i += kThreads * 8) {
+      CopyAsync16(a.elements, Tile::At(i / kDim, i % kDim),
+                  static_cast<const BFloat16*>(results.a) + i);
+    }
+    CommitAsync();
+    WaitAsync<0>();
     ShowToProducts();
     __syncthreads();
 
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
-    uint32_t left[kDim / 16][4];
+    const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+    Left left;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
@@ -74,65 +118,54 @@ __global__ void __launch_bounds__(kThreads)
                      static_cast<float>(OfA(row + r % 2 * 8, column + 1)));
       }
     }
-    WarpgroupSums<kDim / 8> d_rows, d_columns;
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) d_rows[n][i] = d_columns[n][i] = 1.0f;
-    }
-    BeginProducts();
-#pragma unroll
-    for (int k = 0; k < kDim; k += 16) {
-      MultiplyRows(d_rows, a.Rows(0, k), b.Rows(0, k), k > 0);
-    }
-    CommitProducts();
-#pragma unroll
-    for (int k = 0; k < kDim; k += 16) {
-      MultiplyColumns(d_columns, left[k / 16], b.Columns(k), k > 0);
-    }
-    CommitProducts();
-    WaitProducts<1>();
-    HoldSums(d_rows);
-    Store(d_rows, by_rows);
-    WaitProducts<0>();
-    HoldSums(d_columns);
-    Store(d_columns, by_columns);
+    Multiply<kDim / 8>(a, b, left, results.by_rows, results.by_columns);
+    Multiply<kHalf / 8>(a, b, left, results.by_rows_64, results.by_columns_64);
   }
+}
+
+// Of [128, columns] in `got`, how many differ from the sums of a(i, k) b(j, k).
+template <class B>
+int CountWrong(const float* got, int columns, const B& b) {
+  int wrong = 0;
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < columns; ++j) {
+      int want = 0;
+      for (int k = 0; k < kDim; ++k) want += OfA(i, k) * b(j, k);
+      // NaN where nothing was written.
+      if (!(got[i * columns + j] == static_cast<float>(want))) ++wrong;
+    }
+  }
+  return wrong;
 }
 
 }  // namespace
 
-cudaError_t CheckWarpgroups(float* room, bool& right) {
-  right = false;
-  constexpr int64_t kEach = int64_t{kRows} * kDim;
-  static_assert(2 * kEach == kWarpgroupCheckFloats);
-  cudaError_t error = cudaMemsetAsync(room, 0xff, 2 * kEach * sizeof(float), 0);
+cudaError_t CheckWarpgroups(float* room, WarpgroupCheck& check) {
+  constexpr int64_t kWide = int64_t{kRows} * kDim;
+  constexpr int64_t kNarrow = int64_t{kRows} * kHalf;
+  constexpr int64_t kResults = 2 * (kWide + kNarrow);
+  static_assert(kResults + kWide / 2 == kWarpgroupCheckFloats);
+  const Results results = {room, room + kWide, room + 2 * kWide,
+                           room + 2 * kWide + kNarrow,
+                           reinterpret_cast<BFloat16*>(room + kResults)};
+  cudaError_t error =
+      cudaMemsetAsync(room, 0xff, kResults * sizeof(float), nullptr);
   if (error != cudaSuccess) return error;
-  error = LaunchWarpgroups(CheckKernel<kWarpgroup>, dim3(1), dim3(kWarpgroup),
-                           kSharedBytes, nullptr, room, room + kEach);
+  error = LaunchWarpgroups(CheckKernel, dim3(1), dim3(kThreads), kSharedBytes,
+                           nullptr, results);
   if (error != cudaSuccess) return error;
-  std::vector<float> got(2 * kEach);
+  std::vector<float> got(kResults);
   error = cudaMemcpyAsync(got.data(), room, got.size() * sizeof(float),
                           cudaMemcpyDeviceToHost, nullptr);
   if (error != cudaSuccess) return error;
   error = cudaStreamSynchronize(nullptr);
   if (error != cudaSuccess) return error;
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kDim; ++j) {
-      int by_rows = 0, by_columns = 0;
-      for (int k = 0; k < kDim; ++k) {
-        by_rows += OfA(i, k) * OfB(j, k);
-        by_columns += OfA(i, k) * OfB(k, j);
-      }
-      const int64_t at = int64_t{i} * kDim + j;
-      // NaN where nothing was written.
-      if (!(got[at] == static_cast<float>(by_rows)) ||
-          !(got[kEach + at] == static_cast<float>(by_columns))) {
-        return cudaSuccess;
-      }
-    }
-  }
-  right = true;
+  const auto along_columns = [](int j, int k) { return OfB(k, j); };
+  check.by_rows = CountWrong(got.data(), kDim, OfB);
+  check.by_columns = CountWrong(got.data() + kWide, kDim, along_columns);
+  check.by_rows_64 = CountWrong(got.data() + 2 * kWide, kHalf, OfB);
+  check.by_columns_64 =
+      CountWrong(got.data() + 2 * kWide + kNarrow, kHalf, along_columns);
   return cudaSuccess;
 }
 

@@ -412,7 +412,9 @@ Products& ProductsOfBlock() {
   }
   return *products;
 }
-uint32_t BlockEpoch() { return Running().epoch(); }
-uint32_t WarpEpoch() { return Running().warp_epoch(); }
+Moment Now() {
+  const Block& block = Running();
+  return {block.current(), block.epoch(), block.warp_epoch()};
+}
 
 }  // namespace gradwire::cuda_emulator

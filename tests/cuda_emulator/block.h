@@ -77,8 +77,13 @@ void WaitForWarp(const std::source_location& where);
 SharedState& Shared();
 Products& ProductsOfBlock();
 
-// How often the block, and the thread with its warp, have waited.
-uint32_t BlockEpoch();
-uint32_t WarpEpoch();
+// The current thread, and how often the block, and it with its warp, have
+// waited.
+struct Moment {
+  int thread;
+  uint32_t block_epoch;
+  uint32_t warp_epoch;
+};
+Moment Now();
 
 }  // namespace gradwire::cuda_emulator

@@ -2,6 +2,9 @@
 
 load("//third_party/cuda:cuda.bzl", "CUDA_HEADERS")
 
+# Kernels and what they run on ask all the time which thread they are.
+EMULATOR_COPTS = ["-ftls-model=initial-exec"]
+
 def emulated_cuda_library(name, srcs, hdrs, deps = [], **kwargs):
     """A cc_library of kernels that run on the host.
 
@@ -27,7 +30,7 @@ def emulated_cuda_library(name, srcs, hdrs, deps = [], **kwargs):
         name = name,
         srcs = copies,
         hdrs = hdrs,
-        copts = [
+        copts = EMULATOR_COPTS + [
             "-O2",
             # Of nvcc.
             "-Wno-unknown-pragmas",

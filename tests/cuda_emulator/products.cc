@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <limits>
@@ -42,15 +43,16 @@ struct Descriptor {
 };
 
 // The 8 elements at an address, before their place is exchanged.
-void ReadPiece(std::size_t address, double* to) {
+void ReadPiece(const Moment& now, std::size_t address, double* to) {
   const std::size_t at = address ^ (address >> 7 & 7) << 4;
   if (address % 16 != 0 || at + 16 > Shared().bytes()) {
     Refuse("a product reads byte " + std::to_string(at) +
            " of shared memory of " + std::to_string(Shared().bytes()));
   }
-  Shared().ReadByProducts(at, 16);
+  SharedState& shared = Shared();
+  shared.ReadByProducts(now, at, 16);
   uint16_t bits[kPiece];
-  std::memcpy(bits, Shared().At(at), sizeof(bits));
+  std::memcpy(bits, shared.At(at), sizeof(bits));
   for (int i = 0; i < kPiece; ++i) {
     to[i] = static_cast<double>(
         std::bit_cast<float>(static_cast<uint32_t>(bits[i]) << 16));
@@ -59,14 +61,42 @@ void ReadPiece(std::size_t address, double* to) {
 
 std::atomic<bool> misread_columns = false;
 
-using Terms = double[kMaxRows][kTerms];
+// Rows of terms. Those of zeros are most in tests of short sequences.
+struct Terms {
+  double value[kMaxRows][kTerms];
+  bool zero[kMaxRows], finite[kMaxRows];
+
+  double* operator[](int row) { return value[row]; }
+  void Look(int rows) {
+    for (int r = 0; r < rows; ++r) {
+      const double* const of = value[r];
+      zero[r] = std::all_of(of, of + kTerms, [](double x) { return x == 0; });
+      finite[r] = std::all_of(of, of + kTerms,
+                              [](double x) { return std::isfinite(x); });
+    }
+  }
+};
+
+// The sum of a row's products with another.
+double SumOfProducts(const Terms& a, int row, const Terms& b, int column) {
+  if ((a.zero[row] && b.finite[column]) || (b.zero[column] && a.finite[row])) {
+    return 0;
+  }
+  double sum = 0;
+  for (int k = 0; k < kTerms; ++k) {
+    sum += a.value[row][k] * b.value[column][k];
+  }
+  return sum;
+}
 
 // [rows][16]: terms along rows.
 void ReadRows(uint64_t bits, int rows, Terms& to) {
   const Descriptor of(bits);
+  const Moment now = Now();
   for (int r = 0; r < rows; ++r) {
     for (int k = 0; k < kTerms; k += kPiece) {
-      ReadPiece(of.start + static_cast<std::size_t>(r / 8) * of.stride +
+      ReadPiece(now,
+                of.start + static_cast<std::size_t>(r / 8) * of.stride +
                     static_cast<std::size_t>(r % 8 * 128 + k * 2),
                 to[r] + k);
     }
@@ -77,10 +107,12 @@ void ReadRows(uint64_t bits, int rows, Terms& to) {
 void ReadColumns(uint64_t bits, int columns, Terms& to) {
   Descriptor of(bits);
   if (misread_columns) std::swap(of.leading, of.stride);
+  const Moment now = Now();
   for (int k = 0; k < kTerms; ++k) {
     for (int n = 0; n < columns; n += kPiece) {
       double piece[kPiece];
-      ReadPiece(of.start + static_cast<std::size_t>(n / kPanel) * of.leading +
+      ReadPiece(now,
+                of.start + static_cast<std::size_t>(n / kPanel) * of.leading +
                     static_cast<std::size_t>(k / 8) * of.stride +
                     static_cast<std::size_t>(k % 8 * 128 + n % kPanel * 2),
                 piece);
@@ -123,6 +155,13 @@ bool Products::IsFirst(WarpState& warp) {
   return first;
 }
 
+// FNV-1a, by words.
+void Products::Note(WarpState& warp, std::initializer_list<uint64_t> what) {
+  for (const uint64_t word : what) {
+    warp.history = (warp.history ^ word) * 0x100000001b3;
+  }
+}
+
 void Products::Begin(const std::source_location& where) {
   Own().begun = true;
   const char nothing = 0;
@@ -133,12 +172,12 @@ void Products::Issue(const Operands& operands, float* d, const uint32_t* a,
                      const std::source_location& where) {
   WarpState& warp = Own();
   if (!warp.begun) {
-    Refuse("a product without BeginProducts since products were waited for",
-           &where);
+    Refuse("a product of a group without BeginProducts", &where);
   }
   if (IsFirst(warp)) {
     warp.open.push_back({operands, {}, {}});
-    ++warp.num_issued;
+    Note(warp, {operands.a, operands.b, uint64_t(operands.tiles),
+                uint64_t(operands.add), uint64_t(operands.a_in_registers)});
   }
   Product& product = warp.open.back();
   if (!(product.operands == operands)) {
@@ -159,7 +198,11 @@ void Products::Issue(const Operands& operands, float* d, const uint32_t* a,
 
 void Products::Commit(const std::source_location& where) {
   WarpState& warp = Own();
-  if (IsFirst(warp)) warp.groups.push_back(std::exchange(warp.open, {}));
+  if (IsFirst(warp)) {
+    warp.groups.push_back(std::exchange(warp.open, {}));
+    warp.begun = false;
+    Note(warp, {1});
+  }
   const char nothing = 0;
   ExchangeInWarp(&nothing, 1, where);
 }
@@ -169,7 +212,7 @@ void Products::Wait(int but, const std::source_location& where) {
   const char nothing = 0;
   ExchangeInWarp(&nothing, 1, where);
   if (ThreadNumber() % kWarp == 0) {
-    warp.begun = false;
+    Note(warp, {2, static_cast<uint64_t>(but)});
     const int of_group = ThreadNumber() / kWarp % kWarpsOfGroup;
     while (static_cast<int>(warp.groups.size()) > but) {
       for (const Product& product : warp.groups.front()) {
@@ -200,21 +243,26 @@ void Products::Make(const Product& product, int warp_of_group,
   } else {
     ReadRows(operands.b, operands.tiles * 8, b);
   }
+  a.Look(first_row + kRowsOfWarp);
+  b.Look(operands.tiles * 8);
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto entry = warp.held[lane].find(product.d[lane]);
     Held& held = entry->second;
     for (int n = 0; n < operands.tiles; ++n) {
       for (int i = 0; i < 4; ++i) {
-        const double* const row = a[first_row + lane / 4 + i / 2 * 8];
-        const double* const column = b[n * 8 + lane % 4 * 2 + i % 2];
+        const double sum = SumOfProducts(a, first_row + lane / 4 + i / 2 * 8, b,
+                                         n * 8 + lane % 4 * 2 + i % 2);
         float& d = held.values[static_cast<std::size_t>(n * 4 + i)];
-        double sum = 0;
-        for (int k = 0; k < kTerms; ++k) sum += row[k] * column[k];
         d = static_cast<float>((operands.add ? static_cast<double>(d) : 0.0) +
                                sum);
       }
     }
     if (--held.products > 0) continue;
+    const float* const d = product.d[lane];
+    if (!std::all_of(d, d + held.values.size(),
+                     [](float value) { return std::isnan(value); })) {
+      Refuse("a sum was written while a product with it was on its way");
+    }
     std::copy(held.values.begin(), held.values.end(), product.d[lane]);
     warp.held[lane].erase(entry);
   }
@@ -227,11 +275,12 @@ void Products::CheckEnd() const {
       Refuse("warp " + std::to_string(i) +
              " ends before its products are waited for");
     }
-    if (warp.num_issued !=
-        warps_[i / kWarpsOfGroup * kWarpsOfGroup].num_issued) {
-      Refuse("warp " + std::to_string(i) + " has made " +
-             std::to_string(warp.num_issued) +
-             " products, the first of its warpgroup another number");
+    const std::size_t first = i / kWarpsOfGroup * kWarpsOfGroup;
+    // The hardware's instruction is one of all four warps.
+    if (warp.history != warps_[first].history) {
+      Refuse("warp " + std::to_string(i) +
+             " has made other products than warp " + std::to_string(first) +
+             " of its warpgroup");
     }
   }
 }

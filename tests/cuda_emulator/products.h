@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <initializer_list>
 #include <map>
 #include <source_location>
 #include <vector>
@@ -56,8 +57,8 @@ class Products {
   };
   struct WarpState {
     bool begun = false;
-    int num_issued = 0;
-    int lanes = 0;  // that have issued the newest product, or committed
+    uint64_t history = 0;  // a hash of all that it did
+    int lanes = 0;         // that have issued the newest product, or committed
     std::vector<Product> open;
     std::deque<std::vector<Product>> groups;
     std::map<float*, Held> held[kWarp];
@@ -67,6 +68,7 @@ class Products {
   // Whether the current lane is the first of its warp to come here; every lane
   // comes, and waits for the others after that.
   static bool IsFirst(WarpState& warp);
+  static void Note(WarpState& warp, std::initializer_list<uint64_t> what);
   static void Make(const Product& product, int warp_of_group, WarpState& warp);
 
   int num_threads_;

@@ -21,8 +21,10 @@ namespace {
 enum class Mistake {
   kNone,
   kNotShown,
+  kShownAfterTheBarrier,
   kNoBarrier,
   kNotBegun,
+  kSecondNotBegun,
   kNotCommitted,
   kNotWaitedFor,
   kReadEarly,
@@ -30,6 +32,8 @@ enum class Mistake {
   kWrittenOverWithoutBarrier,
   kMisplaced,
   kFewerWarps,
+  kOtherRows,
+  kWrittenWhileOnItsWay,
   kOtherOperands,
 };
 
@@ -59,8 +63,12 @@ __global__ void Product(Mistake mistake, const BFloat16* a, const BFloat16* b,
   }
   CommitAsync();
   WaitAsync<0>();
-  if (mistake != Mistake::kNotShown || thread != 77) ShowToProducts();
+  const bool late = mistake == Mistake::kShownAfterTheBarrier;
+  if (!late && (mistake != Mistake::kNotShown || thread != 77)) {
+    ShowToProducts();
+  }
   if (mistake != Mistake::kNoBarrier) __syncthreads();
+  if (late) ShowToProducts();
 
   const int lane = thread % 32, warp = thread / 32;
   const int row = warp * 16 + lane / 4;
@@ -77,9 +85,12 @@ __global__ void Product(Mistake mistake, const BFloat16* a, const BFloat16* b,
   const int first_row = thread / kWarpgroup * 64;
   for (int k = 0; k < 64; k += 16) {
     const int other = mistake == Mistake::kOtherOperands && lane == 3 ? 16 : 0;
-    MultiplyRows(sums, sa.Rows(first_row, k), sb.Rows(0, k ^ other), true);
+    const int its_row =
+        mistake == Mistake::kOtherRows && warp == 1 ? 64 : first_row;
+    MultiplyRows(sums, sa.Rows(its_row, k), sb.Rows(0, k ^ other), true);
   }
   CommitProducts();
+  if (mistake != Mistake::kSecondNotBegun) BeginProducts();
   // Operands of a product that is on its way.
   if (mistake == Mistake::kWrittenOverEarly) {
     if (warp == 5) sb.elements[lane] = BFloat16(0.0f);
@@ -92,6 +103,7 @@ __global__ void Product(Mistake mistake, const BFloat16* a, const BFloat16* b,
   }
   if (mistake != Mistake::kNotCommitted) CommitProducts();
   const float early = sums[0][0];
+  if (mistake == Mistake::kWrittenWhileOnItsWay) sums[3][1] = 0.0f;
   if (mistake != Mistake::kNotWaitedFor) WaitProducts<0>();
   HoldSums(sums);
   if (mistake == Mistake::kReadEarly) sums[0][0] = early;
@@ -168,11 +180,14 @@ TEST(WarpgroupProductsTest, AsMuchSharedMemoryAsThereIs) {
   const auto launch = [](std::size_t bytes) {
     const OnDevice<BFloat16> in(std::vector<BFloat16>(A::kElements));
     const OnDevice<float> d(std::vector<float>(kRows * kColumns));
-    return LaunchWarpgroups(Product, dim3(1), dim3(256), bytes, nullptr,
-                            Mistake::kNone,
-                            static_cast<const BFloat16*>(in.data()),
-                            static_cast<const BFloat16*>(in.data()), d.data());
+    const cudaError_t error = LaunchWarpgroups(
+        Product, dim3(1), dim3(256), bytes, nullptr, Mistake::kNone,
+        static_cast<const BFloat16*>(in.data()),
+        static_cast<const BFloat16*>(in.data()), d.data());
+    cudaStreamSynchronize(nullptr);
+    return error;
   };
+  EXPECT_EQ(launch(227 << 10), cudaSuccess);
   EXPECT_EQ(launch((227 << 10) + 1), cudaErrorInvalidConfiguration);
 }
 
@@ -194,7 +209,11 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         Seeded{"NotShown", Mistake::kNotShown, "was not shown"},
         Seeded{"NoBarrier", Mistake::kNoBarrier, "race: |never written"},
+        Seeded{"ShownAfterTheBarrier", Mistake::kShownAfterTheBarrier,
+               "parts from showing"},
         Seeded{"NotBegun", Mistake::kNotBegun, "without BeginProducts"},
+        Seeded{"SecondNotBegun", Mistake::kSecondNotBegun,
+               "without BeginProducts"},
         Seeded{"NotCommitted", Mistake::kNotCommitted,
                "before its products are waited for"},
         Seeded{"NotWaitedFor", Mistake::kNotWaitedFor,
@@ -203,7 +222,10 @@ INSTANTIATE_TEST_SUITE_P(
         Seeded{"WrittenOverWithoutBarrier", Mistake::kWrittenOverWithoutBarrier,
                "race: "},
         Seeded{"Misplaced", Mistake::kMisplaced, "multiple of 1024"},
-        Seeded{"FewerWarps", Mistake::kFewerWarps, "another number"},
+        Seeded{"FewerWarps", Mistake::kFewerWarps, "other products"},
+        Seeded{"OtherRows", Mistake::kOtherRows, "other products"},
+        Seeded{"WrittenWhileOnItsWay", Mistake::kWrittenWhileOnItsWay,
+               "on its way"},
         Seeded{"OtherOperands", Mistake::kOtherOperands, "different operands"}),
     [](const testing::TestParamInfo<Seeded>& info) {
       return std::string(info.param.name);

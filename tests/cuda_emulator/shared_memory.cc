@@ -7,13 +7,6 @@
 
 namespace gradwire::cuda_emulator {
 
-// Of the current thread; asked once for all cells of an access.
-struct SharedState::Now {
-  int thread = ThreadNumber();
-  uint32_t block_epoch = BlockEpoch();
-  uint32_t warp_epoch = WarpEpoch();
-};
-
 SharedState::SharedState(std::size_t bytes, bool for_products)
     : memory_(bytes, std::byte{0xff}),
       cells_((bytes + 1) / 2),
@@ -39,7 +32,7 @@ void SharedState::RefuseAt(std::size_t offset, const char* what,
   Refuse("thread " + std::to_string(ThreadNumber()) + ": " + line);
 }
 
-void SharedState::MarkRead(const Now& now, Cell& cell) {
+void SharedState::MarkRead(const Moment& now, Cell& cell) {
   const int thread = now.thread;
   const auto warp = static_cast<int16_t>(thread / kWarp);
   // Of an earlier time: every thread has passed a barrier since.
@@ -57,7 +50,7 @@ void SharedState::MarkRead(const Now& now, Cell& cell) {
   cell.read_warp = now.warp_epoch;
 }
 
-void SharedState::CheckRead(const Now& now, const Cell& cell,
+void SharedState::CheckRead(const Moment& now, const Cell& cell,
                             std::size_t at) const {
   const int thread = now.thread;
   if (cell.pending) RefuseAt(at, "read before the copy was waited for", -1);
@@ -73,43 +66,45 @@ void SharedState::CheckRead(const Now& now, const Cell& cell,
 }
 
 void SharedState::Read(std::size_t offset, std::size_t bytes) {
-  const Now now;
+  const Moment now = Now();
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
     CheckRead(now, cell, at);
     MarkRead(now, cell);
   });
 }
 
-void SharedState::ReadByProducts(std::size_t offset, std::size_t bytes) {
-  const Now now;
+void SharedState::ReadByProducts(const Moment& now, std::size_t offset,
+                                 std::size_t bytes) {
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
     CheckRead(now, cell, at);
-    // Its own writes, too: the warpgroup reads on behalf of all its threads.
-    if (cell.write_block == now.block_epoch) {
-      RefuseAt(at,
-               "race: a product's read that no barrier parts from the write",
-               cell.writer);
-    }
     if (!cell.shown) {
       RefuseAt(at, "a product's read of what was not shown to it", cell.writer);
+    }
+    // What the thread itself has written, too: other warps multiply with it.
+    if (cell.show_block == now.block_epoch) {
+      RefuseAt(at, "race: a product's read that no barrier parts from showing",
+               cell.writer);
     }
     MarkRead(now, cell);
   });
 }
 
 void SharedState::ShowToProducts() {
-  const auto thread = static_cast<std::size_t>(ThreadNumber());
+  const Moment now = Now();
+  const auto thread = static_cast<std::size_t>(now.thread);
   if (unshown_.size() <= thread) return;
   for (const auto& [offset, bytes] : unshown_[thread]) {
     ForCells(offset, bytes, [&](Cell& cell, std::size_t) {
-      if (cell.writer == static_cast<int16_t>(thread)) cell.shown = true;
+      if (cell.writer != static_cast<int16_t>(thread)) return;
+      cell.shown = true;
+      cell.show_block = now.block_epoch;
     });
   }
   unshown_[thread].clear();
 }
 
 void SharedState::NoteWrite(std::size_t offset, std::size_t bytes) {
-  const Now now;
+  const Moment now = Now();
   ForCells(offset, bytes, [&](Cell& cell, std::size_t) {
     cell.pending = false;
     cell.shown = false;
@@ -123,7 +118,7 @@ void SharedState::NoteWrite(std::size_t offset, std::size_t bytes) {
   unshown_[thread].emplace_back(offset, bytes);
 }
 
-void SharedState::CheckWrite(const Now& now, const Cell& cell,
+void SharedState::CheckWrite(const Moment& now, const Cell& cell,
                              std::size_t at) const {
   const int thread = now.thread;
   if (cell.pending) RefuseAt(at, "write over a copy that is on its way", -1);
@@ -144,7 +139,7 @@ void SharedState::CheckWrite(const Now& now, const Cell& cell,
 }
 
 void SharedState::Write(std::size_t offset, std::size_t bytes) {
-  const Now now;
+  const Moment now = Now();
   ForCells(offset, bytes,
            [&](Cell& cell, std::size_t at) { CheckWrite(now, cell, at); });
   NoteWrite(offset, bytes);
@@ -152,7 +147,7 @@ void SharedState::Write(std::size_t offset, std::size_t bytes) {
 
 void SharedState::CopyLater(std::size_t offset, const void* from,
                             std::size_t bytes) {
-  const Now now;
+  const Moment now = Now();
   ForCells(offset, bytes, [&](Cell& cell, std::size_t at) {
     CheckWrite(now, cell, at);
     cell.pending = true;

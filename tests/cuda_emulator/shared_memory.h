@@ -32,7 +32,7 @@ class SharedState {
   void Write(std::size_t offset, std::size_t bytes);
   // By the products of the current thread's warpgroup, which see only what has
   // been shown to them.
-  void ReadByProducts(std::size_t offset, std::size_t bytes);
+  void ReadByProducts(const Moment& now, std::size_t offset, std::size_t bytes);
   void ShowToProducts();
 
   // cp.async: the bytes are there when the thread has waited for them.
@@ -51,6 +51,7 @@ class SharedState {
     int16_t reading_warp = 0;
     bool pending = false;
     bool shown = false;  // to products
+    uint32_t show_block = 0;
     uint32_t write_block = 0, write_warp = 0;
     uint32_t read_block = 0, read_warp = 0;
   };
@@ -64,13 +65,12 @@ class SharedState {
     std::deque<std::vector<Copy>> groups;
   };
 
-  struct Now;
-
-  void CheckRead(const Now& now, const Cell& cell, std::size_t offset) const;
-  static void MarkRead(const Now& now, Cell& cell);
+  void CheckRead(const Moment& now, const Cell& cell, std::size_t offset) const;
+  static void MarkRead(const Moment& now, Cell& cell);
   // By the current thread, at an offset.
   void NoteWrite(std::size_t offset, std::size_t bytes);
-  void CheckWrite(const Now& now, const Cell& cell, std::size_t offset) const;
+  void CheckWrite(const Moment& now, const Cell& cell,
+                  std::size_t offset) const;
   [[noreturn]] void RefuseAt(std::size_t offset, const char* what,
                              int other) const;
   template <typename Visit>

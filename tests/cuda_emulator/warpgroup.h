@@ -9,6 +9,7 @@
 #include <source_location>
 
 #include "tests/cuda_emulator/block.h"
+#include "tests/cuda_emulator/emulated_gpu.h"
 #include "tests/cuda_emulator/kernel.h"
 #include "tests/cuda_emulator/products.h"
 
@@ -27,6 +28,8 @@ cudaError_t LaunchWarpgroups(void (*kernel)(Parameters...), dim3 grid,
   if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
     return cudaErrorIllegalAddress;
   }
+  // What is compiled for others is empty.
+  if (cuda_emulator::ComputeCapability() != 90) return cudaGetLastError();
   cuda_emulator::StreamOf(stream).Add([=] {
     cuda_emulator::RunGridOfWarpgroups(grid, block, shared_bytes,
                                        [&] { kernel(arguments...); });

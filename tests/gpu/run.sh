@@ -9,10 +9,11 @@
 #   tests/gpu/run.sh tests [FILTER]       the tests alone
 #   tests/gpu/run.sh memcheck [FILTER]    under a tool of compute-sanitizer
 #   tests/gpu/run.sh racecheck [FILTER]
+#   tests/gpu/run.sh synccheck [FILTER]
 #
 # FILTER is GoogleTest's. What a run prints goes to $LOGS (tests/gpu/logs), and
-# here its end, if it fails. GRADWIRE_GPU_SECONDS: no run begins after so many
-# seconds, and what was left out is named.
+# here its end, if it fails. GRADWIRE_GPU_SECONDS: all ends after so many seconds,
+# and what was cut or left out is named.
 #
 # The last line is "N passed, N failed"; without a GPU it is "0 passed, 0 failed".
 set -uo pipefail
@@ -20,16 +21,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 readonly bin=tests/gpu/bin what=${1:-all} filter=${2:-*}
 readonly logs=${LOGS:-tests/gpu/logs} seconds=${GRADWIRE_GPU_SECONDS:-100000}
+readonly tools=(memcheck racecheck synccheck)
 passed=0
 failed=0
 
-case "$what" in
-  all | tests | memcheck | racecheck) ;;
-  *)
-    echo "run.sh: unknown argument '$what'; use tests, memcheck or racecheck" >&2
-    exit 2
-    ;;
-esac
+if [[ " all tests ${tools[*]} " != *" $what "* ]]; then
+  echo "run.sh: unknown argument '$what'; use tests, ${tools[*]} or nothing" >&2
+  exit 2
+fi
 
 finish() {
   echo "$passed passed, $failed failed"
@@ -37,7 +36,7 @@ finish() {
   exit
 }
 
-if ! nvidia-smi -L 2>/dev/null | grep -q .; then
+if [[ ! $(nvidia-smi -L 2>/dev/null) ]]; then
   echo "run.sh: this machine has no GPU (nvidia-smi -L lists none)"
   finish
 fi
@@ -54,12 +53,13 @@ export GRADWIRE_NEEDS_GPU=1
 
 run() { # run NAME COMMAND...
   local name=$1 log=$logs/${1// /_}.txt start=$SECONDS status
+  local left=$((seconds - SECONDS)) limit=${GRADWIRE_GPU_TIMEOUT:-300}
   shift
-  if [[ $SECONDS -ge $seconds ]]; then
+  if [[ $left -le 0 ]]; then
     echo "left out: $name"
     return
   fi
-  timeout "${GRADWIRE_GPU_TIMEOUT:-300}" \
+  timeout -k 10 "$((left < limit ? left : limit))" \
     env LD_LIBRARY_PATH="$gpu_libraries" "$@" >"$log" 2>&1
   status=$?
   if [[ $status -eq 0 ]]; then
@@ -67,6 +67,8 @@ run() { # run NAME COMMAND...
     echo "ok $name ($((SECONDS - start)) s): $(tail -1 "$log")"
   elif grep -q 'Device not supported' "$log"; then
     echo "left out: $name: compute-sanitizer does not support this device"
+  elif [[ ($status -eq 124 || $status -eq 137) && $left -lt $limit ]]; then
+    echo "cut off: $name ($((SECONDS - start)) s)"
   else
     failed=$((failed + 1))
     echo "FAILED: $name (status $status, $((SECONDS - start)) s)"
@@ -75,44 +77,61 @@ run() { # run NAME COMMAND...
   fi
 }
 
+# The programs that have a test of the filter; a tool takes one that uses no GPU
+# for broken.
+programs() {
+  local test names
+  for test in "$bin"/*_test; do
+    names=$(LD_LIBRARY_PATH=$gpu_libraries "$test" --gtest_list_tests \
+      --gtest_filter="$filter")
+    if [[ $names == *.* ]]; then
+      echo "$test"
+    else
+      echo "run.sh: nothing of '$filter' in ${test##*/}" >&2
+    fi
+  done
+}
+
 # Our own kernels: cuBLAS's would take most of the time. The option has had
 # other names.
 only_ours() {
-  local option
+  local option help
+  help=$("$sanitizer" --help 2>&1)
   for option in --kernel-name --kernel-regex --filter; do
-    if compute-sanitizer --help 2>&1 | grep -q -e "$option"; then
+    if [[ $help == *"$option"* ]]; then
       echo "$option=kns=gradwire"
       return
     fi
   done
 }
 
-under() { # under TOOL OPTIONS...
-  local tool=$1 test name
-  shift
-  for test in "$bin"/*_test; do
-    name=$(basename "$test")
-    # Thousands of launches that say no more than the others.
-    run "$name under $tool" compute-sanitizer --tool="$tool" \
-      --error-exitcode=1 --print-limit=20 "$@" "$test" --gtest_brief=1 \
-      --gtest_filter="$filter:-*EveryBitAndEveryPlace*"
+under() { # under TOOL
+  local tool=$1 test
+  local options=(--tool="$tool" --error-exitcode=1 --print-limit=20)
+  mapfile -O "${#options[@]}" -t options < <(only_ours)
+  # Tests ask for more memory than there is, NCCL for what a driver may not have:
+  # neither is an error of ours.
+  if [[ $tool == memcheck ]]; then options+=(--report-api-errors=no); fi
+  for test in $tests; do
+    # Without thousands of launches that say no more than the others.
+    run "${test##*/} under $tool" "$sanitizer" "${options[@]}" "$test" \
+      --gtest_brief=1 --gtest_filter="$filter:-*EveryBitAndEveryPlace*"
   done
 }
 
+tests=$(programs)
 if [[ $what == all || $what == tests ]]; then
-  for test in "$bin"/*_test; do
-    run "$(basename "$test")" "$test" --gtest_brief=1 --gtest_filter="$filter"
+  for test in $tests; do
+    run "${test##*/}" "$test" --gtest_brief=1 --gtest_filter="$filter"
   done
 fi
 if [[ $what != tests ]]; then
-  if command -v compute-sanitizer >/dev/null; then
-    mapfile -t ours < <(only_ours)
-    # Tests ask for more memory than there is, NCCL for what a driver may not
-    # have: neither is an error of ours.
-    if [[ $what != racecheck ]]; then
-      under memcheck --report-api-errors=no "${ours[@]}"
-    fi
-    if [[ $what != memcheck ]]; then under racecheck "${ours[@]}"; fi
+  sanitizer=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin \
+    type -P compute-sanitizer)
+  if [[ $sanitizer ]]; then
+    for tool in "${tools[@]}"; do
+      if [[ $what == all || $what == "$tool" ]]; then under "$tool"; fi
+    done
   else
     echo "run.sh: compute-sanitizer was not found; its runs are left out"
   fi

@@ -12,12 +12,25 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 
 SMI = 'if [[ $1 == -L ]]; then echo "GPU 0: none"; else echo none, 1, 9.0; fi'
-# A tool that has an old name for its filter, and runs what it is given.
+# A tool that has an old name for its filter, says more than a pipe holds, and
+# runs what it is given.
 SANITIZER = """
-if [[ $1 == --help ]]; then echo '  --kernel-regex arg'; exit; fi
+if [[ $1 == --help ]]; then
+  echo '  --kernel-regex arg'
+  seq 30000
+  exit
+fi
 echo "sanitizer: $*"
 while [[ $1 == -* ]]; do shift; done
 exec "$@"
+"""
+
+TEST = """
+if [[ $* == *--gtest_list_tests* ]]; then
+  if [[ $* != *=None* ]]; then printf 'A.\\n  Test\\n'; fi
+  exit
+fi
+echo "said $*"
 """
 
 
@@ -34,8 +47,9 @@ def machine(tmp_path):
     folder.mkdir(parents=True)
     for name in ("run.sh", "programs.sh", "libraries.sh"):
         shutil.copy(HERE / name, folder / name)
-    script(folder / "bin/good_test", 'echo "good $*"')
-    script(folder / "bin/other_test", 'echo "other $*"')
+    script(folder / "bin/good_test", TEST)
+    script(folder / "bin/other_test", TEST)
+    (folder / "bin/commit").touch()
     script(tmp_path / "bin/nvidia-smi", SMI)
     return tmp_path
 
@@ -67,7 +81,7 @@ def test_every_test_runs_and_counts(machine):
 def test_a_failure_is_shown_at_its_end(machine):
     script(
         machine / "checkout/tests/gpu/bin/bad_test",
-        "seq 1000; echo '[  FAILED  ] Some.Test'; exit 1",
+        TEST + "seq 1000; echo '[  FAILED  ] Some.Test'; exit 1",
     )
     status, lines = run(machine, "tests")
     assert (status, lines[-1]) == (1, "2 passed, 1 failed")
@@ -81,7 +95,7 @@ def test_a_failure_is_shown_at_its_end(machine):
 def test_tools_look_at_our_kernels_and_at_no_refused_calls(machine):
     script(machine / "bin/compute-sanitizer", SANITIZER)
     status, lines = run(machine)
-    assert (status, lines[-1]) == (0, "6 passed, 0 failed")
+    assert (status, lines[-1]) == (0, "8 passed, 0 failed")
     memcheck = log(machine, "good_test_under_memcheck.txt")
     assert "--kernel-regex=kns=gradwire" in memcheck
     assert "--report-api-errors=no" in memcheck
@@ -101,14 +115,30 @@ def test_a_device_that_tools_do_not_support_is_no_failure(machine):
     assert sum("left out" in line for line in lines) == 2
 
 
+def test_programs_that_have_none_of_the_tests_are_left_out(machine):
+    script(machine / "bin/compute-sanitizer", SANITIZER)
+    status, lines = run(machine, "memcheck", "None.*")
+    assert (status, lines[-1]) == (0, "0 passed, 0 failed")
+
+
 def test_what_there_is_no_time_for_is_named(machine):
     status, lines = run(machine, "tests", GRADWIRE_GPU_SECONDS="0")
     assert (status, lines[-1]) == (0, "0 passed, 0 failed")
     assert "left out: good_test" in lines
 
 
+def test_what_the_time_ends_is_no_failure(machine):
+    script(machine / "checkout/tests/gpu/bin/bad_test", TEST + "sleep 60")
+    status, lines = run(
+        machine, "tests", GRADWIRE_GPU_SECONDS="8", PYTHON="false"
+    )
+    assert status == 0
+    assert any(line.startswith("cut off: bad_test") for line in lines)
+    assert "left out: good_test" in lines
+
+
 def test_a_test_that_hangs_fails(machine):
-    script(machine / "checkout/tests/gpu/bin/bad_test", "sleep 60")
+    script(machine / "checkout/tests/gpu/bin/bad_test", TEST + "sleep 60")
     status, lines = run(machine, "tests", GRADWIRE_GPU_TIMEOUT="1")
     assert (status, lines[-1]) == (1, "2 passed, 1 failed")
     assert any("status 124" in line for line in lines)
@@ -119,11 +149,17 @@ def test_the_archive_is_unpacked(machine, xz):
     folder = machine / "checkout/tests/gpu"
     with tarfile.open(folder / "bin.tar.xz", "w:xz") as archive:
         archive.add(folder / "bin", arcname="bin")
-    shutil.rmtree(folder / "bin")
+    # What was unpacked before is older, and one of another name is not left.
+    (folder / "bin/good_test").rename(folder / "bin/stale_test")
+    os.utime(folder / "bin/commit", (0, 0))
     if not xz:
         script(machine / "bin/tar", "exit 1")
     status, lines = run(machine, "tests")
     assert (status, lines[-1]) == (0, "2 passed, 0 failed")
+    assert (folder / "bin/good_test").exists()
+    # And again, with what is there.
+    (folder / "bin/good_test").unlink()
+    assert run(machine, "tests")[1][-1] == "1 passed, 0 failed"
 
 
 def test_an_argument_that_is_none_is_refused(machine):
