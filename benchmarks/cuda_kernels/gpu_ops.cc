@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "base/check.h"
@@ -39,11 +40,14 @@ GpuOps::GpuOps(CudaDevice& device, Kernels& kernels, Stream& stream,
 
 GpuOps::Copies GpuOps::New(DType dtype, int64_t rows, int64_t columns,
                            int copies, float deviation) {
+  // A GPU's time is dear: large operands repeat what the host makes once.
+  constexpr int64_t kHostElements = int64_t{1} << 22;
   Copies tensors;
-  const int64_t bytes = rows * columns * DTypeBytes(dtype);
-  std::vector<char> host(static_cast<size_t>(bytes));
+  const int64_t n = rows * columns, bytes = n * DTypeBytes(dtype);
+  const int64_t part = std::min(n, kHostElements);
+  std::vector<char> host(static_cast<size_t>(part * DTypeBytes(dtype)));
   if (dtype == DType::kF32 || dtype == DType::kBF16) {
-    FillNormal(Tensor(host.data(), dtype, {rows, columns}), deviation);
+    FillNormal(Tensor(host.data(), dtype, {part}), deviation);
   }
   for (int i = 0; i < copies; ++i) {
     auto buffer = device_.Allocate(bytes);
@@ -54,7 +58,11 @@ GpuOps::Copies GpuOps::New(DType dtype, int64_t rows, int64_t columns,
     buffers_.push_back(*std::move(buffer));
     tensors.emplace_back(buffers_.back()->data(), dtype,
                          std::initializer_list<int64_t>{rows, columns});
-    device_.CopyFromHost(stream_, host.data(), tensors.back());
+    const Tensor flat = tensors.back().Reshape({n});
+    for (int64_t at = 0; at < n; at += part) {
+      device_.CopyFromHost(stream_, host.data(),
+                           flat.Rows(at, std::min(n, at + part)));
+    }
   }
   // `host` ends here.
   static_cast<CudaStream&>(stream_).Check(
