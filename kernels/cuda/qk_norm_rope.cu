@@ -21,10 +21,11 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-// As many as a GPU holds at a time, and of the backward, whose threads take
-// more registers.
-constexpr int64_t kMaxBlocks = int64_t{132} * 8;
-constexpr int64_t kMaxBackwardBlocks = int64_t{132} * 4;
+// As many as a GPU holds at a time: six a multiprocessor, and of the backward,
+// whose threads take more registers, four.
+constexpr int kBlocks = 6, kBackwardBlocks = 4;
+constexpr int64_t kMaxBlocks = int64_t{132} * kBlocks;
+constexpr int64_t kMaxBackwardBlocks = int64_t{132} * kBackwardBlocks;
 // Elements that are moved at once. More would leave registers for few blocks.
 constexpr int kPack = 4;
 // Packs of half a head that a lane holds where one is not enough, and what
@@ -75,7 +76,8 @@ __device__ inline void ForHeads(int heads, int lanes, const Visit& visit) {
 }
 
 template <typename T, int kN, int kHeld>
-__global__ void __launch_bounds__(kThreads) ForwardKernel(Rotation<T> args) {
+__global__ void __launch_bounds__(kThreads, kHeld == 1 ? kBlocks : 1)
+    ForwardKernel(Rotation<T> args) {
   using Pair = HeldPair<kN, kHeld>;
   const int dim = args.head_dim;
   const int64_t width = (args.heads + int64_t{2} * args.kv_heads) * dim;
@@ -104,7 +106,8 @@ __global__ void __launch_bounds__(kThreads) ForwardKernel(Rotation<T> args) {
 }
 
 template <typename T, int kN, int kHeld>
-__global__ void __launch_bounds__(kThreads) BackwardKernel(Rotation<T> args) {
+__global__ void __launch_bounds__(kThreads, kHeld == 1 ? kBackwardBlocks : 1)
+    BackwardKernel(Rotation<T> args) {
   using Pair = HeldPair<kN, kHeld>;
   const int dim = args.head_dim;
   const int64_t width = (args.heads + int64_t{2} * args.kv_heads) * dim;
