@@ -1,26 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What attention's kernels are called with, and how its work is cut: a block
-// owns a tile, some rows of one sequence, for one head. The host lists the
-// tiles, those with most work first, so that the short ones fill the gaps at
-// the end.
+// What attention's kernels are called with.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <vector>
 
 #include "base/check.h"
 #include "device/cuda/kernel.h"
+#include "kernels/cuda/attention_tile_cache.h"
 #include "kernels/kernels.h"
 
 namespace gradwire {
-
-struct AttentionTile {
-  int32_t first;   // token that the sequence begins with
-  int32_t length;  // of the sequence
-  int32_t begin;   // first row of the tile, counted from `first`
-};
 
 // Of a query in the backward: p = 2^(scale log2(e) q.k - lse2), and
 // delta = d_out . out.
@@ -94,31 +85,6 @@ struct AttentionGradArgs : AttentionArgs<T> {
   }
 };
 
-// What a tile's block goes through.
-enum class AttentionWork { kKeysBefore, kQueriesAfter };
-
-inline std::vector<AttentionTile> AttentionTiles(const SequenceLayout& layout,
-                                                 int rows, AttentionWork work) {
-  std::vector<AttentionTile> tiles;
-  for (int64_t s = 0; s < layout.num_sequences; ++s) {
-    const int32_t first = layout.cu_seqlens[s];
-    const int32_t length = layout.cu_seqlens[s + 1] - first;
-    for (int32_t begin = 0; begin < length; begin += rows) {
-      tiles.push_back({first, length, begin});
-    }
-  }
-  const auto cost = [&](const AttentionTile& tile) {
-    return work == AttentionWork::kKeysBefore
-               ? std::min(tile.begin + rows, tile.length)
-               : tile.length - tile.begin;
-  };
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [&](const AttentionTile& a, const AttentionTile& b) {
-                     return cost(a) > cost(b);
-                   });
-  return tiles;
-}
-
 // The workspace: what both passes of the backward need, and the forward's tiles
 // in the place of theirs. However tokens are cut into sequences, a tile has one
 // at least.
@@ -146,12 +112,20 @@ struct AttentionWorkspace {
   AttentionTile* key_tiles;
 };
 
-// CUDA has taken the tiles, which are pageable memory, when this returns.
-inline cudaError_t SendTiles(const std::vector<AttentionTile>& tiles,
-                             AttentionTile* to, cudaStream_t stream) {
-  return cudaMemcpyAsync(to, tiles.data(), tiles.size() * sizeof(AttentionTile),
-                         cudaMemcpyHostToDevice, stream);
-}
+// What a call of attention is made with, beside its tensors.
+struct AttentionCall {
+  const SequenceLayout& layout;
+  const AttentionWorkspace& workspace;
+  AttentionTileCache& cache;
+  cudaStream_t stream;
+
+  cudaError_t Tiles(int rows, AttentionWork work, TilesOnDevice& out) const {
+    return cache.Get(layout, rows, work,
+                     work == AttentionWork::kKeysBefore ? workspace.query_tiles
+                                                        : workspace.key_tiles,
+                     stream, out);
+  }
+};
 
 // Of rows of a head, by 16 bytes: what the tensor cores' kernels ask for.
 inline bool AttentionOnTensorCores(const AttentionShape& shape,
@@ -163,16 +137,14 @@ inline bool AttentionOnTensorCores(const AttentionShape& shape,
 }
 
 // A block for each tile and head; blocks of one tile are neighbours.
-inline dim3 GridOf(const std::vector<AttentionTile>& tiles, int64_t heads) {
-  return dim3(
-      static_cast<unsigned>(static_cast<int64_t>(tiles.size()) * heads));
+inline dim3 GridOf(int64_t tiles, int64_t heads) {
+  return dim3(static_cast<unsigned>(tiles * heads));
 }
 
 template <typename T>
-AttentionArgs<T> ArgsOf(const Kernels::Attention& args,
-                        const AttentionTile* tiles) {
+AttentionArgs<T> ArgsOf(const Kernels::Attention& args) {
   return {args.qkv.data<T>(),
-          tiles,
+          nullptr,
           args.qkv.dim(0),
           static_cast<int>(args.shape.heads),
           static_cast<int>(args.shape.kv_heads),

@@ -5,7 +5,6 @@
 // writes: no atomics, one order of sums.
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_gradient.h"
@@ -73,11 +72,13 @@ cudaError_t MakeStats(const AttentionGradArgs<T>& args,
 template <typename T>
 cudaError_t Backward(const Kernels::Attention& args,
                      const Kernels::AttentionGrad& grad, const Tensor& d_qkv,
-                     bool warpgroups, cudaStream_t stream) {
+                     bool warpgroups, AttentionTileCache& cache,
+                     cudaStream_t stream) {
   const AttentionWorkspace workspace(args.workspace, args.shape.heads,
                                      args.qkv.dim(0));
+  const AttentionCall call = {args.layout, workspace, cache, stream};
   AttentionGradArgs<T> on_device;
-  static_cast<AttentionArgs<T>&>(on_device) = ArgsOf<T>(args, nullptr);
+  static_cast<AttentionArgs<T>&>(on_device) = ArgsOf<T>(args);
   on_device.d_out = grad.d_out.data<T>();
   on_device.stats = workspace.stats;
   on_device.d_qkv = d_qkv.data<T>();
@@ -88,14 +89,14 @@ cudaError_t Backward(const Kernels::Attention& args,
             args.shape, {args.qkv.raw(), grad.d_out.raw(), d_qkv.raw()})) {
       const bool wide = warpgroups && AttentionOnWarpgroups(args.shape);
       const cudaError_t failed =
-          (wide ? AttentionQueryGradientOnWarpgroups : AttentionQueryGradient)(
-              args.layout, on_device, workspace, stream);
+          wide ? AttentionQueryGradientOnWarpgroups(call, on_device)
+               : AttentionQueryGradient(call, on_device);
       if (failed != cudaSuccess) return failed;
-      return (wide ? AttentionKeyGradientOnWarpgroups : AttentionKeyGradient)(
-          args.layout, on_device, workspace, stream);
+      return wide ? AttentionKeyGradientOnWarpgroups(call, on_device)
+                  : AttentionKeyGradient(call, on_device);
     }
   }
-  return PlainAttentionBackward(args.layout, on_device, workspace, stream);
+  return PlainAttentionBackward(call, on_device);
 }
 
 }  // namespace
@@ -108,11 +109,12 @@ void CudaKernels::AttentionBackward(Stream& stream, const Attention& args,
   GW_CHECK(grad.d_out.dim(0) == args.qkv.dim(0) &&
            d_qkv.dim(1) == args.qkv.dim(1));
   CudaStream& cuda = Cuda(stream);
-  cuda.Check(
-      args.qkv.dtype() == DType::kBF16
-          ? Backward<BFloat16>(args, grad, d_qkv, warpgroups_, cuda.get())
-          : Backward<float>(args, grad, d_qkv, false, cuda.get()),
-      "attention's gradient");
+  cuda.Check(args.qkv.dtype() == DType::kBF16
+                 ? Backward<BFloat16>(args, grad, d_qkv, warpgroups_,
+                                      *attention_tiles_, cuda.get())
+                 : Backward<float>(args, grad, d_qkv, false, *attention_tiles_,
+                                   cuda.get()),
+             "attention's gradient");
 }
 
 }  // namespace gradwire

@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_args.h"
@@ -101,43 +100,41 @@ __global__ void __launch_bounds__(kAttentionThreads)
   StoreRows<kDim>(out, q, row, tile.begin, args.InOut(args.out, tile, head));
 }
 
-cudaError_t ForwardOnTensorCores(const SequenceLayout& layout,
-                                 const AttentionForwardArgs<BFloat16>& args,
-                                 AttentionTile* tiles_on_device,
-                                 cudaStream_t stream) {
+cudaError_t ForwardOnTensorCores(const AttentionCall& call,
+                                 AttentionForwardArgs<BFloat16> args) {
   return WithPaddedHeadDim(args.head_dim, [&]<int kDim>() {
     using Tile = ForwardTile<kDim>;
     static_assert(Tile::kSharedBytes <= std::size_t{99} << 10);
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, Tile::kRows, AttentionWork::kKeysBefore);
-    const cudaError_t error = SendTiles(tiles, tiles_on_device, stream);
+    TilesOnDevice tiles;
+    const cudaError_t error =
+        call.Tiles(Tile::kRows, AttentionWork::kKeysBefore, tiles);
     if (error != cudaSuccess) return error;
-    return Launch(ForwardKernel<Tile>, GridOf(tiles, args.heads),
-                  dim3(kAttentionThreads), Tile::kSharedBytes, stream, args);
+    args.tiles = tiles.data;
+    return Launch(ForwardKernel<Tile>, GridOf(tiles.count, args.heads),
+                  dim3(kAttentionThreads), Tile::kSharedBytes, call.stream,
+                  args);
   });
 }
 
 template <typename T>
 cudaError_t Forward(const Kernels::Attention& args, const Tensor& out,
-                    const Tensor& lse, bool warpgroups, cudaStream_t stream) {
+                    const Tensor& lse, bool warpgroups,
+                    AttentionTileCache& cache, cudaStream_t stream) {
   const AttentionWorkspace workspace(args.workspace, args.shape.heads,
                                      args.qkv.dim(0));
+  const AttentionCall call = {args.layout, workspace, cache, stream};
   AttentionForwardArgs<T> on_device;
-  static_cast<AttentionArgs<T>&>(on_device) =
-      ArgsOf<T>(args, workspace.query_tiles);
+  static_cast<AttentionArgs<T>&>(on_device) = ArgsOf<T>(args);
   on_device.out = out.data<T>();
   on_device.lse = lse.data<float>();
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (AttentionOnTensorCores(args.shape, {args.qkv.raw(), out.raw()})) {
-      if (warpgroups && AttentionOnWarpgroups(args.shape)) {
-        return AttentionForwardOnWarpgroups(args.layout, on_device,
-                                            workspace.query_tiles, stream);
-      }
-      return ForwardOnTensorCores(args.layout, on_device, workspace.query_tiles,
-                                  stream);
+      return warpgroups && AttentionOnWarpgroups(args.shape)
+                 ? AttentionForwardOnWarpgroups(call, on_device)
+                 : ForwardOnTensorCores(call, on_device);
     }
   }
-  return PlainAttentionForward(args.layout, on_device, workspace, stream);
+  return PlainAttentionForward(call, on_device);
 }
 
 }  // namespace
@@ -154,8 +151,10 @@ void CudaKernels::AttentionForward(Stream& stream, const Attention& args,
   GW_CHECK(out.dim(0) == args.qkv.dim(0) && lse.dim(0) == args.qkv.dim(0));
   CudaStream& cuda = Cuda(stream);
   cuda.Check(args.qkv.dtype() == DType::kBF16
-                 ? Forward<BFloat16>(args, out, lse, warpgroups_, cuda.get())
-                 : Forward<float>(args, out, lse, false, cuda.get()),
+                 ? Forward<BFloat16>(args, out, lse, warpgroups_,
+                                     *attention_tiles_, cuda.get())
+                 : Forward<float>(args, out, lse, false, *attention_tiles_,
+                                  cuda.get()),
              "attention");
 }
 

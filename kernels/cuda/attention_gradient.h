@@ -14,15 +14,11 @@
 
 namespace gradwire {
 
-// args.stats are there; tiles are sent to the workspace.
-cudaError_t AttentionQueryGradient(const SequenceLayout& layout,
-                                   const AttentionGradArgs<BFloat16>& args,
-                                   const AttentionWorkspace& workspace,
-                                   cudaStream_t stream);
-cudaError_t AttentionKeyGradient(const SequenceLayout& layout,
-                                 const AttentionGradArgs<BFloat16>& args,
-                                 const AttentionWorkspace& workspace,
-                                 cudaStream_t stream);
+// args.stats are there.
+cudaError_t AttentionQueryGradient(const AttentionCall& call,
+                                   AttentionGradArgs<BFloat16> args);
+cudaError_t AttentionKeyGradient(const AttentionCall& call,
+                                 AttentionGradArgs<BFloat16> args);
 
 template <int kDim_, int kRowTiles_, int kStreamed_>
 struct GradientTile {

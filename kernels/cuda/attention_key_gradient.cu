@@ -10,7 +10,6 @@
 // room for both sums: one kernel for d_v, one for d_k, five products in all.
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_gradient.h"
@@ -119,22 +118,19 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 }  // namespace
 
-cudaError_t AttentionKeyGradient(const SequenceLayout& layout,
-                                 const AttentionGradArgs<BFloat16>& args,
-                                 const AttentionWorkspace& workspace,
-                                 cudaStream_t stream) {
+cudaError_t AttentionKeyGradient(const AttentionCall& call,
+                                 AttentionGradArgs<BFloat16> args) {
   return WithPaddedHeadDim(args.head_dim, [&]<int kDim>() {
     using Tile = KeyTile<kDim>;
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, Tile::kRows, AttentionWork::kQueriesAfter);
-    cudaError_t error = SendTiles(tiles, workspace.key_tiles, stream);
+    TilesOnDevice tiles;
+    cudaError_t error =
+        call.Tiles(Tile::kRows, AttentionWork::kQueriesAfter, tiles);
     if (error != cudaSuccess) return error;
-    AttentionGradArgs<BFloat16> of_pass = args;
-    of_pass.tiles = workspace.key_tiles;
+    args.tiles = tiles.data;
     const auto launch = [&](auto kernel) {
-      return Launch(kernel, GridOf(tiles, args.kv_heads),
-                    dim3(kAttentionThreads), Tile::kSharedBytes, stream,
-                    of_pass);
+      return Launch(kernel, GridOf(tiles.count, args.kv_heads),
+                    dim3(kAttentionThreads), Tile::kSharedBytes, call.stream,
+                    args);
     };
     if constexpr (kDim <= 128) {
       return launch(&KeyGradientKernel<Tile, Sums::kBoth>);

@@ -32,16 +32,12 @@ static_assert(kPlainTile == 2 * kPlainSide && kPlainColumns == kPlainRows);
 
 // T is float or BFloat16. Tiles are sent to the workspace.
 template <typename T>
-cudaError_t PlainAttentionForward(const SequenceLayout& layout,
-                                  const AttentionForwardArgs<T>& args,
-                                  const AttentionWorkspace& workspace,
-                                  cudaStream_t stream);
+cudaError_t PlainAttentionForward(const AttentionCall& call,
+                                  AttentionForwardArgs<T> args);
 // args.stats are there.
 template <typename T>
-cudaError_t PlainAttentionBackward(const SequenceLayout& layout,
-                                   const AttentionGradArgs<T>& args,
-                                   const AttentionWorkspace& workspace,
-                                   cudaStream_t stream);
+cudaError_t PlainAttentionBackward(const AttentionCall& call,
+                                   const AttentionGradArgs<T>& args);
 
 // Which columns of the head are the block's; blocks of a tile and head are
 // neighbours.

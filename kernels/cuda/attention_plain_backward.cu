@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_plain.h"
@@ -137,35 +136,29 @@ __global__ void __launch_bounds__(kPlainThreads)
 }  // namespace
 
 template <typename T>
-cudaError_t PlainAttentionBackward(const SequenceLayout& layout,
-                                   const AttentionGradArgs<T>& args,
-                                   const AttentionWorkspace& workspace,
-                                   cudaStream_t stream) {
+cudaError_t PlainAttentionBackward(const AttentionCall& call,
+                                   const AttentionGradArgs<T>& args) {
   const int blocks_per_head = PlainBlocksPerHead(args.head_dim);
-  const auto pass = [&](AttentionWork work, AttentionTile* on_device,
-                        int64_t heads, std::size_t shared_bytes, auto kernel) {
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, kPlainRows, work);
-    const cudaError_t error = SendTiles(tiles, on_device, stream);
+  const auto pass = [&](AttentionWork work, int64_t heads,
+                        std::size_t shared_bytes, auto kernel) {
+    TilesOnDevice tiles;
+    const cudaError_t error = call.Tiles(kPlainRows, work, tiles);
     if (error != cudaSuccess) return error;
     AttentionGradArgs<T> of_pass = args;
-    of_pass.tiles = on_device;
-    return Launch(kernel, GridOf(tiles, heads * blocks_per_head),
-                  dim3(kPlainThreads), shared_bytes, stream, of_pass,
+    of_pass.tiles = tiles.data;
+    return Launch(kernel, GridOf(tiles.count, heads * blocks_per_head),
+                  dim3(kPlainThreads), shared_bytes, call.stream, of_pass,
                   blocks_per_head);
   };
-  const cudaError_t error =
-      pass(AttentionWork::kKeysBefore, workspace.query_tiles, args.heads,
-           kQuerySharedBytes, &QueryKernel<T>);
+  const cudaError_t error = pass(AttentionWork::kKeysBefore, args.heads,
+                                 kQuerySharedBytes, &QueryKernel<T>);
   if (error != cudaSuccess) return error;
-  return pass(AttentionWork::kQueriesAfter, workspace.key_tiles, args.kv_heads,
-              kKeySharedBytes, &KeyKernel<T>);
+  return pass(AttentionWork::kQueriesAfter, args.kv_heads, kKeySharedBytes,
+              &KeyKernel<T>);
 }
 template cudaError_t PlainAttentionBackward<float>(
-    const SequenceLayout&, const AttentionGradArgs<float>&,
-    const AttentionWorkspace&, cudaStream_t);
+    const AttentionCall&, const AttentionGradArgs<float>&);
 template cudaError_t PlainAttentionBackward<BFloat16>(
-    const SequenceLayout&, const AttentionGradArgs<BFloat16>&,
-    const AttentionWorkspace&, cudaStream_t);
+    const AttentionCall&, const AttentionGradArgs<BFloat16>&);
 
 }  // namespace gradwire

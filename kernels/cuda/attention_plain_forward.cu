@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_plain.h"
@@ -116,24 +115,22 @@ __global__ void __launch_bounds__(kPlainThreads)
 }  // namespace
 
 template <typename T>
-cudaError_t PlainAttentionForward(const SequenceLayout& layout,
-                                  const AttentionForwardArgs<T>& args,
-                                  const AttentionWorkspace& workspace,
-                                  cudaStream_t stream) {
-  const std::vector<AttentionTile> tiles =
-      AttentionTiles(layout, kPlainRows, AttentionWork::kKeysBefore);
-  const cudaError_t error = SendTiles(tiles, workspace.query_tiles, stream);
+cudaError_t PlainAttentionForward(const AttentionCall& call,
+                                  AttentionForwardArgs<T> args) {
+  TilesOnDevice tiles;
+  const cudaError_t error =
+      call.Tiles(kPlainRows, AttentionWork::kKeysBefore, tiles);
   if (error != cudaSuccess) return error;
+  args.tiles = tiles.data;
   const int blocks_per_head = PlainBlocksPerHead(args.head_dim);
-  return Launch(
-      ForwardKernel<T>, GridOf(tiles, int64_t{args.heads} * blocks_per_head),
-      dim3(kPlainThreads), kSharedBytes, stream, args, blocks_per_head);
+  return Launch(ForwardKernel<T>,
+                GridOf(tiles.count, int64_t{args.heads} * blocks_per_head),
+                dim3(kPlainThreads), kSharedBytes, call.stream, args,
+                blocks_per_head);
 }
-template cudaError_t PlainAttentionForward<float>(
-    const SequenceLayout&, const AttentionForwardArgs<float>&,
-    const AttentionWorkspace&, cudaStream_t);
+template cudaError_t PlainAttentionForward<float>(const AttentionCall&,
+                                                  AttentionForwardArgs<float>);
 template cudaError_t PlainAttentionForward<BFloat16>(
-    const SequenceLayout&, const AttentionForwardArgs<BFloat16>&,
-    const AttentionWorkspace&, cudaStream_t);
+    const AttentionCall&, AttentionForwardArgs<BFloat16>);
 
 }  // namespace gradwire

@@ -5,7 +5,6 @@
 // of up to 96.
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "kernels/cuda/attention_gradient.h"
@@ -82,20 +81,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 }  // namespace
 
-cudaError_t AttentionQueryGradient(const SequenceLayout& layout,
-                                   const AttentionGradArgs<BFloat16>& args,
-                                   const AttentionWorkspace& workspace,
-                                   cudaStream_t stream) {
+cudaError_t AttentionQueryGradient(const AttentionCall& call,
+                                   AttentionGradArgs<BFloat16> args) {
   return WithPaddedHeadDim(args.head_dim, [&]<int kDim>() {
     using Tile = QueryTile<kDim>;
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, Tile::kRows, AttentionWork::kKeysBefore);
-    const cudaError_t error = SendTiles(tiles, workspace.query_tiles, stream);
+    TilesOnDevice tiles;
+    const cudaError_t error =
+        call.Tiles(Tile::kRows, AttentionWork::kKeysBefore, tiles);
     if (error != cudaSuccess) return error;
-    AttentionGradArgs<BFloat16> of_pass = args;
-    of_pass.tiles = workspace.query_tiles;
-    return Launch(QueryGradientKernel<Tile>, GridOf(tiles, args.heads),
-                  dim3(kAttentionThreads), Tile::kSharedBytes, stream, of_pass);
+    args.tiles = tiles.data;
+    return Launch(QueryGradientKernel<Tile>, GridOf(tiles.count, args.heads),
+                  dim3(kAttentionThreads), Tile::kSharedBytes, call.stream,
+                  args);
   });
 }
 

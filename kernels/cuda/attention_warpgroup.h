@@ -24,15 +24,12 @@ inline bool AttentionOnWarpgroups(const AttentionShape& shape) {
 }
 
 // As the functions for warps; REQUIRES AttentionOnWarpgroups.
-cudaError_t AttentionForwardOnWarpgroups(
-    const SequenceLayout& layout, const AttentionForwardArgs<BFloat16>& args,
-    AttentionTile* tiles_on_device, cudaStream_t stream);
+cudaError_t AttentionForwardOnWarpgroups(const AttentionCall& call,
+                                         AttentionForwardArgs<BFloat16> args);
 cudaError_t AttentionQueryGradientOnWarpgroups(
-    const SequenceLayout& layout, const AttentionGradArgs<BFloat16>& args,
-    const AttentionWorkspace& workspace, cudaStream_t stream);
-cudaError_t AttentionKeyGradientOnWarpgroups(
-    const SequenceLayout& layout, const AttentionGradArgs<BFloat16>& args,
-    const AttentionWorkspace& workspace, cudaStream_t stream);
+    const AttentionCall& call, AttentionGradArgs<BFloat16> args);
+cudaError_t AttentionKeyGradientOnWarpgroups(const AttentionCall& call,
+                                             AttentionGradArgs<BFloat16> args);
 
 // A block; one fills an SM.
 inline constexpr int kBlockWarpgroups = 2;

@@ -5,7 +5,6 @@
 // they lie there, so nothing goes through shared memory but what was loaded.
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "device/cuda/warpgroup.h"
@@ -241,37 +240,33 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 }  // namespace
 
 cudaError_t AttentionQueryGradientOnWarpgroups(
-    const SequenceLayout& layout, const AttentionGradArgs<BFloat16>& args,
-    const AttentionWorkspace& workspace, cudaStream_t stream) {
+    const AttentionCall& call, AttentionGradArgs<BFloat16> args) {
   return WithPanels(args.head_dim, [&]<int kDim>() {
     using Shape = WideQueryGradient<kDim>;
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, kWideRows, AttentionWork::kKeysBefore);
-    const cudaError_t error = SendTiles(tiles, workspace.query_tiles, stream);
+    TilesOnDevice tiles;
+    const cudaError_t error =
+        call.Tiles(kWideRows, AttentionWork::kKeysBefore, tiles);
     if (error != cudaSuccess) return error;
-    AttentionGradArgs<BFloat16> of_pass = args;
-    of_pass.tiles = workspace.query_tiles;
+    args.tiles = tiles.data;
     return LaunchWarpgroups(WideQueryGradientKernel<Shape>,
-                            GridOf(tiles, args.heads), dim3(kWideThreads),
-                            Shape::kTileBytes, stream, of_pass);
+                            GridOf(tiles.count, args.heads), dim3(kWideThreads),
+                            Shape::kTileBytes, call.stream, args);
   });
 }
 
-cudaError_t AttentionKeyGradientOnWarpgroups(
-    const SequenceLayout& layout, const AttentionGradArgs<BFloat16>& args,
-    const AttentionWorkspace& workspace, cudaStream_t stream) {
+cudaError_t AttentionKeyGradientOnWarpgroups(const AttentionCall& call,
+                                             AttentionGradArgs<BFloat16> args) {
   return WithPanels(args.head_dim, [&]<int kDim>() {
     using Shape = WideKeyGradient<kDim>;
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, kWideRows, AttentionWork::kQueriesAfter);
-    const cudaError_t error = SendTiles(tiles, workspace.key_tiles, stream);
+    TilesOnDevice tiles;
+    const cudaError_t error =
+        call.Tiles(kWideRows, AttentionWork::kQueriesAfter, tiles);
     if (error != cudaSuccess) return error;
-    AttentionGradArgs<BFloat16> of_pass = args;
-    of_pass.tiles = workspace.key_tiles;
-    return LaunchWarpgroups(WideKeyGradientKernel<Shape>,
-                            GridOf(tiles, args.kv_heads), dim3(kWideThreads),
-                            Shape::kTileBytes + Shape::kStatsBytes, stream,
-                            of_pass);
+    args.tiles = tiles.data;
+    return LaunchWarpgroups(
+        WideKeyGradientKernel<Shape>, GridOf(tiles.count, args.kv_heads),
+        dim3(kWideThreads), Shape::kTileBytes + Shape::kStatsBytes, call.stream,
+        args);
   });
 }
 

@@ -6,7 +6,6 @@
 // warpgroup keeps the tensor cores busy when this one does not.
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "device/cuda/kernel.h"
 #include "device/cuda/warpgroup.h"
@@ -120,18 +119,18 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 }  // namespace
 
-cudaError_t AttentionForwardOnWarpgroups(
-    const SequenceLayout& layout, const AttentionForwardArgs<BFloat16>& args,
-    AttentionTile* tiles_on_device, cudaStream_t stream) {
+cudaError_t AttentionForwardOnWarpgroups(const AttentionCall& call,
+                                         AttentionForwardArgs<BFloat16> args) {
   return WithPanels(args.head_dim, [&]<int kDim>() {
     using Shape = WideForward<kDim>;
-    const std::vector<AttentionTile> tiles =
-        AttentionTiles(layout, kWideRows, AttentionWork::kKeysBefore);
-    const cudaError_t error = SendTiles(tiles, tiles_on_device, stream);
+    TilesOnDevice tiles;
+    const cudaError_t error =
+        call.Tiles(kWideRows, AttentionWork::kKeysBefore, tiles);
     if (error != cudaSuccess) return error;
-    return LaunchWarpgroups(WideForwardKernel<Shape>, GridOf(tiles, args.heads),
-                            dim3(kWideThreads), Shape::kSharedBytes, stream,
-                            args);
+    args.tiles = tiles.data;
+    return LaunchWarpgroups(WideForwardKernel<Shape>,
+                            GridOf(tiles.count, args.heads), dim3(kWideThreads),
+                            Shape::kSharedBytes, call.stream, args);
   });
 }
 

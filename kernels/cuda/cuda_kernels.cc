@@ -11,6 +11,7 @@
 
 #include "base/status.h"
 #include "device/cuda/cuda_status.h"
+#include "kernels/cuda/attention_tile_cache.h"
 #include "kernels/cuda/cuda_kernels_impl.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/warpgroup_check.h"
@@ -19,10 +20,13 @@ namespace gradwire {
 
 CudaKernels::CudaKernels(std::string description, bool warpgroups,
                          std::unique_ptr<DeviceBuffer> scratch,
+                         std::unique_ptr<DeviceBuffer> tiles,
                          std::unique_ptr<CudaGemm> gemm)
     : description_(std::move(description)),
       warpgroups_(warpgroups),
       scratch_(std::move(scratch)),
+      tiles_(std::move(tiles)),
+      attention_tiles_(std::make_unique<AttentionTileCache>(tiles_->data())),
       gemm_(std::move(gemm)) {}
 CudaKernels::~CudaKernels() = default;
 
@@ -94,8 +98,11 @@ absl::StatusOr<std::unique_ptr<Kernels>> NewCudaKernels(CudaDevice& device) {
       std::unique_ptr<CudaGemm> gemm,
       CudaGemm::Create(description, static_cast<char*>(scratch->data()) +
                                         kScratchBytes - kGemmWorkspaceBytes));
+  GW_ASSIGN_OR_RETURN(std::unique_ptr<DeviceBuffer> tiles,
+                      device.Allocate(AttentionTileCache::kBytes));
   return std::make_unique<CudaKernels>(description, warpgroups,
-                                       std::move(scratch), std::move(gemm));
+                                       std::move(scratch), std::move(tiles),
+                                       std::move(gemm));
 }
 
 }  // namespace gradwire

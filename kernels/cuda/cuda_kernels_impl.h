@@ -18,14 +18,17 @@ namespace gradwire {
 // kGemmWorkspaceBytes from the end.
 inline constexpr int64_t kScratchBytes = int64_t{64} << 20;
 
+class AttentionTileCache;
 class CudaGemm;
 
 class CudaKernels : public Kernels {
  public:
   // `scratch` is of at least kScratchBytes, the last of which are gemm's;
-  // `warpgroups`: products of warpgroups are there (device/cuda/warpgroup.h).
+  // `tiles` of AttentionTileCache::kBytes; `warpgroups`: products of warpgroups
+  // are there (device/cuda/warpgroup.h).
   CudaKernels(std::string description, bool warpgroups,
               std::unique_ptr<DeviceBuffer> scratch,
+              std::unique_ptr<DeviceBuffer> tiles,
               std::unique_ptr<CudaGemm> gemm);
   ~CudaKernels() override;
 
@@ -147,6 +150,8 @@ class CudaKernels : public Kernels {
   const std::string description_;
   const bool warpgroups_;
   const std::unique_ptr<DeviceBuffer> scratch_;
+  const std::unique_ptr<DeviceBuffer> tiles_;
+  const std::unique_ptr<AttentionTileCache> attention_tiles_;
   const std::unique_ptr<CudaGemm> gemm_;
 };
 

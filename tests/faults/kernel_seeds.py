@@ -200,4 +200,12 @@ KERNEL_SEEDS = (
         "first_query < first_key",
         _SUITE,
     ),
+    Seed(
+        "gpu_tiles_of_another_batch",
+        "attention takes the tiles of sequences that were there before",
+        "kernels/cuda/attention_tile_cache.h",
+        "list.work == work &&",
+        "list.work == work ||",
+        ("//kernels/cuda:attention_tile_cache_test",),
+    ),
 )
