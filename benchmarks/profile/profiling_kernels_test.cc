@@ -11,15 +11,17 @@
 namespace gradwire {
 namespace {
 
-INSTANTIATE_TEST_SUITE_P(
-    Profiling, KernelsConformanceTest,
-    testing::Values(KernelsBackend{
-        "Profiling", [] { return std::make_unique<CpuDevice>(2); },
-        [] { return std::make_unique<ProfilingKernels>(NewCpuKernels()); },
-        DType::kF32}),
-    [](const testing::TestParamInfo<KernelsBackend>& info) {
-      return info.param.name;
-    });
+const KernelsBackend kBackend = {
+    "Profiling", [] { return std::make_unique<CpuDevice>(2); },
+    [] { return std::make_unique<ProfilingKernels>(NewCpuKernels()); },
+    DType::kF32};
+std::string NameOf(const testing::TestParamInfo<KernelsBackend>& info) {
+  return info.param.name;
+}
+INSTANTIATE_TEST_SUITE_P(Profiling, KernelsConformanceTest,
+                         testing::Values(kBackend), NameOf);
+INSTANTIATE_TEST_SUITE_P(Profiling, AttentionConformanceTest,
+                         testing::Values(kBackend), NameOf);
 
 TEST(ProfilingKernelsTest, CountsCallsAndWorkByShape) {
   CpuDevice device(1);
