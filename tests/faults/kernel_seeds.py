@@ -204,8 +204,9 @@ KERNEL_SEEDS = (
         "gpu_tiles_of_another_batch",
         "attention takes the tiles of sequences that were there before",
         "kernels/cuda/attention_tile_cache.h",
-        "list.work == work &&",
-        "list.work == work ||",
+        "std::equal(begin, end, list.cu_seqlens.begin(),\n"
+        "                       list.cu_seqlens.end())",
+        "begin != end",
         ("//kernels/cuda:attention_tile_cache_test",),
     ),
 )
