@@ -9,7 +9,8 @@
 #
 # Needs a GPU, and PyTorch with CUDA in $PYTHON (python3). The programs are those
 # of tests/gpu/bin, or of the archive beside it, which tests/gpu/pack.sh makes if
-# neither is there. Ends with a status other than 0 if a part has failed, or without a GPU.
+# neither is there. Ends with a status other than 0 if a part has failed, or
+# without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

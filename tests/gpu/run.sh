@@ -78,16 +78,15 @@ run() { # run NAME COMMAND...
 }
 
 # The programs that have a test of the filter; a tool takes one that uses no GPU
-# for broken.
+# for broken. One that does not even start is run, to fail.
 programs() {
   local test names
   for test in "$bin"/*_test; do
-    names=$(LD_LIBRARY_PATH=$gpu_libraries "$test" --gtest_list_tests \
-      --gtest_filter="$filter")
-    if [[ $names == *.* ]]; then
-      echo "$test"
-    else
+    if names=$(LD_LIBRARY_PATH=$gpu_libraries "$test" --gtest_list_tests \
+      --gtest_filter="$filter") && [[ $names != *.* ]]; then
       echo "run.sh: nothing of '$filter' in ${test##*/}" >&2
+    else
+      echo "$test"
     fi
   done
 }

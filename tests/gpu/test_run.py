@@ -92,6 +92,12 @@ def test_a_failure_is_shown_at_its_end(machine):
     assert "\n500\n" in log(machine, "bad_test.txt")
 
 
+def test_a_program_that_does_not_start_is_a_failure(machine):
+    script(machine / "checkout/tests/gpu/bin/bad_test", "exit 127")
+    status, lines = run(machine, "tests")
+    assert (status, lines[-1]) == (1, "2 passed, 1 failed")
+
+
 def test_tools_look_at_our_kernels_and_at_no_refused_calls(machine):
     script(machine / "bin/compute-sanitizer", SANITIZER)
     status, lines = run(machine)
