@@ -243,7 +243,10 @@ namespace {
 HWY_EXPORT(Update);
 HWY_EXPORT(Digest);
 
-// Elements a thread takes at least; a multiple of kDigestBlock.
+// Elements a thread takes at a time, whichever is free: two MiB, long beside
+// the taking of one. Others may want a core for a moment, the client's program
+// among them, and a thread that waits for it has no more than this left to do.
+// A multiple of kDigestBlock.
 constexpr int64_t kGrain = 1 << 16;
 
 // Threads' sums: integers, whose order does not matter.
@@ -266,6 +269,13 @@ class SharedSums {
   std::atomic<uint64_t> lanes_[2] = {};
 };
 
+template <class Body>
+void ForEachRange(ThreadPool& pool, int64_t n, const Body& body) {
+  pool.ParallelItems((n + kGrain - 1) / kGrain, [&](int64_t item, int) {
+    body(item * kGrain, std::min(n, (item + 1) * kGrain));
+  });
+}
+
 void CheckSizes(const AdamWTensors& tensors) {
   const int64_t n = tensors.weight.num_elements();
   GW_CHECK(tensors.low.is_null() || tensors.low.num_elements() == n);
@@ -283,7 +293,7 @@ void CpuKernels::AdamW(Stream& stream, const AdamWParams& params,
   GW_CHECK(tensors.m.num_elements() == n && tensors.v.num_elements() == n);
   GW_CHECK(tensors.grad.num_elements() == n && params.step >= 1);
   SharedSums sums;
-  Pool(stream).ParallelFor(n, kGrain, [&](int64_t begin, int64_t end) {
+  ForEachRange(Pool(stream), n, [&](int64_t begin, int64_t end) {
     DigestSums own;
     HWY_DYNAMIC_DISPATCH(Update)
     (params, tensors, begin, end, tensors.digest.is_null() ? nullptr : &own);
@@ -299,7 +309,7 @@ void CpuKernels::StateDigest(Stream& stream, const AdamWTensors& tensors) {
   GW_CHECK(!tensors.digest.is_null());
   GW_CHECK(tensors.m.is_null() == tensors.v.is_null());
   SharedSums sums;
-  Pool(stream).ParallelFor(n, kGrain, [&](int64_t begin, int64_t end) {
+  ForEachRange(Pool(stream), n, [&](int64_t begin, int64_t end) {
     DigestSums own;
     HWY_DYNAMIC_DISPATCH(Digest)(tensors, begin, end, own);
     sums.Add(own);
