@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
 #include "device/arena.h"
 #include "device/cpu_device.h"
+#include "device/prefault.h"
 #include "device/thread_pool.h"
 
 namespace gradwire {
@@ -58,6 +63,64 @@ TEST(CpuDeviceTest, CopiesAndZeroes) {
       ASSERT_EQ(all.data<float>()[i], 0.0f);
       ASSERT_EQ(all.data<float>()[n + i], static_cast<float>(i + 1));
     }
+  }
+}
+
+int64_t PresentPages(const DeviceBuffer& buffer) {
+  std::vector<unsigned char> pages((buffer.bytes() + 4095) / 4096);
+  EXPECT_EQ(
+      mincore(buffer.data(), static_cast<size_t>(buffer.bytes()), pages.data()),
+      0);
+  return std::count_if(pages.begin(), pages.end(),
+                       [](unsigned char page) { return (page & 1) != 0; });
+}
+
+// Waits until it says so many bytes, for at most `limit`; returns what it says.
+int64_t Await(const Prefault& prefault, int64_t bytes,
+              std::chrono::seconds limit) {
+  const auto end = std::chrono::steady_clock::now() + limit;
+  while (prefault.present() < bytes && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return prefault.present();
+}
+
+TEST(PrefaultTest, MakesPagesPresentAndChangesNothing) {
+  CpuDevice device(1);
+  // Three pieces, the last of which is not a whole page.
+  const int64_t bytes = (40 << 20) + 100;
+  const auto buffer = device.Allocate(bytes);
+  ASSERT_TRUE(buffer.ok());
+  char* const data = static_cast<char*>((*buffer)->data());
+  data[5] = 7;
+  data[bytes - 1] = 9;
+  ASSERT_LT(PresentPages(**buffer), bytes / 4096);
+  // From the middle of a page on.
+  Prefault prefault(data + 300, bytes - 300);
+  EXPECT_EQ(Await(prefault, bytes - 300, std::chrono::seconds(60)),
+            bytes - 300);
+  EXPECT_EQ(PresentPages(**buffer), bytes / 4096 + 1);
+  EXPECT_EQ(std::accumulate(data, data + bytes, int64_t{0}), 16);
+  EXPECT_EQ(data[5], 7);
+}
+
+TEST(PrefaultTest, EndsWhereMemoryIsRefused) {
+  CpuDevice device(1);
+  const auto buffer = device.Allocate(48 << 20);
+  ASSERT_TRUE(buffer.ok());
+  char* const data = static_cast<char*>((*buffer)->data());
+  ASSERT_EQ(mprotect(data + (16 << 20), 16 << 20, PROT_READ), 0);
+  Prefault prefault(data, (*buffer)->bytes());
+  EXPECT_EQ(Await(prefault, 16 << 20, std::chrono::seconds(60)), 16 << 20);
+  EXPECT_EQ(Await(prefault, 48 << 20, std::chrono::seconds(1)), 16 << 20);
+}
+
+TEST(PrefaultTest, EndsWithItsOwner) {
+  CpuDevice device(1);
+  for (int round = 0; round < 20; ++round) {
+    const auto buffer = device.Allocate(256 << 20);
+    ASSERT_TRUE(buffer.ok());
+    const Prefault prefault((*buffer)->data(), (*buffer)->bytes());
   }
 }
 

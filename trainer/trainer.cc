@@ -115,6 +115,12 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
       Optimizer::Sharding{layout_, shard_rank_, *shard_agreement_, alone()},
       device_, kernels_, step_->stream());
   GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
+  // Beside the loading, and what comes before the first step. Every rank has
+  // made its plan by now of what the machine has.
+  if (device_.IsHostMemory() && !options_.forward_only) {
+    prefault_ = std::make_unique<Prefault>(state_.weight.raw(),
+                                           parameters_.used_bytes());
+  }
   return LoadParameters(files, table_, layout_, shard_rank_, weights,
                         on_progress);
 }
@@ -149,6 +155,11 @@ absl::Status TrainerImpl::CreateUnits() {
 MemoryUse TrainerImpl::memory_use() const {
   MemoryUse use;
   use.weights = plan_.weights;
+  // They lie behind each other: Load.
+  int64_t present = prefault_ == nullptr ? 0 : prefault_->present();
+  present = std::max<int64_t>(0, present - plan_.weights);
+  use.gradients = std::min(present, plan_.gradients);
+  use.optimizer = std::min(present - use.gradients, plan_.optimizer);
   // A step without a backward zeroes them.
   if (has_gradients_ || optimizer_->step() > 0) {
     use.gradients = plan_.gradients;

@@ -15,6 +15,7 @@
 #include "checkpoint/snapshot/writer.h"
 #include "checkpoint/training_state.h"
 #include "device/arena.h"
+#include "device/prefault.h"
 #include "model/param_table.h"
 #include "sharding/gathered_weights.h"
 #include "sharding/layout.h"
@@ -235,6 +236,8 @@ class TrainerImpl : public Trainer {
 
   MemoryPlan plan_;
   Arena parameters_;
+  // Of them; null: there is nothing to train, or they are not the host's.
+  std::unique_ptr<Prefault> prefault_;
   std::unique_ptr<DeviceBuffer> activations_;
   std::unique_ptr<UnitWeights> unit_weights_;
   std::unique_ptr<UnitGradients> unit_gradients_;  // null: forward only
@@ -249,7 +252,7 @@ class TrainerImpl : public Trainer {
 
   int64_t weight_version_ = 0;
   bool has_gradients_ = false;  // a backward has run
-  bool has_moments_ = false;    // a step has touched them, or a load
+  bool has_moments_ = false;    // a step has written them, or a load
   bool valid_ = true;           // see is_valid
   // By id; `order_` from oldest to newest.
   std::map<std::string, Retained> retained_;

@@ -37,7 +37,7 @@ int64_t TrainerImpl::SpareHostBytes() const {
   const MemoryUse use = memory_use();
   int64_t untouched = plan_.weights + plan_.gradients + plan_.workspace;
   untouched -= use.weights + use.gradients + use.workspace;
-  if (!has_moments_) untouched += plan_.optimizer;
+  if (!has_moments_) untouched += plan_.optimizer - use.optimizer;
   return std::max<int64_t>(
       0, available - options_.ranks_on_host * std::max<int64_t>(0, untouched));
 }
