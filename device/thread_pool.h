@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU backend's threads: one pool, static partition, no work stealing, so
-// that the same shape always gives the same split of work.
+// The CPU backend's threads: one pool. Work whose sums depend on how it is cut
+// is cut by its shape and the number of threads alone.
 #pragma once
 
 #include <cstdint>

@@ -172,7 +172,7 @@ struct Metrics::State {
       MakeGauge("gradwire_device_memory_bytes", "The memory plan, by kind.");
   Family<Gauge>& memory_used =
       MakeGauge("gradwire_device_memory_used_bytes",
-                "The most memory in use at once, by kind.");
+                "The most memory in use, or kept for it, at once, by kind.");
   Family<Counter>& collective_bytes =
       MakeCounter("gradwire_collective_bytes_total", "Sent between ranks.");
   Family<Counter>& collective_busy =

@@ -142,7 +142,7 @@ absl::StatusOr<DigestSums> Optimizer::StateDigest() {
     const ShardPiece piece = layout.Owned(unit, sharding_.rank);
     if (piece.size() == 0) continue;
     AdamWTensors tensors = TensorsOf(piece);
-    // Until the first step they are zeros that nobody has touched.
+    // Until the first step they are zeros, and may not be present.
     if (step_ == 0) tensors.m = tensors.v = Tensor();
     kernels_.StateDigest(stream_, tensors);
   }

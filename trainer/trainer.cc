@@ -115,11 +115,13 @@ absl::Status TrainerImpl::Load(const HfWeights& files,
       Optimizer::Sharding{layout_, shard_rank_, *shard_agreement_, alone()},
       device_, kernels_, step_->stream());
   GW_ASSIGN_OR_RETURN(FlatWeights weights, Weights());
-  // Beside the loading, and what comes before the first step. Every rank has
-  // made its plan by now of what the machine has.
-  if (device_.IsHostMemory() && !options_.forward_only) {
-    prefault_ = std::make_unique<Prefault>(state_.weight.raw(),
-                                           parameters_.used_bytes());
+  // Beside the loading, and what comes before the first step. Not under the
+  // eyes of ranks that have yet to make their plan of what the host has; and a
+  // tenth of that is left, as it is by the plan.
+  if (device_.IsHostMemory() && !options_.forward_only &&
+      options_.ranks_on_host == 1 && Prefault::HasOneMemory()) {
+    prefault_ = std::make_unique<Prefault>(
+        state_.weight.raw(), parameters_.used_bytes(), plan_.available / 10);
   }
   return LoadParameters(files, table_, layout_, shard_rank_, weights,
                         on_progress);

@@ -63,7 +63,8 @@ struct MemoryPlan {
   int64_t micro_batch_tokens = 0, max_context = 0, retained_tokens = 0;
 };
 
-// The most bytes of each class that have been in use at once.
+// The most bytes of each class that have been in use at once; of weights,
+// gradients and optimizer those that are there to be used.
 struct MemoryUse {
   int64_t weights = 0, gradients = 0, optimizer = 0;
   int64_t activations = 0, workspace = 0;

@@ -236,7 +236,7 @@ class TrainerImpl : public Trainer {
 
   MemoryPlan plan_;
   Arena parameters_;
-  // Of them; null: there is nothing to train, or they are not the host's.
+  // Of them; null: they come as they are touched.
   std::unique_ptr<Prefault> prefault_;
   std::unique_ptr<DeviceBuffer> activations_;
   std::unique_ptr<UnitWeights> unit_weights_;

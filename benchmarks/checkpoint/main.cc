@@ -205,7 +205,7 @@ absl::Status Main() {
   std::printf("%s, %s, %d threads, batches of %ld tokens\n",
               kernels->description().c_str(), DTypeName(LocalStep::Act()),
               device->pool().num_threads(), static_cast<long>(step.tokens()));
-  // The first step touches moments and gradients.
+  // The first step waits for memory.
   GW_RETURN_IF_ERROR(Step(step).status());
   GW_ASSIGN_OR_RETURN(const Plain plain, MeasurePlain(step));
   GW_RETURN_IF_ERROR(MeasureSaves(step, plain, Checkpoints(step.trainer())));

@@ -243,10 +243,10 @@ namespace {
 HWY_EXPORT(Update);
 HWY_EXPORT(Digest);
 
-// Elements a thread takes at a time, whichever is free: two MiB, long beside
-// the taking of one. Others may want a core for a moment, the client's program
-// among them, and a thread that waits for it has no more than this left to do.
-// A multiple of kDigestBlock.
+// Elements a thread takes at a time, whichever is free: 1 to 2 MiB, which last
+// long beside the taking of one. Others may want a core for a moment, the
+// client's program among them, and a thread that waits for it has no more than
+// this left to do. A multiple of kDigestBlock.
 constexpr int64_t kGrain = 1 << 16;
 
 // Threads' sums: integers, whose order does not matter.

@@ -2,6 +2,8 @@
 """A real model on real text: SmolLM2-135M-Instruct against transformers."""
 
 import os
+import pathlib
+import time
 
 import gradwire
 import numpy as np
@@ -13,6 +15,8 @@ from gradwire.quickstart import data as quickstart
 from gradwire.quickstart import model
 from gradwire.quickstart.evaluate import agreement
 
+# Of memory. There it is made present by who uses it.
+SECOND_NODE = pathlib.Path("/sys/devices/system/node/node1")
 TEXTS = (
     "The capital of France is Paris. It lies on the Seine, and about two "
     "million people live there.",
@@ -136,8 +140,13 @@ def test_memory_in_use_is_what_the_process_holds(client, service, data):
     backward = use()
     assert backward.weights == plan["weights"]
     assert backward.gradients == plan["gradients"]
-    # Is being made present, in the order of the classes.
-    assert 0 <= backward.optimizer <= plan["optimizer"]
+    if not SECOND_NODE.exists():
+        # The moments are made present beside what goes on, not by a step.
+        end = time.monotonic() + 60
+        while use().optimizer < plan["optimizer"] and time.monotonic() < end:
+            client.zero_grad().result()
+        backward = use()
+        assert backward.optimizer == plan["optimizer"]
     assert 0 < backward.activations <= plan["activations"]
     assert 0 < backward.workspace <= plan["workspace"]
     client.optim_step(gradwire.AdamParams(learning_rate=0.0)).result()

@@ -6,15 +6,18 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
 #include "device/arena.h"
 #include "device/cpu_device.h"
+#include "device/prefault.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/optimizer_state.h"
 #include "model/param_table.h"
@@ -599,6 +602,39 @@ TEST(TrainerCreateTest, WhatDoesNotFitIsRefusedWithTheNumbers) {
   EXPECT_GT(std::stoll(detail->metadata["value"]), int64_t{1} << 50);
   EXPECT_GT(std::stoll(detail->metadata["limit"]), 0);
   EXPECT_FALSE(planned);
+}
+
+// Whether its moments are present before any step.
+bool IsPresentBeforeUse(const TrainerOptions& options) {
+  const Rig rig = Make("llama_gqa3_tied", options);
+  if (rig.trainer == nullptr) return false;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(2);
+  while (std::chrono::steady_clock::now() < end) {
+    const MemoryUse use = rig.trainer->memory_use();
+    if (use.gradients == rig.trainer->plan().gradients &&
+        use.optimizer == rig.trainer->plan().optimizer && use.optimizer > 0) {
+      return true;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(rig.trainer->memory_use().optimizer, 0);
+  return false;
+}
+
+TEST(TrainerCreateTest, MemoryIsMadePresentForOneRank) {
+  TrainerOptions options;
+  const bool present = IsPresentBeforeUse(options);
+  if (!Prefault::HasOneMemory()) {
+    EXPECT_FALSE(present);
+    return;
+  }
+  EXPECT_TRUE(present);
+  // Others have yet to see what there is.
+  options.ranks_on_host = 2;
+  EXPECT_FALSE(IsPresentBeforeUse(options));
+  options.ranks_on_host = 1;
+  options.forward_only = true;
+  EXPECT_FALSE(IsPresentBeforeUse(options));
 }
 
 TEST(TrainerCreateTest, MissingModelIsNamed) {
