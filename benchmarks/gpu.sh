@@ -6,6 +6,7 @@
 #   benchmarks/gpu.sh                      all parts, one after the other
 #   benchmarks/gpu.sh step [ARGUMENTS]     a full step (benchmarks/gpu/step.py)
 #   benchmarks/gpu.sh ops                  every op of a step
+#   benchmarks/gpu.sh graphs               a small model, blocks as graphs or not
 #
 # Needs a GPU, and PyTorch with CUDA in $PYTHON (python3). The programs are those
 # of tests/gpu/bin, or of the archive beside it, which tests/gpu/pack.sh makes if
@@ -16,9 +17,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly bin=tests/gpu/bin part=${1:-all}
 case "$part" in
-  all | step | ops) ;;
+  all | step | ops | graphs) ;;
   *)
-    echo "gpu.sh: unknown part '$part'; use all, step or ops" >&2
+    echo "gpu.sh: unknown part '$part'; use all, step, ops or graphs" >&2
     exit 2
     ;;
 esac
@@ -51,11 +52,24 @@ run() { # run COMMAND...
 
 step() { run "$python" benchmarks/gpu/step.py "$@"; }
 
+# The same batch three times each way, in turns.
+graphs() {
+  local shape turn
+  for shape in 1x256 1x1024 1x4096; do
+    for turn in 1 2 3; do
+      step --model=Qwen3-0.6B --shape="$shape" --way="master compile" --rounds=3
+      run env GRADWIRE_CUDA_GRAPHS=1 "$python" benchmarks/gpu/step.py \
+        --model=Qwen3-0.6B --shape="$shape" --way="master compile" --rounds=3
+    done
+  done
+}
+
 ops() { run "$python" benchmarks/gpu/torch_ops.py; }
 
 case "$part" in
   step) step "$@" ;;
   ops) ops ;;
+  graphs) graphs ;;
   all)
     for model in Qwen3-0.6B Qwen3-1.7B Qwen3-4B; do
       step --model="$model" --shape=1x4096

@@ -2,6 +2,7 @@
 // The order of work on one device, with a sticky first failure.
 #pragma once
 
+#include <functional>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -22,6 +23,10 @@ class Stream {
   void Fail(absl::Status status) {
     if (status_.ok()) status_ = std::move(status);
   }
+
+  // Queues what `body` queues on this stream, which waits for nothing: a device
+  // may take it in one piece, and faster if it has taken the same before.
+  virtual void Section(const std::function<void()>& body) { body(); }
 
   // Waits for all queued work; returns the first failure and clears it.
   absl::Status Finish() {

@@ -317,10 +317,12 @@ absl::StatusOr<HeadResults> TrainStep::Forward(const PackedInputs& inputs,
       acts = stored->layers[layer];
     }
     acts.input = input_of(layer);
-    BlockForward(stream, kernels_, bound.context,
-                 BlockParamsAt(config, table.blocks()[layer], weights.values,
-                               options_.layout->unit(weights.unit).begin),
-                 acts, bound.scratch, input_of(layer + 1));
+    stream.Section([&] {
+      BlockForward(stream, kernels_, bound.context,
+                   BlockParamsAt(config, table.blocks()[layer], weights.values,
+                                 options_.layout->unit(weights.unit).begin),
+                   acts, bound.scratch, input_of(layer + 1));
+    });
   });
   HeadResults results;
   results.logprobs.resize(bound.logprobs.num_elements());
@@ -411,16 +413,19 @@ absl::Status TrainStep::Backward(const PackedInputs& inputs,
     const BlockOffsets& at = table.blocks()[layer];
     const BlockParams params = BlockParamsAt(config, at, weights.values, begin);
     BlockActivations acts = stored.layers[layer];
-    if (layer >= stored.full_layers) {
-      acts = bound.spare;
-      acts.input = stored.layers[layer].input;
-      BlockForward(stream, kernels_, bound.context, params, acts, bound.scratch,
-                   bound.residual_a);
-    }
-    BlockBackward(stream, kernels_, bound.context, params, acts, bound.scratch,
-                  {BlockParamsAt(config, at, grad.values.values, begin),
-                   BlockSquaresAt(config, table, at, options_.squares),
-                   bound.d_residual, grad.values.accumulate});
+    stream.Section([&] {
+      if (layer >= stored.full_layers) {
+        acts = bound.spare;
+        acts.input = stored.layers[layer].input;
+        BlockForward(stream, kernels_, bound.context, params, acts,
+                     bound.scratch, bound.residual_a);
+      }
+      BlockBackward(stream, kernels_, bound.context, params, acts,
+                    bound.scratch,
+                    {BlockParamsAt(config, at, grad.values.values, begin),
+                     BlockSquaresAt(config, table, at, options_.squares),
+                     bound.d_residual, grad.values.accumulate});
+    });
   };
   VisitBackward(accumulate, inputs.tokens, visit);
   return stream.Finish();

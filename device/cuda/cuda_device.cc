@@ -2,6 +2,7 @@
 #include "device/cuda/cuda_device.h"
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "base/error.h"
 #include "base/status.h"
 #include "device/cuda/cuda_status.h"
+#include "device/cuda/launch_record.h"
 
 namespace gradwire {
 namespace {
@@ -60,14 +62,27 @@ cudaStream_t Of(Stream& stream) {
 
 }  // namespace
 
-CudaStream::CudaStream() {
+CudaStream::CudaStream(bool graphs)
+    : graphs_(graphs ? std::make_unique<GraphCache>() : nullptr) {
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
         "making a stream");
 }
 
 CudaStream::~CudaStream() {
-  // A stream that is destroyed goes on with what was queued.
+  // A stream that is destroyed goes on with what was queued; a graph does not.
+  if (graphs_ != nullptr && stream_ != nullptr) cudaStreamSynchronize(stream_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+void CudaStream::Section(const std::function<void()>& body) {
+  if (graphs_ == nullptr || !ok() || LaunchRecord::Of(stream_) != nullptr) {
+    body();
+    return;
+  }
+  LaunchRecord record(stream_);
+  record.Take(body);
+  // Even of a body that has failed: others may count on what it has recorded.
+  Fail(graphs_->Run(stream_, record));
 }
 
 void CudaStream::Check(cudaError_t error, const char* operation) {
@@ -141,7 +156,8 @@ absl::StatusOr<std::unique_ptr<DeviceBuffer>> CudaDevice::Allocate(
 
 std::unique_ptr<Stream> CudaDevice::NewStream() {
   MakeCurrent();
-  return std::make_unique<CudaStream>();
+  return std::make_unique<CudaStream>(std::getenv("GRADWIRE_CUDA_GRAPHS") !=
+                                      nullptr);
 }
 
 void CudaDevice::CopyToHost(Stream& stream, const Tensor& from, void* to) {
@@ -171,18 +187,14 @@ void CudaDevice::Copy(Stream& stream, const Tensor& from, const Tensor& to) {
   if (!stream.ok() || to.bytes() == 0) return;
   MakeCurrent();
   static_cast<CudaStream&>(stream).Check(
-      cudaMemcpyAsync(to.raw(), from.raw(), static_cast<size_t>(to.bytes()),
-                      cudaMemcpyDeviceToDevice, Of(stream)),
-      "a copy");
+      QueueCopy(to.raw(), from.raw(), to.bytes(), Of(stream)), "a copy");
 }
 
 void CudaDevice::Zero(Stream& stream, const Tensor& tensor) {
   if (!stream.ok() || tensor.bytes() == 0) return;
   MakeCurrent();
   static_cast<CudaStream&>(stream).Check(
-      cudaMemsetAsync(tensor.raw(), 0, static_cast<size_t>(tensor.bytes()),
-                      Of(stream)),
-      "zeroing");
+      QueueMemset(tensor.raw(), 0, tensor.bytes(), Of(stream)), "zeroing");
 }
 
 }  // namespace gradwire

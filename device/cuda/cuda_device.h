@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "device/cuda/graph_cache.h"
 #include "device/cuda/pinned_ring.h"
 #include "device/device.h"
 
@@ -18,11 +19,17 @@ namespace gradwire {
 // Work is queued when an op returns. What CUDA refuses makes the stream fail.
 class CudaStream : public Stream {
  public:
-  // REQUIRES: the device is the thread's current one.
-  CudaStream();
+  // `graphs`: sections become graphs. REQUIRES: the device is the thread's
+  // current one.
+  explicit CudaStream(bool graphs = false);
   ~CudaStream() override;
 
   cudaStream_t get() const { return stream_; }
+
+  // A section within another is part of it.
+  void Section(const std::function<void()>& body) override;
+  // Null: sections are queued call by call.
+  const GraphCache* graphs() const { return graphs_.get(); }
 
   // Keeps the first failure of a call of CUDA's runtime.
   void Check(cudaError_t error, const char* operation);
@@ -40,6 +47,7 @@ class CudaStream : public Stream {
 
  private:
   cudaStream_t stream_ = nullptr;
+  const std::unique_ptr<GraphCache> graphs_;
   std::vector<std::function<absl::Status()>> questions_;
 };
 
@@ -56,6 +64,7 @@ class CudaDevice : public Device {
   int64_t AvailableBytes() const override;
   absl::StatusOr<std::unique_ptr<DeviceBuffer>> Allocate(
       int64_t bytes) override;
+  // With GRADWIRE_CUDA_GRAPHS in the environment its sections become graphs.
   std::unique_ptr<Stream> NewStream() override;
   void CopyToHost(Stream& stream, const Tensor& from, void* to) override;
   void CopyFromHost(Stream& stream, const void* from,

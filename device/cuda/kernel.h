@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/cuda/launch_record.h"
+
 namespace gradwire {
 
 // Queues kernel(arguments...) with `shared_bytes` of dynamic shared memory,
@@ -20,15 +22,19 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    std::size_t shared_bytes, cudaStream_t stream,
                    Arguments... arguments) {
-  // What a kernel has without being asked.
-  if (shared_bytes > std::size_t{48} << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError();
+  const auto launch = [=](cudaStream_t to) {
+    // What a kernel has without being asked.
+    if (shared_bytes > std::size_t{48} << 10) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+          static_cast<int>(shared_bytes));
+      if (error != cudaSuccess) return error;
+    }
+    kernel<<<grid, block, shared_bytes, to>>>(arguments...);
+    return cudaGetLastError();
+  };
+  return QueueKernel(kernel, grid, block, shared_bytes, stream, launch,
+                     arguments...);
 }
 
 // As Launch, of a kernel whose threads neither wait for each other nor share

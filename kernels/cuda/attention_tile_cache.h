@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "device/cuda/launch_record.h"
 #include "kernels/kernels.h"
 
 namespace gradwire {
@@ -115,9 +116,9 @@ class AttentionTileCache {
   // CUDA has taken the tiles, which are pageable memory, when this returns.
   static cudaError_t Send(const std::vector<AttentionTile>& tiles,
                           AttentionTile* to, cudaStream_t stream) {
-    return cudaMemcpyAsync(to, tiles.data(),
-                           tiles.size() * sizeof(AttentionTile),
-                           cudaMemcpyHostToDevice, stream);
+    return QueueCopyFromHost(
+        to, tiles.data(),
+        static_cast<int64_t>(tiles.size() * sizeof(AttentionTile)), stream);
   }
 
   AttentionTile* const memory_;

@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "base/error.h"
 #include "base/status.h"
+#include "device/cuda/launch_record.h"
 
 namespace gradwire {
 namespace {
@@ -181,9 +182,7 @@ void CudaGemm::Run(CudaStream& stream, const CudaGemmShape& shape,
     GW_CHECK(shape.c_row == shape.n);
     if (shape.accumulate) return;
     const int64_t bytes = shape.m * shape.n * DTypeBytes(shape.c);
-    stream.Check(
-        cudaMemsetAsync(c, 0, static_cast<size_t>(bytes), stream.get()),
-        "a product");
+    stream.Check(QueueMemset(c, 0, bytes, stream.get()), "a product");
     return;
   }
   const auto algorithm =
@@ -191,15 +190,24 @@ void CudaGemm::Run(CudaStream& stream, const CudaGemmShape& shape,
   Problem p;
   absl::Status status =
       algorithm.ok() ? Describe(shape, &p) : algorithm.status();
-  if (status.ok()) {
-    const float one = 1, beta = shape.accumulate ? 1 : 0;
-    status = CublasStatus(
-        cublasLtMatmul(handle_, &p.product, &one, b, &p.b, a, &p.a, &beta, c,
-                       &p.c, c, &p.c, &*algorithm, workspace_,
-                       kGemmWorkspaceBytes, stream.get()),
-        "a product");
+  if (!status.ok()) {
+    stream.Fail(std::move(status));
+    return;
   }
-  stream.Fail(std::move(status));
+  const float beta = shape.accumulate ? 1 : 0;
+  auto issue = [=, this, chosen = *algorithm](cudaStream_t to) mutable {
+    const float one = 1;
+    return CublasStatus(cublasLtMatmul(handle_, &p.product, &one, b, &p.b, a,
+                                       &p.a, &beta, c, &p.c, c, &p.c, &chosen,
+                                       workspace_, kGemmWorkspaceBytes, to),
+                        "a product");
+  };
+  if (LaunchRecord* const record = LaunchRecord::Of(stream.get())) {
+    // The operands' layouts and the product come of the shape.
+    record->Add(issue, LaunchRecord::kProduct, shape, a, b, c, *algorithm);
+  } else {
+    stream.Fail(issue(stream.get()));
+  }
 }
 
 std::string CudaGemm::TakeNewAlgorithms() {

@@ -169,10 +169,10 @@ void CudaKernels::ScatterRows(Stream& stream, const Tensor& x,
     const int64_t count = std::min(out.dim(0) - begin, kTurn);
     int32_t* const inverse = Scratch<int32_t>(count);
     // -1 everywhere.
-    cuda.Check(cudaMemsetAsync(inverse, 0xff,
-                               static_cast<size_t>(count) * sizeof(int32_t),
-                               cuda.get()),
-               "scattering rows");
+    cuda.Check(
+        QueueMemset(inverse, 0xff,
+                    count * static_cast<int64_t>(sizeof(int32_t)), cuda.get()),
+        "scattering rows");
     if (rows.dim(0) > 0) {
       cuda.Check(Launch(InvertKernel, BlocksFor(rows.dim(0), kThreads),
                         dim3(kThreads), 0, cuda.get(),
@@ -192,10 +192,8 @@ void CudaKernels::Cast(Stream& stream, const Tensor& from, const Tensor& to) {
   GW_CHECK(to.num_elements() == n);
   CudaStream& cuda = Cuda(stream);
   if (from.dtype() == to.dtype()) {
-    cuda.Check(
-        cudaMemcpyAsync(to.raw(), from.raw(), static_cast<size_t>(from.bytes()),
-                        cudaMemcpyDeviceToDevice, cuda.get()),
-        "a cast");
+    cuda.Check(QueueCopy(to.raw(), from.raw(), from.bytes(), cuda.get()),
+               "a cast");
   } else if (to.dtype() == DType::kBF16) {
     cuda.Check(Elementwise(CastOp<float, BFloat16>{from.data<float>(),
                                                    to.data<BFloat16>()},

@@ -158,10 +158,10 @@ void CudaKernels::ScatterAddRows(Stream& stream, const Tensor& x,
     const int64_t count = std::min(out.dim(0) - begin, kTurn);
     int32_t* const noted = Scratch<int32_t>(count * (kNoted + 1));
     const Terms terms = {noted + count * kNoted, noted};
-    cuda.Check(cudaMemsetAsync(terms.count, 0,
-                               static_cast<size_t>(count) * sizeof(int32_t),
-                               cuda.get()),
-               "adding rows");
+    cuda.Check(
+        QueueMemset(terms.count, 0,
+                    count * static_cast<int64_t>(sizeof(int32_t)), cuda.get()),
+        "adding rows");
     if (n > 0) {
       cuda.Check(
           Launch(NoteTermsKernel, BlocksFor(n, kThreads), dim3(kThreads), 0,

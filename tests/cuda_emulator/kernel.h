@@ -17,6 +17,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "device/cuda/launch_record.h"
 #include "device/dtype.h"
 #include "tests/cuda_emulator/block.h"
 #include "tests/cuda_emulator/shared_memory.h"
@@ -157,34 +158,41 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    std::size_t shared_bytes, cudaStream_t stream,
                    Arguments... arguments) {
-  if (!cuda_emulator::Fits(grid, block) ||
-      shared_bytes > cuda_emulator::kMaxSharedBytes) {
-    return cudaErrorInvalidConfiguration;
-  }
-  // A GPU would fault.
-  if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
-    return cudaErrorIllegalAddress;
-  }
-  cuda_emulator::StreamOf(stream).Add([=] {
-    cuda_emulator::RunGrid(grid, block, shared_bytes,
-                           [&] { kernel(arguments...); });
-  });
-  return cudaGetLastError();
+  const auto launch = [=](cudaStream_t to) {
+    if (!cuda_emulator::Fits(grid, block) ||
+        shared_bytes > cuda_emulator::kMaxSharedBytes) {
+      return cudaErrorInvalidConfiguration;
+    }
+    // A GPU would fault.
+    if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
+      return cudaErrorIllegalAddress;
+    }
+    cuda_emulator::StreamOf(to).Add([=] {
+      cuda_emulator::RunGrid(grid, block, shared_bytes,
+                             [&] { kernel(arguments...); });
+    });
+    return cudaGetLastError();
+  };
+  return QueueKernel(kernel, grid, block, shared_bytes, stream, launch,
+                     arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchIndependent(void (*kernel)(Parameters...), dim3 grid,
                               dim3 block, cudaStream_t stream,
                               Arguments... arguments) {
-  if (!cuda_emulator::Fits(grid, block)) return cudaErrorInvalidConfiguration;
-  if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
-    return cudaErrorIllegalAddress;
-  }
-  cuda_emulator::StreamOf(stream).Add([=] {
-    cuda_emulator::RunIndependentGrid(grid, block,
-                                      [&] { kernel(arguments...); });
-  });
-  return cudaGetLastError();
+  const auto launch = [=](cudaStream_t to) {
+    if (!cuda_emulator::Fits(grid, block)) return cudaErrorInvalidConfiguration;
+    if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
+      return cudaErrorIllegalAddress;
+    }
+    cuda_emulator::StreamOf(to).Add([=] {
+      cuda_emulator::RunIndependentGrid(grid, block,
+                                        [&] { kernel(arguments...); });
+    });
+    return cudaGetLastError();
+  };
+  return QueueKernel(kernel, grid, block, 0, stream, launch, arguments...);
 }
 
 // As in device/cuda/kernel.h.

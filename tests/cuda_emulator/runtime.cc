@@ -8,6 +8,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -16,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "device/cuda/launch_record.h"
 #include "tests/cuda_emulator/block.h"
 #include "tests/cuda_emulator/emulated_gpu.h"
 #include "tests/cuda_emulator/streams.h"
@@ -116,6 +118,13 @@ void SetComputeCapability(int capability) { compute_capability = capability; }
 
 }  // namespace gradwire::cuda_emulator
 
+struct CUgraph_st {
+  std::vector<std::function<void()>> work;
+};
+struct CUgraphExec_st {
+  std::vector<std::function<void()>> work;
+};
+
 struct CUevent_st {
   std::mutex mutex;
   std::shared_ptr<Recording> latest;  // null: never recorded
@@ -137,8 +146,35 @@ CUstream_st::~CUstream_st() {
   thread_.join();
 }
 
+void CUstream_st::BeginCapture() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  captured_ = true;
+  spoilt_ = false;
+  graph_.clear();
+}
+
+bool CUstream_st::IsCaptured() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return captured_;
+}
+
+void CUstream_st::SpoilCapture() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  spoilt_ = true;
+}
+
+bool CUstream_st::EndCapture(std::vector<std::function<void()>>* out) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  *out = std::exchange(graph_, {});
+  return std::exchange(captured_, false) && !spoilt_;
+}
+
 void CUstream_st::Add(std::function<void()> work) {
   std::lock_guard<std::mutex> lock(mutex_);
+  if (captured_) {
+    graph_.push_back(std::move(work));
+    return;
+  }
   queue_.push_back(std::move(work));
   changed_.notify_all();
 }
@@ -167,6 +203,10 @@ void CUstream_st::Run() {
 namespace gradwire::cuda_emulator {
 
 CUstream_st& StreamOf(cudaStream_t stream) {
+  if (LaunchRecord::Of(stream) != nullptr) {
+    std::fprintf(stderr, "queued past the record of its section\n");
+    std::abort();
+  }
   // Never destroyed: other static objects may still use it.
   static CUstream_st* const standard = new CUstream_st;
   return stream == nullptr ? *standard : *stream;
@@ -179,6 +219,18 @@ bool IsDeviceMemory(const void* address) {
 }  // namespace gradwire::cuda_emulator
 
 using gradwire::cuda_emulator::StreamOf;
+
+namespace {
+
+// Whether what is asked for on it, which cannot be part of a graph, comes while
+// it is captured: the graph is lost then.
+bool Captured(cudaStream_t stream) {
+  if (!StreamOf(stream).IsCaptured()) return false;
+  StreamOf(stream).SpoilCapture();
+  return true;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -261,6 +313,10 @@ cudaError_t cudaMemset(void* data, int value, size_t bytes) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
                             cudaMemcpyKind kind, cudaStream_t stream) {
+  // A graph would read or write the host's memory as it is by then.
+  if (kind != cudaMemcpyDeviceToDevice && Captured(stream)) {
+    return Failed(cudaErrorStreamCaptureUnsupported);
+  }
   if (kind == cudaMemcpyHostToDevice && !OfHost().Contains(from)) {
     // Memory that is not page-locked has been read when CUDA returns.
     const auto* begin = static_cast<const std::byte*>(from);
@@ -285,12 +341,14 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (Captured(stream)) return Failed(cudaErrorStreamCaptureUnsupported);
   StreamOf(stream).Synchronize();
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event,
                                 unsigned) {
+  if (Captured(stream)) return Failed(cudaErrorStreamCaptureUnsupported);
   const std::shared_ptr<Recording> latest = event->Latest();
   if (latest) StreamOf(stream).Add([latest] { latest->Wait(); });
   return cudaSuccess;
@@ -307,6 +365,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (Captured(stream)) return Failed(cudaErrorStreamCaptureUnsupported);
   const auto recording = std::make_shared<Recording>();
   {
     std::lock_guard<std::mutex> lock(event->mutex);
@@ -335,6 +394,49 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start,
   if (!first->IsDone() || !last->IsDone()) return cudaErrorNotReady;
   *milliseconds =
       std::chrono::duration<float, std::milli>(last->at - first->at).count();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  // The default stream cannot be.
+  if (stream == nullptr || Captured(stream)) {
+    return Failed(cudaErrorStreamCaptureUnsupported);
+  }
+  StreamOf(stream).BeginCapture();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  auto made = std::make_unique<CUgraph_st>();
+  if (!StreamOf(stream).EndCapture(&made->work)) {
+    *graph = nullptr;
+    return Failed(cudaErrorStreamCaptureInvalidated);
+  }
+  *graph = made.release();
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
+                                 unsigned long long) {
+  *exec = new CUgraphExec_st{graph->work};
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  // No copy: whoever destroys it must have waited.
+  StreamOf(stream).Add([exec] {
+    for (const auto& work : exec->work) work();
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;
   return cudaSuccess;
 }
 

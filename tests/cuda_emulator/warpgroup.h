@@ -21,20 +21,24 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchWarpgroups(void (*kernel)(Parameters...), dim3 grid,
                              dim3 block, std::size_t shared_bytes,
                              cudaStream_t stream, Arguments... arguments) {
-  if (!cuda_emulator::Fits(grid, block) ||
-      shared_bytes > cuda_emulator::kMaxSharedBytesOfSm90) {
-    return cudaErrorInvalidConfiguration;
-  }
-  if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
-    return cudaErrorIllegalAddress;
-  }
-  // What is compiled for others is empty.
-  if (cuda_emulator::ComputeCapability() != 90) return cudaGetLastError();
-  cuda_emulator::StreamOf(stream).Add([=] {
-    cuda_emulator::RunGridOfWarpgroups(grid, block, shared_bytes,
-                                       [&] { kernel(arguments...); });
-  });
-  return cudaGetLastError();
+  const auto launch = [=](cudaStream_t to) {
+    if (!cuda_emulator::Fits(grid, block) ||
+        shared_bytes > cuda_emulator::kMaxSharedBytesOfSm90) {
+      return cudaErrorInvalidConfiguration;
+    }
+    if (!(cuda_emulator::IsOfDevice(arguments) && ...)) {
+      return cudaErrorIllegalAddress;
+    }
+    // What is compiled for others is empty.
+    if (cuda_emulator::ComputeCapability() != 90) return cudaGetLastError();
+    cuda_emulator::StreamOf(to).Add([=] {
+      cuda_emulator::RunGridOfWarpgroups(grid, block, shared_bytes,
+                                         [&] { kernel(arguments...); });
+    });
+    return cudaGetLastError();
+  };
+  return QueueKernel(kernel, grid, block, shared_bytes, stream, launch,
+                     arguments...);
 }
 
 inline void ShowToProducts() { cuda_emulator::Shared().ShowToProducts(); }

@@ -4,11 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "device/cpu_device.h"
+#include "device/cuda/graph_cache.h"
 #include "device/cuda/test_device.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cuda/cuda_kernels.h"
@@ -98,12 +100,21 @@ TEST_P(CudaTrainingTest, IsTheSameInEveryRunAndThatOfACpu) {
   options.activation_bytes = 16 << 20;
   std::vector<Curve> runs;
   for (int i = 0; i < 3; ++i) {
+    // The last one with blocks as graphs.
+    const int64_t replayed = GraphCache::NumReplayed();
+    if (i == 2) setenv("GRADWIRE_CUDA_GRAPHS", "1", 1);
     // A device and kernels of its own, as another process would have.
     const auto device = MakeTestDevice();
     if (device == nullptr) GTEST_SKIP();
     auto kernels = NewCudaKernels(*device);
     ASSERT_TRUE(kernels.ok()) << kernels.status();
     runs.push_back(Train(options, *device, **kernels));
+    unsetenv("GRADWIRE_CUDA_GRAPHS");
+    if (i == 2) {
+      EXPECT_GT(GraphCache::NumReplayed(), replayed);
+    } else {
+      EXPECT_EQ(GraphCache::NumReplayed(), replayed);
+    }
   }
   for (const Curve& curve : {runs[1], runs[2]}) {
     EXPECT_EQ(curve.losses, runs[0].losses);

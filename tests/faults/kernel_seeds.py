@@ -209,4 +209,38 @@ KERNEL_SEEDS = (
         "begin != end",
         ("//kernels/cuda:attention_tile_cache_test",),
     ),
+    Seed(
+        "gpu_graph_of_other_arguments",
+        "a block that differs in its arguments takes the graph that is there",
+        "device/cuda/launch_record.h",
+        "    (Append(values), ...);\n",
+        "    (static_cast<void>(values), ...);\n",
+        ("//device/cuda:graph_cache_test",),
+    ),
+    Seed(
+        "gpu_graph_of_a_hosts_memory",
+        "what was copied from the host once is copied again for ever",
+        "device/cuda/launch_record.h",
+        "    repeats_ = false;\n",
+        "",
+        ("//device/cuda:graph_cache_test",),
+    ),
+    Seed(
+        "gpu_queued_past_the_record",
+        "a call comes before those that a block has recorded",
+        "kernels/cuda/rows.cu",
+        "        QueueCopy(to.raw(), from.raw(), from.bytes(), cuda.get()),\n",
+        "        cudaMemcpyAsync(to.raw(), from.raw(),\n"
+        "                        static_cast<size_t>(from.bytes()),\n"
+        "                        cudaMemcpyDeviceToDevice, cuda.get()),\n",
+        ("//tests/equivalence:cuda_training_test",),
+    ),
+    Seed(
+        "gpu_graph_forgets_a_product",
+        "products with other factors are taken for the same",
+        "kernels/cuda/gemm.cc",
+        "LaunchRecord::kProduct, shape, a, b, c, *algorithm",
+        "LaunchRecord::kProduct, shape, *algorithm",
+        ("//tests/equivalence:cuda_training_test",),
+    ),
 )

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "device/cuda/graph_cache.h"
+
+#include "base/status.h"
+#include "device/cuda/cuda_status.h"
+
+namespace gradwire {
+
+GraphCache::~GraphCache() {
+  for (const Entry& entry : graphs_) cudaGraphExecDestroy(entry.graph);
+}
+
+cudaGraphExec_t GraphCache::Capture(cudaStream_t stream,
+                                    const LaunchRecord& record) {
+  cudaGraphExec_t made = nullptr;
+  if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) ==
+      cudaSuccess) {
+    const bool taken = record.IssueTo(stream).ok();
+    cudaGraph_t graph = nullptr;
+    const bool ended = cudaStreamEndCapture(stream, &graph) == cudaSuccess;
+    if (taken && ended && graph != nullptr &&
+        cudaGraphInstantiate(&made, graph, 0) != cudaSuccess) {
+      made = nullptr;
+    }
+    if (graph != nullptr) cudaGraphDestroy(graph);
+  }
+  // It was for us, and not for the next call.
+  if (made == nullptr) (void)cudaGetLastError();
+  return made;
+}
+
+void GraphCache::Remember(const LaunchRecord& record) {
+  seen_.push_front({.bytes = record.bytes()});
+  found_.emplace(seen_.front().bytes, seen_.begin());
+  if (seen_.size() > kMostSeen) {
+    found_.erase(seen_.back().bytes);
+    seen_.pop_back();
+  }
+}
+
+absl::Status GraphCache::MakeRoom(cudaStream_t stream) {
+  if (graphs_.size() < kMostGraphs) return absl::OkStatus();
+  // It may be running.
+  GW_RETURN_IF_ERROR(
+      CudaStatus(cudaStreamSynchronize(stream), "waiting for a graph"));
+  found_.erase(graphs_.back().bytes);
+  cudaGraphExecDestroy(graphs_.back().graph);
+  graphs_.pop_back();
+  return absl::OkStatus();
+}
+
+absl::Status GraphCache::Run(cudaStream_t stream, const LaunchRecord& record) {
+  const auto issue = [&] {
+    ++counts_.issued;
+    return record.IssueTo(stream);
+  };
+  if (!record.repeats()) return issue();
+  const auto found = found_.find(record.bytes());
+  if (found == found_.end()) {
+    Remember(record);
+    return issue();
+  }
+  const Entries::iterator entry = found->second;
+  if (entry->refused) return issue();
+  if (entry->graph != nullptr) {
+    ++counts_.replayed;
+    ++num_replayed_;
+    graphs_.splice(graphs_.begin(), graphs_, entry);
+  } else {
+    GW_RETURN_IF_ERROR(MakeRoom(stream));
+    entry->graph = Capture(stream, record);
+    entry->refused = entry->graph == nullptr;
+    if (entry->refused) return issue();
+    ++counts_.captured;
+    graphs_.splice(graphs_.begin(), seen_, entry);
+  }
+  return CudaStatus(cudaGraphLaunch(entry->graph, stream), "a graph");
+}
+
+}  // namespace gradwire
