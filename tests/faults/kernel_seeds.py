@@ -229,10 +229,12 @@ KERNEL_SEEDS = (
         "gpu_queued_past_the_record",
         "a call comes before those that a block has recorded",
         "kernels/cuda/rows.cu",
-        "        QueueCopy(to.raw(), from.raw(), from.bytes(), cuda.get()),\n",
-        "        cudaMemcpyAsync(to.raw(), from.raw(),\n"
-        "                        static_cast<size_t>(from.bytes()),\n"
-        "                        cudaMemcpyDeviceToDevice, cuda.get()),\n",
+        "    cuda.Check(QueueCopy(to.raw(), from.raw(), from.bytes(), "
+        "cuda.get()),\n",
+        "    cuda.Check(cudaMemcpyAsync(to.raw(), from.raw(),\n"
+        "                               static_cast<size_t>(from.bytes()),\n"
+        "                               cudaMemcpyDeviceToDevice, cuda.get()),"
+        "\n",
         ("//tests/equivalence:cuda_training_test",),
     ),
     Seed(
