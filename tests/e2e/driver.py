@@ -6,6 +6,8 @@ import sys
 
 import calls
 import gradwire
+import gradwire.errors
+import grpc
 from conftest import sequences
 from gradwire._proto.gradwire.v1 import jobs_pb2
 
@@ -75,7 +77,9 @@ def main():
         call = arguments.pop("call")
         try:
             answer = getattr(target, call)(**arguments)
-        except gradwire.GradwireError as error:
+        except (gradwire.GradwireError, grpc.RpcError) as error:
+            if isinstance(error, grpc.RpcError):
+                error = gradwire.errors.from_rpc(error)
             answer = {"error": error.reason, "metadata": error.metadata}
         print(json.dumps(answer), flush=True)
 

@@ -62,13 +62,19 @@ class Delays:
             self._seconds = json.loads(environ["wsgi.input"].read(size))
             start_response("200 OK", [])
             return []
-        delay = path.endswith("/commit.json") and self._seconds.get(method, 0)
-        if method != "DELETE":
-            time.sleep(delay)
+        delays = path.endswith("/commit.json")
+        if delays and method != "DELETE":
+            self._wait(method)
         answer = self._app(environ, start_response)
-        if method == "DELETE":
-            time.sleep(delay)
+        if delays and method == "DELETE":
+            self._wait(method)
         return answer
+
+    def _wait(self, method):
+        """Or until the delay is no longer wanted."""
+        end = time.monotonic() + self._seconds.get(method, 0)
+        while time.monotonic() < end and self._seconds.get(method):
+            time.sleep(0.02)
 
 
 def main(certificate=None, key=None):

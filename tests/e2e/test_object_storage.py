@@ -270,13 +270,12 @@ def test_what_a_delta_in_the_store_needs_stays_there(bucket, models, tmp_path):
     often = "--collect_seconds=0.2"
     with serving(tmp_path / "one", often) as (_, service):
         client = service.create_training_client(models["llama"], job_id="job")
-        base = client.save_weights_for_sampler(
-            "base", type="base", ttl=2
-        ).result()
+        base = client.save_weights_for_sampler("base", type="base").result()
         train(client, 1)
         saved = client.save_weights_for_sampler("delta", type="delta")
         delta = saved.result().path
         stored(service, delta)
+        service.set_checkpoint_ttl(base.path, 2)
         weight_id = service.verify_checkpoint(delta).weight_id
         expiry = service.get_checkpoint(base.path).expire_time
     until(lambda: time.time() > expiry.ToSeconds() + 1)
@@ -377,12 +376,13 @@ def test_what_is_deleted_is_deleted_there_as_well(bucket, models, tmp_path):
         stored(service, kept)
         stored(service, gone)
         service.delete_checkpoint(gone)
-        assert not bucket.keys("team/a/jobs/job/checkpoints/gone/")
+        until(lambda: not bucket.keys("team/a/jobs/job/checkpoints/gone/"))
         assert bucket.keys("team/a/jobs/job/checkpoints/kept/")
         # The name is free, and what is saved under it is copied again.
         stored(service, client.save_state("gone").result().path)
-        client.save_state("brief", ttl=3).result()
-        until(lambda: bucket.keys("team/a/jobs/job/checkpoints/brief/commit"))
+        brief = client.save_state("brief").result().path
+        stored(service, brief)
+        service.set_checkpoint_ttl(brief, 0.1)
         until(lambda: not bucket.keys("team/a/jobs/job/checkpoints/brief/"))
     shutil.rmtree(tmp_path / "one")
     with serving(tmp_path / "two") as (_, service):
@@ -490,7 +490,7 @@ def test_what_is_removed_while_it_is_stored_is_no_half_copy(
 ):
     with serving(tmp_path / "one") as (_, service):
         client = service.create_training_client(models["llama"], job_id="job")
-        bucket.delay(PUT=3)
+        bucket.delay(PUT=60)
         try:
             saved = client.save_state("best").result()
             # All but what makes it visible.
@@ -514,7 +514,7 @@ def test_a_job_that_is_deleted_has_its_checkpoints_stored(
 ):
     with serving(tmp_path / "one") as (_, service):
         client = service.create_training_client(models["llama"], job_id="job")
-        bucket.delay(PUT=2)
+        bucket.delay(PUT=60)
         try:
             saved = client.save_state("last").result()
             until(lambda: len(bucket.keys()) == len(content(saved.local_path)))
@@ -595,11 +595,16 @@ def test_a_server_that_is_killed_stores_again(bucket, models, tmp_path):
     paths = []
     with serving(state) as (server, service):
         client = service.create_training_client(models["llama"], job_id="job")
-        for number in range(6):
-            paths.append(client.save_state(f"s{number}").result().path)
+        paths.append(client.save_state("s0").result().path)
         until(lambda: bucket.keys())
-        server.process.kill()
-        server.process.wait()
+        bucket.stop()
+        try:
+            for number in range(1, 6):
+                paths.append(client.save_state(f"s{number}").result().path)
+            server.process.kill()
+            server.process.wait()
+        finally:
+            bucket.go_on()
     # Of an upload that a life before has begun.
     server_id = None
     for key in bucket.keys():

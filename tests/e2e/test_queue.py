@@ -20,12 +20,13 @@ VOCAB = MODELS["llama"][1]["vocab_size"]
 
 @pytest.fixture(scope="module")
 def hasty(binaries, tmp_path_factory):
-    """A server that waits for nothing long and queues little."""
+    """A server that waits for seconds where others wait for minutes, which is
+    longer than what is done meanwhile; and queues little."""
     with Server(
         tmp_path_factory.mktemp("state"),
-        "--gap_timeout_seconds=0.1",
+        "--gap_timeout_seconds=3",
         "--max_queued_ops=4",
-        "--result_retention_seconds=1",
+        "--result_retention_seconds=5",
     ) as server:
         yield server
 

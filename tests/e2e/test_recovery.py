@@ -220,7 +220,7 @@ def test_steps_whose_results_have_expired_are_run_again(
     models, tmp_path, world_size
 ):
     spec = {"world_size": world_size}
-    with serving(tmp_path, "--result_retention_seconds=1") as (server, stubs):
+    with serving(tmp_path, "--result_retention_seconds=5") as (server, stubs):
         want = train(new_model(stubs, models, "calm", **spec), 3)
         model = new_model(stubs, models, **spec)
         train(model, 2)

@@ -729,12 +729,13 @@ def test_a_full_disk_only_makes_it_longer(tmp_path, reserve):
         if not reserve:
             kept.unlink()
         with full(tmp_path):
-            life.rank.send_done(command, step=1, version=1)
             refused = calls.refusal(
                 life.stubs,
                 lambda: life.model.forward_backward(large, seq=2),
             )
             assert refused.reason == "STORAGE_FULL"
+            # Takes of the reserve what it needs.
+            life.rank.send_done(command, step=1, version=1)
             request = operations_pb2.WaitOperationRequest(
                 op_id=step.op_id, timeout_seconds=0.5
             )

@@ -468,7 +468,7 @@ def test_a_rank_that_is_killed_leaves_no_half_snapshot(models, tmp_path):
         save(client, "base")
         saves = [
             client.save_weights_for_sampler(f"n-{n}", type="delta")
-            for n in range(30)
+            for n in range(60)
         ]
         saves[2].result()
         os.kill(ranks_by_number(server.process.pid)[0], signal.SIGKILL)
@@ -481,7 +481,7 @@ def test_a_rank_that_is_killed_leaves_no_half_snapshot(models, tmp_path):
         save(client, "again", type="delta")
         # Also under a name that was being written.
         with contextlib.suppress(gradwire.GradwireError):
-            save(client, "n-29", type="delta")
+            save(client, "n-59", type="delta")
         for row in service.list_checkpoints("job"):
             service.verify_checkpoint(row.path)
 
@@ -493,8 +493,9 @@ def test_what_has_expired_goes_but_for_a_parent(models, tmp_path):
         with contextlib.suppress(gradwire.GradwireError):
             # It may be gone already.
             save(client, "child", type="delta", parent="parent")
-        save(client, "p", ttl=5)
+        save(client, "p", ttl=3600)
         save(client, "c", type="delta", parent="p")
+        service.set_checkpoint_ttl("jobs/job/snapshots/p", 3)
         save(client, "leaf", type="delta", parent="c", ttl=0.5)
         client.save_state("state", ttl=0.5).result()
         client.save_state("kept").result()

@@ -207,15 +207,15 @@ TEST_P(SnapshotSaveTest, AFullDiskLosesNothing) {
 TEST_P(SnapshotSaveTest, TheEndOfTheTrainerLeavesNothing) {
   const std::string path = Fresh("ended");
   {
-    Job job = New(&files_);
-    Snapshot snapshot(job, Options(path, SnapshotType::kBase));
+    auto job = std::make_unique<Job>(New(&files_));
+    Snapshot snapshot(*job, Options(path, SnapshotType::kBase));
     ASSERT_TRUE(gate_.Await(1));
     // It writes no more than what it was at.
     std::thread disk([&] {
       std::this_thread::sleep_for(milliseconds(100));
       gate_.Allow(4);
     });
-    job = New();
+    job.reset();
     disk.join();
     EXPECT_EQ(snapshot.Written().code(), absl::StatusCode::kCancelled);
   }

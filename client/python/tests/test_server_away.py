@@ -144,7 +144,8 @@ def test_a_server_is_found_within_a_second(server, service):
 
 
 def test_patience_ends(server):
-    service = gradwire.ServiceClient(address=server.address, patience=0.3)
+    # More than what gRPC waits between two attempts to connect.
+    service = gradwire.ServiceClient(address=server.address, patience=3.0)
     service.get_server_info()
     server.stop()
     with pytest.raises(gradwire.UnreachableError, match="tried for") as caught:
