@@ -3,7 +3,7 @@
 #
 # What one NVIDIA GPU makes of gradwire, beside PyTorch: JSON lines and tables.
 #
-#   benchmarks/gpu.sh                      all parts, one after the other
+#   benchmarks/gpu.sh                      step and ops, one after the other
 #   benchmarks/gpu.sh step [ARGUMENTS]     a full step (benchmarks/gpu/step.py)
 #   benchmarks/gpu.sh ops                  every op of a step
 #   benchmarks/gpu.sh graphs               a small model, blocks as graphs or not

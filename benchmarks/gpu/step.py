@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pathlib
 import re
 import statistics
@@ -292,6 +293,8 @@ def report(run: Run, way: str, ceilings: dict, seconds, about) -> None:
             packing=not theirs,
             microbatch=tokens,
             recompute="none",
+            graphs=not theirs
+            and os.environ.get("GRADWIRE_CUDA_GRAPHS", "0") not in ("", "0"),
             rounds=len(values),
             ms=common.milliseconds(values),
             tok_s=tokens / median[mode],

@@ -2,13 +2,13 @@
 #include "device/cuda/cuda_device.h"
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/check.h"
+#include "base/environment.h"
 #include "base/error.h"
 #include "base/status.h"
 #include "device/cuda/cuda_status.h"
@@ -69,8 +69,7 @@ CudaStream::CudaStream(bool graphs)
 }
 
 CudaStream::~CudaStream() {
-  // A stream that is destroyed goes on with what was queued; a graph does not.
-  if (graphs_ != nullptr && stream_ != nullptr) cudaStreamSynchronize(stream_);
+  // A stream that is destroyed goes on with what was queued.
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 
@@ -81,7 +80,7 @@ void CudaStream::Section(const std::function<void()>& body) {
   }
   LaunchRecord record(stream_);
   record.Take(body);
-  // Even of a body that has failed: others may count on what it has recorded.
+  // Even of a body that has failed, as its calls would have been queued.
   Fail(graphs_->Run(stream_, record));
 }
 
@@ -156,8 +155,7 @@ absl::StatusOr<std::unique_ptr<DeviceBuffer>> CudaDevice::Allocate(
 
 std::unique_ptr<Stream> CudaDevice::NewStream() {
   MakeCurrent();
-  return std::make_unique<CudaStream>(std::getenv("GRADWIRE_CUDA_GRAPHS") !=
-                                      nullptr);
+  return std::make_unique<CudaStream>(IsSwitchedOn("GRADWIRE_CUDA_GRAPHS"));
 }
 
 void CudaDevice::CopyToHost(Stream& stream, const Tensor& from, void* to) {

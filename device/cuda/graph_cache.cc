@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device/cuda/graph_cache.h"
 
-#include "base/status.h"
+#include "base/log.h"
 #include "device/cuda/cuda_status.h"
 
 namespace gradwire {
@@ -38,18 +38,18 @@ void GraphCache::Remember(const LaunchRecord& record) {
   }
 }
 
-absl::Status GraphCache::MakeRoom(cudaStream_t stream) {
-  if (graphs_.size() < kMostGraphs) return absl::OkStatus();
-  // It may be running.
-  GW_RETURN_IF_ERROR(
-      CudaStatus(cudaStreamSynchronize(stream), "waiting for a graph"));
-  found_.erase(graphs_.back().bytes);
-  cudaGraphExecDestroy(graphs_.back().graph);
+bool GraphCache::MakeRoom() {
+  if (graphs_.size() < kMostGraphs) return true;
+  const Entry& least = graphs_.back();
+  if (sections_ - least.used < kIdle) return false;
+  found_.erase(least.bytes);
+  cudaGraphExecDestroy(least.graph);
   graphs_.pop_back();
-  return absl::OkStatus();
+  return true;
 }
 
 absl::Status GraphCache::Run(cudaStream_t stream, const LaunchRecord& record) {
+  ++sections_;
   const auto issue = [&] {
     ++counts_.issued;
     return record.IssueTo(stream);
@@ -67,13 +67,19 @@ absl::Status GraphCache::Run(cudaStream_t stream, const LaunchRecord& record) {
     ++num_replayed_;
     graphs_.splice(graphs_.begin(), graphs_, entry);
   } else {
-    GW_RETURN_IF_ERROR(MakeRoom(stream));
+    if (!MakeRoom()) return issue();
     entry->graph = Capture(stream, record);
-    entry->refused = entry->graph == nullptr;
-    if (entry->refused) return issue();
+    if (entry->graph == nullptr) {
+      entry->refused = true;
+      if (++counts_.refused == 1) {
+        spdlog::warn("CUDA does not take a block as a graph");
+      }
+      return issue();
+    }
     ++counts_.captured;
     graphs_.splice(graphs_.begin(), seen_, entry);
   }
+  entry->used = sections_;
   return CudaStatus(cudaGraphLaunch(entry->graph, stream), "a graph");
 }
 

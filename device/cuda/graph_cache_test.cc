@@ -30,6 +30,12 @@ class GraphCacheTest : public testing::Test {
     buffer_ = *std::move(buffer);
   }
 
+  // Before the buffer goes.
+  void TearDown() override {
+    if (stream_ == nullptr) return;
+    EXPECT_TRUE(stream_->Finish().ok());
+  }
+
   Tensor At(int64_t i) const {
     return Tensor(static_cast<float*>(buffer_->data()) + i * kSize, DType::kF32,
                   {kSize});
@@ -48,10 +54,12 @@ class GraphCacheTest : public testing::Test {
     device_->Copy(*stream_, from, to);
   }
   GraphCache::Counts Counts() const { return stream_->graphs()->counts(); }
-  void ExpectCounts(int64_t issued, int64_t captured, int64_t replayed) const {
+  void ExpectCounts(int64_t issued, int64_t captured, int64_t replayed,
+                    int64_t refused = 0) const {
     EXPECT_EQ(Counts().issued, issued);
     EXPECT_EQ(Counts().captured, captured);
     EXPECT_EQ(Counts().replayed, replayed);
+    EXPECT_EQ(Counts().refused, refused);
   }
 
   std::unique_ptr<CudaDevice> device_;
@@ -152,43 +160,73 @@ TEST_F(GraphCacheTest, AnEmptySectionIsNothing) {
   EXPECT_TRUE(stream_->Finish().ok());
 }
 
-TEST_F(GraphCacheTest, TheLeastUsedGo) {
-  constexpr int64_t kMany = GraphCache::kMostGraphs + 10;
+TEST_F(GraphCacheTest, WhatIsNotUsedMakesRoom) {
+  constexpr int64_t kMost = GraphCache::kMostGraphs;
   const auto run = [&](int64_t i) {
     Set(At(i), static_cast<float>(i));
     stream_->Section([&] { Copy(At(i), At(1000)); });
     EXPECT_EQ(Get(At(1000)), static_cast<float>(i));
   };
-  for (int64_t i = 0; i < kMany; ++i) {
+  // Is used, and what comes last is not.
+  const auto pass = [&](int64_t sections) {
+    for (int64_t n = 0; n < sections; ++n) run(0);
+  };
+  for (int64_t i = 0; i < kMost; ++i) {
     run(i);
     run(i);
-    run(0);  // is in use
   }
-  EXPECT_EQ(Counts().captured, kMany);
+  EXPECT_EQ(Counts().captured, kMost);
+  // The others are not idle yet.
+  for (int i = 0; i < 4; ++i) run(kMost);
+  EXPECT_EQ(Counts().captured, kMost);
+  pass(GraphCache::kIdle);
+  run(kMost);
+  EXPECT_EQ(Counts().captured, kMost + 1);
+  // In place of the one that was used least.
   const int64_t replayed = Counts().replayed;
+  run(kMost);
   run(0);
-  run(kMany - 1);
-  EXPECT_EQ(Counts().replayed, replayed + 2);
-  // Is seen for the first time again.
+  run(2);
+  EXPECT_EQ(Counts().replayed, replayed + 3);
   run(1);
-  EXPECT_EQ(Counts().replayed, replayed + 2);
+  EXPECT_EQ(Counts().replayed, replayed + 3);
   run(1);
-  EXPECT_EQ(Counts().captured, kMany + 1);
-  // Of what is seen once, the oldest is forgotten.
+  EXPECT_EQ(Counts().captured, kMost + 2);
+  EXPECT_TRUE(stream_->Finish().ok());
+}
+
+TEST_F(GraphCacheTest, OfWhatIsSeenOnceTheOldestIsForgotten) {
   const auto once = [&](int64_t n) {
     stream_->Section([&] {
       device_->Zero(*stream_, Tensor(buffer_->data(), DType::kF32, {n}));
     });
   };
-  for (int64_t n = 1; n <= static_cast<int64_t>(GraphCache::kMostSeen) + 1;
-       ++n) {
-    once(n);
-  }
+  constexpr auto kMost = static_cast<int64_t>(GraphCache::kMostSeen);
+  for (int64_t n = 1; n <= kMost + 1; ++n) once(n);
   once(1);
-  EXPECT_EQ(Counts().captured, kMany + 1);
-  once(GraphCache::kMostSeen);
-  EXPECT_EQ(Counts().captured, kMany + 2);
+  EXPECT_EQ(Counts().captured, 0);
+  once(kMost);
+  EXPECT_EQ(Counts().captured, 1);
   EXPECT_TRUE(stream_->Finish().ok());
+}
+
+TEST_F(GraphCacheTest, ARunningGraphMayGo) {
+  Set(At(0), 7);
+  for (int i = 0; i < 3; ++i) {
+    stream_->Section([&] {
+      for (int64_t n = 0; n < 50; ++n) Copy(At(n), At(n + 1));
+    });
+  }
+  ExpectCounts(1, 1, 1);
+  cudaEvent_t end;
+  ASSERT_EQ(cudaEventCreateWithFlags(&end, cudaEventDisableTiming),
+            cudaSuccess);
+  ASSERT_EQ(cudaEventRecord(end, stream_->get()), cudaSuccess);
+  // With its stream.
+  stream_ = std::make_unique<CudaStream>(true);
+  ASSERT_EQ(cudaEventSynchronize(end), cudaSuccess);
+  EXPECT_EQ(Get(At(50)), 7);
+  EXPECT_EQ(cudaEventDestroy(end), cudaSuccess);
 }
 
 TEST_F(GraphCacheTest, WhatCudaDoesNotCaptureIsQueuedCallByCall) {
@@ -206,13 +244,13 @@ TEST_F(GraphCacheTest, WhatCudaDoesNotCaptureIsQueuedCallByCall) {
     });
     EXPECT_EQ(Get(At(2)), static_cast<float>(i));
   }
-  ExpectCounts(4, 0, 0);
+  ExpectCounts(4, 0, 0, 1);
   EXPECT_TRUE(stream_->Finish().ok());
   // And others are not refused for it.
   for (int i = 0; i < 3; ++i) {
     stream_->Section([&] { Copy(At(0), At(3)); });
   }
-  ExpectCounts(5, 1, 1);
+  ExpectCounts(5, 1, 1, 1);
 }
 
 TEST_F(GraphCacheTest, AFailureIsTheStreams) {
@@ -238,6 +276,27 @@ TEST_F(GraphCacheTest, AFailureIsTheStreams) {
   });
   EXPECT_EQ(stream_->Finish().message(), "of the body");
   EXPECT_EQ(Get(At(1)), 3);
+}
+
+TEST_F(GraphCacheTest, BehindAFailureMemoryOfTheHostIsCopied) {
+  const std::vector<float> values(kSize, 6);
+  Set(At(1), 1);
+  stream_->Section([&] {
+    LaunchRecord::Of(stream_->get())
+        ->Add(
+            [](cudaStream_t) {
+              return CudaStatus(cudaErrorInvalidValue, "a test");
+            },
+            LaunchRecord::kCopy, 3);
+    // Whoever asked for it has noted that it is there.
+    stream_->Check(QueueCopyFromHost(At(0).raw(), values.data(), At(0).bytes(),
+                                     stream_->get()),
+                   "a copy");
+    Copy(At(0), At(1));
+  });
+  EXPECT_NE(stream_->Finish().message().find("a test"), std::string::npos);
+  EXPECT_EQ(Get(At(0)), 6);
+  EXPECT_EQ(Get(At(1)), 1);
 }
 
 TEST_F(GraphCacheTest, WithoutItASectionIsItsBody) {

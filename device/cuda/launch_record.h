@@ -51,24 +51,27 @@ class LaunchRecord {
   void Add(Issue issue, uint64_t what, const Values&... values) {
     Append(what);
     (Append(values), ...);
-    issues_.push_back(std::move(issue));
+    calls_.push_back({std::move(issue), false});
   }
-  // What reads memory of the host: the next time it has other contents.
+  // What reads memory of the host: the next time it has other contents. The
+  // caller is told that it is on its way, and may count on it.
   void AddOnce(Issue issue) {
     repeats_ = false;
-    issues_.push_back(std::move(issue));
+    calls_.push_back({std::move(issue), true});
   }
 
   // Whether the bytes say all.
-  bool repeats() const { return repeats_ && !issues_.empty(); }
+  bool repeats() const { return repeats_ && !calls_.empty(); }
   const std::string& bytes() const { return bytes_; }
 
-  // Queues it all, up to the first failure.
+  // Queues it all, up to the first failure, which it returns; behind that what
+  // was added once.
   absl::Status IssueTo(cudaStream_t stream) const {
-    for (const Issue& issue : issues_) {
-      if (absl::Status status = issue(stream); !status.ok()) return status;
+    absl::Status first;
+    for (const Recorded& call : calls_) {
+      if (first.ok() || call.once) first.Update(call.issue(stream));
     }
-    return absl::OkStatus();
+    return first;
   }
 
  private:
@@ -80,11 +83,16 @@ class LaunchRecord {
     bytes_.append(reinterpret_cast<const char*>(&value), sizeof(value));
   }
 
+  struct Recorded {
+    Issue issue;
+    bool once;
+  };
+
   static inline thread_local LaunchRecord* current_ = nullptr;
 
   const cudaStream_t stream_;
   std::string bytes_;
-  std::vector<Issue> issues_;
+  std::vector<Recorded> calls_;
   bool repeats_ = true;
 };
 

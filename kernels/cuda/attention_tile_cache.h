@@ -54,8 +54,9 @@ struct TilesOnDevice {
 
 class AttentionTileCache {
  public:
-  // One of each work, and of two numbers of rows.
-  static constexpr int kLists = 4;
+  // One of each work for a micro-batch, and two numbers of rows on some GPUs:
+  // of the few micro-batches of a step each finds its lists where they were.
+  static constexpr int kLists = 16;
   // A longer list is sent for each call.
   static constexpr int64_t kMaxTiles = 1 << 14;
   static constexpr int64_t kBytes =

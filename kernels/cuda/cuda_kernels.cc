@@ -9,6 +9,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/environment.h"
 #include "base/status.h"
 #include "device/cuda/cuda_status.h"
 #include "kernels/cuda/attention_tile_cache.h"
@@ -56,10 +57,7 @@ absl::StatusOr<int> Attribute(const CudaDevice& device,
 absl::StatusOr<bool> HasWarpgroups(float* room) {
   // For one whose driver or compiler gets them wrong in a way that ends the
   // process that tries.
-  const char* const off = std::getenv("GRADWIRE_NO_WARPGROUPS");
-  if (off != nullptr && *off != '\0' && std::string_view(off) != "0") {
-    return false;
-  }
+  if (IsSwitchedOn("GRADWIRE_NO_WARPGROUPS")) return false;
   WarpgroupCheck check;
   const cudaError_t error = CheckWarpgroups(room, check);
   // Of binaries without code for sm_90a.

@@ -204,7 +204,8 @@ void CudaGemm::Run(CudaStream& stream, const CudaGemmShape& shape,
   };
   if (LaunchRecord* const record = LaunchRecord::Of(stream.get())) {
     // The operands' layouts and the product come of the shape.
-    record->Add(issue, LaunchRecord::kProduct, shape, a, b, c, *algorithm);
+    record->Add(issue, LaunchRecord::kProduct, shape, a, b, c, *algorithm,
+                workspace_);
   } else {
     stream.Fail(issue(stream.get()));
   }

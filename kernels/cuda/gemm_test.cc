@@ -115,6 +115,28 @@ TEST_F(GemmTest, TakesRowsThatLieApart) {
   }
 }
 
+TEST_F(GemmTest, OtherFactorsAreAnotherGraph) {
+  const auto graphs = std::make_unique<CudaStream>(true);
+  const CudaGemmShape shape = {
+      .m = 1, .n = 1, .k = 1, .a_row = 1, .b_row = 1, .c_row = 1};
+  const Tensor a = Floats({2}), b = Floats({3}), other = Floats({5});
+  const Tensor c = Floats({0}), d = Floats({0});
+  const auto run = [&](const Tensor& x, const Tensor& y, const Tensor& to) {
+    graphs->Section(
+        [&] { gemm_->Run(*graphs, shape, x.raw(), y.raw(), to.raw()); });
+    EXPECT_TRUE(graphs->Finish().ok());
+    return Fetch(to)[0];
+  };
+  for (int round = 0; round < 3; ++round) {
+    EXPECT_EQ(run(a, b, c), 6);
+    EXPECT_EQ(run(other, b, c), 15);
+    EXPECT_EQ(run(a, other, c), 10);
+    EXPECT_EQ(run(a, b, d), 6);
+  }
+  EXPECT_EQ(graphs->graphs()->counts().captured, 4);
+  EXPECT_EQ(graphs->graphs()->counts().replayed, 4);
+}
+
 TEST_F(GemmTest, ASumWithoutTermsIsZero) {
   const Tensor c = Floats({1, 2, 3, 4});
   CudaGemmShape shape = {.m = 2, .n = 2, .a_row = 1, .b_row = 2, .c_row = 2};

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "device/cuda/kernel.h"
+#include "device/cuda/launch_record.h"
 #include "device/dtype.h"
 #include "tests/cuda_emulator/on_device.h"
 
@@ -257,6 +258,49 @@ TEST(CudaEmulatorTest, RefusesTheHostsMemory) {
   EXPECT_EQ(
       Launch(TreeSum, dim3(1), dim3(32), 128, nullptr, host.data(), out.data()),
       cudaErrorIllegalAddress);
+}
+
+TEST(CudaEmulatorTest, AGraphIsOfTheDevicesWorkAlone) {
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+            cudaSuccess);
+  const OnDevice<float> on(std::vector<float>(4));
+  float host[4] = {};
+  const auto capture = [&](const auto& call) {
+    EXPECT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+              cudaSuccess);
+    const cudaError_t called = call();
+    cudaGraph_t graph = nullptr;
+    const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
+    EXPECT_EQ(graph != nullptr, ended == cudaSuccess);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    EXPECT_EQ(called == cudaSuccess, ended == cudaSuccess);
+    (void)cudaGetLastError();
+    return called;
+  };
+  EXPECT_EQ(capture([&] { return cudaMemsetAsync(on.data(), 0, 16, stream); }),
+            cudaSuccess);
+  EXPECT_NE(capture([&] {
+              return cudaMemcpyAsync(on.data(), host, 16,
+                                     cudaMemcpyHostToDevice, stream);
+            }),
+            cudaSuccess);
+  EXPECT_NE(capture([&] {
+              return cudaMemcpyAsync(host, on.data(), 16,
+                                     cudaMemcpyDeviceToHost, stream);
+            }),
+            cudaSuccess);
+  EXPECT_NE(capture([&] { return cudaStreamSynchronize(stream); }),
+            cudaSuccess);
+  cudaStreamDestroy(stream);
+}
+
+TEST(CudaEmulatorDeathTest, ACallPastTheRecordOfItsSectionEndsTheProcess) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const OnDevice<float> on(std::vector<float>(4));
+  LaunchRecord record(nullptr);
+  EXPECT_DEATH(record.Take([&] { cudaMemsetAsync(on.data(), 0, 16, nullptr); }),
+               "queued past the record");
 }
 
 // ---- What is wrong ----------------------------------------------------------

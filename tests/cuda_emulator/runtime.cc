@@ -122,7 +122,8 @@ struct CUgraph_st {
   std::vector<std::function<void()>> work;
 };
 struct CUgraphExec_st {
-  std::vector<std::function<void()>> work;
+  // Also of those who run it.
+  std::shared_ptr<const std::vector<std::function<void()>>> work;
 };
 
 struct CUevent_st {
@@ -418,14 +419,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
                                  unsigned long long) {
-  *exec = new CUgraphExec_st{graph->work};
+  *exec = new CUgraphExec_st{
+      std::make_shared<const std::vector<std::function<void()>>>(graph->work)};
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-  // No copy: whoever destroys it must have waited.
-  StreamOf(stream).Add([exec] {
-    for (const auto& work : exec->work) work();
+  StreamOf(stream).Add([all = exec->work] {
+    for (const auto& work : *all) work();
   });
   return cudaSuccess;
 }

@@ -242,7 +242,7 @@ KERNEL_SEEDS = (
         "products with other factors are taken for the same",
         "kernels/cuda/gemm.cc",
         "LaunchRecord::kProduct, shape, a, b, c, *algorithm",
-        "LaunchRecord::kProduct, shape, *algorithm",
-        ("//tests/equivalence:cuda_training_test",),
+        "LaunchRecord::kProduct, shape, a, c, *algorithm",
+        ("//kernels/cuda:gemm_test",),
     ),
 )
