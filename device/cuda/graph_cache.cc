@@ -72,7 +72,8 @@ absl::Status GraphCache::Run(cudaStream_t stream, const LaunchRecord& record) {
     if (entry->graph == nullptr) {
       entry->refused = true;
       if (++counts_.refused == 1) {
-        spdlog::warn("CUDA does not take a block as a graph");
+        spdlog::warn(
+            "CUDA does not take a block as a graph; it is queued call by call");
       }
       return issue();
     }

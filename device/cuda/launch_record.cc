@@ -8,12 +8,8 @@ cudaError_t QueueMemset(void* data, int value, int64_t bytes,
   const auto issue = [=](cudaStream_t to) {
     return cudaMemsetAsync(data, value, static_cast<size_t>(bytes), to);
   };
-  LaunchRecord* const record = LaunchRecord::Of(stream);
-  if (record == nullptr) return issue(stream);
-  record->Add(
-      [issue](cudaStream_t to) { return CudaStatus(issue(to), "zeroing"); },
-      LaunchRecord::kMemset, data, value, bytes);
-  return cudaSuccess;
+  return QueueOrRecord(stream, "zeroing", issue, LaunchRecord::kMemset, data,
+                       value, bytes);
 }
 
 cudaError_t QueueCopy(void* to, const void* from, int64_t bytes,
@@ -22,12 +18,8 @@ cudaError_t QueueCopy(void* to, const void* from, int64_t bytes,
     return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes),
                            cudaMemcpyDeviceToDevice, on);
   };
-  LaunchRecord* const record = LaunchRecord::Of(stream);
-  if (record == nullptr) return issue(stream);
-  record->Add(
-      [issue](cudaStream_t on) { return CudaStatus(issue(on), "a copy"); },
-      LaunchRecord::kCopy, to, from, bytes);
-  return cudaSuccess;
+  return QueueOrRecord(stream, "a copy", issue, LaunchRecord::kCopy, to, from,
+                       bytes);
 }
 
 cudaError_t QueueCopyFromHost(void* to, const void* from, int64_t bytes,

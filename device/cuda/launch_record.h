@@ -96,18 +96,28 @@ class LaunchRecord {
   bool repeats_ = true;
 };
 
+// issue(stream), a call of CUDA's runtime that queues, or its record: see Add.
+// `operation` is for CudaStatus.
+template <typename Issue, typename... Values>
+cudaError_t QueueOrRecord(cudaStream_t stream, const char* operation,
+                          const Issue& issue, uint64_t what,
+                          const Values&... values) {
+  LaunchRecord* const record = LaunchRecord::Of(stream);
+  if (record == nullptr) return issue(stream);
+  record->Add([issue, operation](
+                  cudaStream_t to) { return CudaStatus(issue(to), operation); },
+              what, values...);
+  return cudaSuccess;
+}
+
 // launch(stream), which queues the kernel with these arguments, or its record.
 template <typename... Parameters, typename Launch, typename... Arguments>
 cudaError_t QueueKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                         std::size_t shared_bytes, cudaStream_t stream,
                         const Launch& launch, const Arguments&... arguments) {
-  LaunchRecord* const record = LaunchRecord::Of(stream);
-  if (record == nullptr) return launch(stream);
-  record->Add(
-      [launch](cudaStream_t to) { return CudaStatus(launch(to), "a kernel"); },
-      reinterpret_cast<uint64_t>(kernel), grid, block, shared_bytes,
-      static_cast<std::decay_t<Parameters>>(arguments)...);
-  return cudaSuccess;
+  return QueueOrRecord(
+      stream, "a kernel", launch, reinterpret_cast<uint64_t>(kernel), grid,
+      block, shared_bytes, static_cast<std::decay_t<Parameters>>(arguments)...);
 }
 
 // CUDA's calls of these names, or their records.
