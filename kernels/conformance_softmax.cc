@@ -249,13 +249,13 @@ TEST_P(KernelsConformanceTest, LogprobHead) {
     const Operand by_rows = Normal(DType::kF32, {c.vocab, c.hidden}, 0.0f);
     const Operand row_squares =
         Unwritten(DType::kF64, {c.vocab, SquareBlocks(c.hidden)});
-    for (int64_t end = c.vocab;
-         end > 0 && kernels().LogprobHeadKeptBytes(act(), 1, 1, 1) > 0;) {
-      const int64_t begin = (end - 1) / Kernels::kHeadRows * Kernels::kHeadRows;
+    const int64_t piece = kernels().LogprobHeadWeightRows(act());
+    for (int64_t end = c.vocab; end > 0 && piece > 0;) {
+      const int64_t begin = (end - 1) / piece * piece;
       kernels().LogprobHeadBackwardWeight(
           stream(), head(&Operand::device),
           {d_logprobs.device, lse.device, workspace.device, kept.device}, begin,
-          end, {by_rows.device, begin % 1024 == 0, row_squares.device});
+          end, {by_rows.device, begin / piece % 2 == 0, row_squares.device});
       end = begin;
       if (end > 0) continue;
       ExpectSame("d_weight by rows, " + name, Fetch(d_weight_alone.device),

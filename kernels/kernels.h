@@ -331,11 +331,12 @@ class Kernels {
                                    const LogprobHeadGrad& grad,
                                    const Tensor& d_hidden,
                                    const WeightGrad& d_weight) = 0;
+  // Rows of d_weight that can be made alone at a time; 0 if they can't.
+  virtual int64_t LogprobHeadWeightRows(DType act) const = 0;
   // Rows [begin, end) of d_weight alone, with the bits that LogprobHeadBackward
-  // gives them. REQUIRES: LogprobHeadKeptBytes is not 0, and grad.kept not
-  // null; begin is a multiple of kHeadRows, and end, too, or the vocabulary's
+  // gives them. REQUIRES: grad.kept is not null; begin is a multiple of
+  // LogprobHeadWeightRows, which is not 0, and end, too, or the vocabulary's
   // size.
-  static constexpr int64_t kHeadRows = 512;
   virtual void LogprobHeadBackwardWeight(Stream& stream,
                                          const LogprobHead& args,
                                          const LogprobHeadGrad& grad,

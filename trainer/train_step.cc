@@ -63,8 +63,7 @@ TrainStep::TrainStep(const Options& options, Device& device, Kernels& kernels)
     : options_(options),
       device_(device),
       kernels_(kernels),
-      keeps_exponentials_(HeadKeptBytes(kernels, *options.config,
-                                        options.precision, 1, 1) > 0) {}
+      head_rows_(kernels.LogprobHeadWeightRows(ActType(options.precision))) {}
 
 absl::StatusOr<std::unique_ptr<TrainStep>> TrainStep::Create(
     const Options& options, Device& device, Kernels& kernels) {
@@ -153,7 +152,7 @@ void TrainStep::VisitBackward(
     if (unit == last_unit() && rows != nullptr) {
       by_rows = rows->Await(*stream_);
       head_ends = by_rows || !tied();
-      if (head_ends && keeps_exponentials_) grad.send_head = send_head;
+      if (head_ends && head_rows_ > 0) grad.send_head = send_head;
     }
     visit({unit, held.values(), head ? head->values() : held.values()}, grad);
     if (grad.send_head != nullptr) {

@@ -128,7 +128,7 @@ class TrainStep {
   }
   int last_unit() const { return options_.layout->num_units() - 1; }
 
-  // What the gradient of the head's weight is made of, and of which kHeadRows
+  // What the gradient of the head's weight is made of, and of which head_rows_
   // rows each it has been made.
   struct HeadWeight {
     LogprobHead head;
@@ -157,8 +157,9 @@ class TrainStep {
   const Options options_;
   Device& device_;
   Kernels& kernels_;
-  // On every rank of a job alike.
-  const bool keeps_exponentials_;
+  // Of the gradient of the head's weight, that can be made alone; 0: none. On
+  // every rank of a job alike.
+  const int64_t head_rows_;
   std::unique_ptr<Stream> stream_;
   Arena scratch_;
   Tensor cos_, sin_;

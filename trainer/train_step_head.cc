@@ -56,8 +56,8 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
   const bool apart = held.send_head != nullptr && !stored.head.is_null();
   const auto backward = [&](const Tensor& d_hidden) {
     if (apart) {
-      const auto pieces = static_cast<size_t>(
-          (config.vocab + Kernels::kHeadRows - 1) / Kernels::kHeadRows);
+      const auto pieces =
+          static_cast<size_t>((config.vocab + head_rows_ - 1) / head_rows_);
       HeadWeight weight = {head, grad, d_weight, std::vector<bool>(pieces)};
       held.send_head([&](int64_t begin, int64_t end) {
         MakeHeadWeight(weight, begin, end);
@@ -106,21 +106,21 @@ void TrainStep::HeadBackward(const PackedInputs& inputs,
 void TrainStep::MakeHeadWeight(HeadWeight& weight, int64_t begin, int64_t end) {
   const int64_t vocab = options_.config->vocab;
   const int64_t hidden = options_.config->hidden;
-  constexpr int64_t kRows = Kernels::kHeadRows;
   const int64_t first =
       options_.table->head() - options_.layout->unit(head_unit()).begin;
   const auto row = [&](int64_t element) {
     return std::clamp<int64_t>(element - first, 0, vocab * hidden) / hidden;
   };
   if (end <= first || begin >= first + vocab * hidden) return;
-  for (int64_t piece = row(begin) / kRows;
-       piece < std::ssize(weight.made) && piece * kRows * hidden < end - first;
+  for (int64_t piece = row(begin) / head_rows_;
+       piece < std::ssize(weight.made) &&
+       piece * head_rows_ * hidden < end - first;
        ++piece) {
     if (weight.made[static_cast<size_t>(piece)]) continue;
     weight.made[static_cast<size_t>(piece)] = true;
     kernels_.LogprobHeadBackwardWeight(
-        *stream_, weight.head, weight.grad, piece * kRows,
-        std::min(vocab, (piece + 1) * kRows), weight.d_weight);
+        *stream_, weight.head, weight.grad, piece * head_rows_,
+        std::min(vocab, (piece + 1) * head_rows_), weight.d_weight);
   }
 }
 

@@ -190,6 +190,10 @@ void ProfilingKernels::LogprobHeadBackward(Stream& stream,
   });
 }
 
+int64_t ProfilingKernels::LogprobHeadWeightRows(DType act) const {
+  return kernels_->LogprobHeadWeightRows(act);
+}
+
 void ProfilingKernels::LogprobHeadBackwardWeight(Stream& stream,
                                                  const LogprobHead& args,
                                                  const LogprobHeadGrad& grad,

@@ -86,6 +86,7 @@ class ProfilingKernels : public Kernels {
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
                            const WeightGrad& d_weight) override;
+  int64_t LogprobHeadWeightRows(DType act) const override;
   void LogprobHeadBackwardWeight(Stream& stream, const LogprobHead& args,
                                  const LogprobHeadGrad& grad, int64_t begin,
                                  int64_t end,

@@ -30,7 +30,7 @@ namespace {
 // A chunk of logits, kBlock x kChunk floats, takes half of a common 1 MiB
 // second-level cache.
 constexpr int64_t kBlock = 256;
-constexpr int64_t kChunk = Kernels::kHeadRows;
+constexpr int64_t kChunk = 512;
 // Tokens whose d_logit chunk is kept at once: long enough that reading and
 // writing d_weight is small beside the product.
 constexpr int64_t kTokens = 2048;
@@ -342,6 +342,8 @@ int64_t CpuKernels::LogprobHeadKeptBytes(DType act, int64_t tokens, int64_t k,
                                          int64_t vocab) const {
   return KeptLogits(nullptr, act, tokens, k, vocab).bytes();
 }
+
+int64_t CpuKernels::LogprobHeadWeightRows(DType) const { return kChunk; }
 
 void CpuKernels::LogprobHeadForward(Stream& stream, const LogprobHead& args,
                                     const LogprobHeadOutput& out,

@@ -101,12 +101,11 @@ class CudaKernels : public Kernels {
   void LogprobHeadBackward(Stream& stream, const LogprobHead& args,
                            const LogprobHeadGrad& grad, const Tensor& d_hidden,
                            const WeightGrad& d_weight) override;
-  // Nothing is kept.
-  void LogprobHeadBackwardWeight(Stream&, const LogprobHead&,
-                                 const LogprobHeadGrad&, int64_t, int64_t,
-                                 const WeightGrad&) override {
-    GW_CHECK(false);
-  }
+  int64_t LogprobHeadWeightRows(DType act) const override;
+  void LogprobHeadBackwardWeight(Stream& stream, const LogprobHead& args,
+                                 const LogprobHeadGrad& grad, int64_t begin,
+                                 int64_t end,
+                                 const WeightGrad& d_weight) override;
 
   // rows.cu
   void GatherRows(Stream& stream, const Tensor& x, const Tensor& rows,

@@ -87,6 +87,24 @@ __device__ inline int FirstColumn(int pack) {
          kPack;
 }
 
+// Returns the largest logit that the thread has.
+__device__ inline float LoadRow(const float* logits, int64_t cols,
+                                RowPart& part) {
+  float max = -INFINITY;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int column = FirstColumn(p);
+    Pack<float, kPack> pack = {};
+    if (column < cols) pack = LoadPack<kPack>(logits + column);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      part.logit[p][j] = column + j < cols ? pack.element[j] : -INFINITY;
+      max = fmaxf(max, part.logit[p][j]);
+    }
+  }
+  return max;
+}
+
 // Merges the chunk's largest logits, from the largest down, into what is in
 // global memory, for as long as they are among the top_k.
 __device__ inline void TakeTop(const RowPart& part, const LogitChunk& chunk,
@@ -153,32 +171,31 @@ __device__ inline void TakeTop(const RowPart& part, const LogitChunk& chunk,
 // ---- The forward ------------------------------------------------------------
 
 // A block takes a row.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    TakeLogitsKernel(LogitChunk chunk, LogprobRows rows) {
+    TakeLogitsKernel(LogitChunk chunk, LogprobRows rows, KeptChunk<T> kept) {
   SharedMemory shared;
   const SharedArray<float> reduce = shared.Take<float>(kThreads / kWarpSize);
   const int64_t row = blockIdx.x;
   const float* const logits = chunk.logits + row * chunk.row_stride;
 
   RowPart part;
-  float max = -INFINITY;
-#pragma unroll
-  for (int p = 0; p < kPacks; ++p) {
-    const int column = FirstColumn(p);
-    Pack<float, kPack> pack = {};
-    if (column < chunk.cols) pack = LoadPack<kPack>(logits + column);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) {
-      part.logit[p][j] = column + j < chunk.cols ? pack.element[j] : -INFINITY;
-      max = fmaxf(max, part.logit[p][j]);
-    }
-  }
-  const float row_max = BlockMax(max, reduce);
+  const float row_max = BlockMax(LoadRow(logits, chunk.cols, part), reduce);
+  T* const exps =
+      kept.exps == nullptr ? nullptr : kept.exps + row * kept.row_stride;
   float sum = 0;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
+    Pack<T, kPack> pack;
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) sum += expf(part.logit[p][j] - row_max);
+    for (int j = 0; j < kPack; ++j) {
+      const float e = expf(part.logit[p][j] - row_max);
+      sum += e;
+      pack.element[j] = T(e);
+    }
+    if (exps != nullptr && FirstColumn(p) < chunk.cols) {
+      StorePack(exps + FirstColumn(p), pack);
+    }
   }
   sum = BlockSum(sum, reduce);
 
@@ -193,6 +210,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const float lse = whole_max + logf(sum);
   if (threadIdx.x == 0) {
+    if (exps != nullptr) kept.maxima[row] = row_max;
     if (last) {
       rows.lse[row] = lse;
     } else {
@@ -207,44 +225,37 @@ __global__ void __launch_bounds__(kThreads)
     if (!here && !last) continue;
     const float logit = here ? logits[column] : rows.logprobs[at];
     rows.logprobs[at] = last ? logit - lse : logit;
+    if (last && exps != nullptr) kept.logprobs[at] = logit - lse;
   }
   if (rows.top_k > 0) TakeTop(part, chunk, rows, row_max, lse);
 }
 
 // ---- The backward -----------------------------------------------------------
 
-// A block takes a row. First every id's -G p, then the targets' in full.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    LogitGradKernel(LogitChunk chunk, LogitGradRows rows, T* d_logit,
-                    int64_t d_stride) {
-  constexpr int kN = kPackOf<T>;
-  const int64_t row = blockIdx.x;
-  const int self = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const float* const logits = chunk.logits + row * chunk.row_stride;
-  const int32_t* const targets = rows.targets + row * rows.k;
-  const float* const d_logprobs = rows.d_logprobs + row * rows.k;
-  const float lse = rows.lse[row];
-  T* const out = d_logit + row * d_stride;
+// p of an id is e exp(max - lse), e in T, whether it was kept or is made again;
+// of a target it is exp(logprob) in float32, so that 1 - p keeps its digits
+// where p is near 1.
 
+// The sum of a row's d_logprobs, for every thread.
+__device__ inline float SumOfTargets(const float* d_logprobs, int64_t k) {
   float total = 0;
-  for (int64_t j = self % kWarpSize; j < rows.k; j += kWarpSize) {
+  for (int64_t j = threadIdx.x % kWarpSize; j < k; j += kWarpSize) {
     total += d_logprobs[j];
   }
-  total = WarpSum(total);
-#pragma unroll 4
-  for (int column = self * kN; column < chunk.cols; column += threads * kN) {
-    const Pack<float, kN> pack = LoadPack<kN>(logits + column);
-    Pack<T, kN> d;
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      d.element[i] = T(-total * expf(pack.element[i] - lse));
-    }
-    StorePack(out + column, d);
-  }
+  return WarpSum(total);
+}
+
+// Writes d_logit of the row's targets, over what was written of them before;
+// logprob(j, column) is that of target j.
+template <typename T, typename Logprob>
+__device__ inline void WriteTargets(const LogitChunk& chunk,
+                                    const LogitGradRows& rows, int64_t row,
+                                    float total, T* out,
+                                    const Logprob& logprob) {
+  const int32_t* const targets = rows.targets + row * rows.k;
+  const float* const d_logprobs = rows.d_logprobs + row * rows.k;
   __syncthreads();
-  for (int64_t j = self; j < rows.k; j += threads) {
+  for (int64_t j = threadIdx.x; j < rows.k; j += blockDim.x) {
     const int64_t column = targets[j] - chunk.first_id;
     if (column < 0 || column >= chunk.cols) continue;
     // A target that comes twice is its first one's.
@@ -256,36 +267,118 @@ __global__ void __launch_bounds__(kThreads)
       of_target += d_logprobs[other];
     }
     if (!first) continue;
-    out[column] = T(of_target - total * expf(logits[column] - lse));
+    out[column] = T(of_target - total * expf(logprob(j, column)));
   }
+}
+
+// A block takes a row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    LogitGradKernel(LogitChunk chunk, LogitGradRows rows, T* d_logit,
+                    int64_t d_stride) {
+  SharedMemory shared;
+  const SharedArray<float> reduce = shared.Take<float>(kThreads / kWarpSize);
+  const int64_t row = blockIdx.x;
+  const float* const logits = chunk.logits + row * chunk.row_stride;
+  const float lse = rows.lse[row];
+  T* const out = d_logit + row * d_stride;
+
+  RowPart part;
+  const float row_max = BlockMax(LoadRow(logits, chunk.cols, part), reduce);
+  const float total = SumOfTargets(rows.d_logprobs + row * rows.k, rows.k);
+  const float scale = -total * expf(row_max - lse);
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    if (FirstColumn(p) >= chunk.cols) continue;
+    Pack<T, kPack> d;
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      const T e = T(expf(part.logit[p][j] - row_max));
+      d.element[j] = T(scale * static_cast<float>(e));
+    }
+    StorePack(out + FirstColumn(p), d);
+  }
+  WriteTargets(chunk, rows, row, total, out,
+               [&](int64_t, int64_t column) { return logits[column] - lse; });
+}
+
+// A block takes a row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    KeptLogitGradKernel(LogitChunk chunk, LogitGradRows rows, KeptChunk<T> kept,
+                        const int32_t* kept_rows, T* d_logit,
+                        int64_t d_stride) {
+  constexpr int kN = kPackOf<T>;
+  const int64_t row = blockIdx.x;
+  const int64_t from = kept_rows == nullptr ? row : kept_rows[row];
+  const T* const exps = kept.exps + from * kept.row_stride;
+  T* const out = d_logit + row * d_stride;
+
+  const float total = SumOfTargets(rows.d_logprobs + row * rows.k, rows.k);
+  const float scale = -total * expf(kept.maxima[from] - rows.lse[row]);
+  const int stride = static_cast<int>(blockDim.x) * kN;
+#pragma unroll 2
+  for (int column = static_cast<int>(threadIdx.x) * kN; column < chunk.cols;
+       column += stride) {
+    const Pack<T, kN> e = LoadPack<kN>(exps + column);
+    Pack<T, kN> d;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      d.element[i] = T(scale * static_cast<float>(e.element[i]));
+    }
+    StorePack(out + column, d);
+  }
+  WriteTargets(chunk, rows, row, total, out, [&](int64_t j, int64_t) {
+    return kept.logprobs[from * rows.k + j];
+  });
 }
 
 }  // namespace
 
+template <typename T>
 cudaError_t TakeLogits(const LogitChunk& chunk, const LogprobRows& rows,
-                       cudaStream_t stream) {
+                       const KeptChunk<T>& kept, cudaStream_t stream) {
   GW_CHECK(chunk.cols <= kLogitIds && rows.top_k <= kMaxTopK);
   // Arrays begin at multiples of 128 bytes.
   const size_t shared_bytes =
       128 + (rows.top_k == 0
                  ? 0
                  : 128 + static_cast<size_t>(rows.top_k) * sizeof(uint64_t));
-  return Launch(TakeLogitsKernel, dim3(static_cast<unsigned>(chunk.rows)),
-                dim3(ThreadsFor(chunk.cols)), shared_bytes, stream, chunk,
-                rows);
+  return Launch(TakeLogitsKernel<T>, dim3(static_cast<unsigned>(chunk.rows)),
+                dim3(ThreadsFor(chunk.cols)), shared_bytes, stream, chunk, rows,
+                kept);
 }
 
 template <typename T>
 cudaError_t MakeLogitGrad(const LogitChunk& chunk, const LogitGradRows& rows,
                           T* d_logit, int64_t d_stride, cudaStream_t stream) {
+  GW_CHECK(chunk.cols <= kLogitIds);
   return Launch(LogitGradKernel<T>, dim3(static_cast<unsigned>(chunk.rows)),
-                dim3(ThreadsFor(chunk.cols)), 0, stream, chunk, rows, d_logit,
+                dim3(ThreadsFor(chunk.cols)), 128, stream, chunk, rows, d_logit,
                 d_stride);
 }
 
-template cudaError_t MakeLogitGrad(const LogitChunk&, const LogitGradRows&,
-                                   float*, int64_t, cudaStream_t);
-template cudaError_t MakeLogitGrad(const LogitChunk&, const LogitGradRows&,
-                                   BFloat16*, int64_t, cudaStream_t);
+template <typename T>
+cudaError_t MakeKeptLogitGrad(const LogitChunk& chunk,
+                              const LogitGradRows& rows,
+                              const KeptChunk<T>& kept,
+                              const int32_t* kept_rows, T* d_logit,
+                              int64_t d_stride, cudaStream_t stream) {
+  return Launch(KeptLogitGradKernel<T>, dim3(static_cast<unsigned>(chunk.rows)),
+                dim3(ThreadsFor(chunk.cols)), 0, stream, chunk, rows, kept,
+                kept_rows, d_logit, d_stride);
+}
+
+#define GRADWIRE_HEAD_KERNELS(T)                                              \
+  template cudaError_t TakeLogits(const LogitChunk&, const LogprobRows&,      \
+                                  const KeptChunk<T>&, cudaStream_t);         \
+  template cudaError_t MakeLogitGrad(const LogitChunk&, const LogitGradRows&, \
+                                     T*, int64_t, cudaStream_t);              \
+  template cudaError_t MakeKeptLogitGrad(                                     \
+      const LogitChunk&, const LogitGradRows&, const KeptChunk<T>&,           \
+      const int32_t*, T*, int64_t, cudaStream_t)
+GRADWIRE_HEAD_KERNELS(float);
+GRADWIRE_HEAD_KERNELS(BFloat16);
+#undef GRADWIRE_HEAD_KERNELS
 
 }  // namespace gradwire

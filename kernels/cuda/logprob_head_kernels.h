@@ -25,6 +25,18 @@ struct LogitChunk {
   int64_t vocab = 0;
 };
 
+// What a forward keeps of a chunk for the backward, T being float or BFloat16:
+// e = exp(logit - max), max being the row's largest logit of the chunk.
+template <typename T>
+struct KeptChunk {
+  // [rows, row_stride], aligned to 16 bytes; null: nothing is kept. What lies
+  // in a row beyond cols, up to a multiple of 4 elements, may be written.
+  T* exps = nullptr;
+  int64_t row_stride = 0;
+  float* maxima = nullptr;    // [rows]
+  float* logprobs = nullptr;  // [rows, k], of the targets
+};
+
 // Of the same rows.
 struct LogprobRows {
   const int32_t* targets = nullptr;  // [rows, k]
@@ -40,9 +52,10 @@ struct LogprobRows {
 };
 
 // Takes the chunks of a row's logits, which come in ascending order; after the
-// last one the outputs are whole.
+// last one the outputs are whole, those of `kept` as well.
+template <typename T>
 cudaError_t TakeLogits(const LogitChunk& chunk, const LogprobRows& rows,
-                       cudaStream_t stream);
+                       const KeptChunk<T>& kept, cudaStream_t stream);
 
 struct LogitGradRows {
   const int32_t* targets = nullptr;   // [rows, k]
@@ -57,5 +70,14 @@ struct LogitGradRows {
 template <typename T>
 cudaError_t MakeLogitGrad(const LogitChunk& chunk, const LogitGradRows& rows,
                           T* d_logit, int64_t d_stride, cudaStream_t stream);
+
+// The same bits from what was kept: chunk.logits is not used. kept_rows
+// [rows]: of which row of the forward each row is, or null: of the same.
+template <typename T>
+cudaError_t MakeKeptLogitGrad(const LogitChunk& chunk,
+                              const LogitGradRows& rows,
+                              const KeptChunk<T>& kept,
+                              const int32_t* kept_rows, T* d_logit,
+                              int64_t d_stride, cudaStream_t stream);
 
 }  // namespace gradwire

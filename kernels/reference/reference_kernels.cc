@@ -176,6 +176,7 @@ class ReferenceKernels : public Kernels {
     RowSquares(stream, d_weight.d_w, d_weight.squares);
   }
   // Nothing is kept.
+  int64_t LogprobHeadWeightRows(DType) const override { return 0; }
   void LogprobHeadBackwardWeight(Stream&, const LogprobHead&,
                                  const LogprobHeadGrad&, int64_t, int64_t,
                                  const WeightGrad&) override {

@@ -44,8 +44,8 @@ SHARDING_SEEDS = (
         "head_rows_sent_before_they_are_made",
         "the last rows of a piece of the head's gradient are made too late",
         "trainer/train_step_head.cc",
-        "piece * kRows * hidden < end - first;",
-        "(piece + 1) * kRows * hidden < end - first;",
+        "piece * head_rows_ * hidden < end - first;",
+        "(piece + 1) * head_rows_ * hidden < end - first;",
         _RANKS,
     ),
     Seed(
