@@ -94,31 +94,41 @@ void GpuOps::AddHead() {
       kernels_.LogprobHeadWorkspaceBytes(act_, tokens, hidden, shape_.vocab);
   const Tensor workspace =
       bytes > 0 ? Vector(DType::kF32, bytes / 4) : Tensor();
+  // One for all copies: which row's they are costs nothing.
+  const Tensor kept = Vector(
+      DType::kF32,
+      (kernels_.LogprobHeadKeptBytes(act_, tokens, 1, shape_.vocab) + 3) / 4);
   if (!stream_.ok()) return;
   const Tensor targets = ids.Reshape({tokens, 1});
   const auto head = [=](size_t i) { return LogprobHead{x[i], w, targets}; };
   const auto forward = [=, this](size_t i) {
     kernels_.LogprobHeadForward(
         stream_, head(i),
-        {logprobs, lse[i].Reshape({tokens}), Tensor(), Tensor()}, workspace);
+        {logprobs, lse[i].Reshape({tokens}), Tensor(), Tensor(), kept},
+        workspace);
   };
   Add("logprob_head_forward", LogprobHeadWork(head(0)), forward,
       {logprobs, lse[0]});
   for (size_t i = 0; i < x.size(); ++i) forward(i);
-  const auto grad = [=](size_t i) {
+  const auto grad = [=](size_t i, const Tensor& of_forward) {
     Kernels::LogprobHeadGrad g;
+    g.kept = of_forward;
     g.d_logprobs = d_logprobs;
     g.lse = lse[i].Reshape({tokens});
     g.workspace = workspace;
     return g;
   };
   const Kernels::WeightGrad d_weight = {d_w, false, squares};
-  Add("logprob_head_backward", LogprobHeadGradWork(head(0), grad(0), d_weight),
-      [=, this](size_t i) {
-        kernels_.LogprobHeadBackward(stream_, head(i), grad(i), d_x[i],
-                                     d_weight);
-      },
-      {d_x[0], d_w, squares});
+  const auto backward = [&](const std::string& name, const Tensor& of_forward) {
+    Add(name, LogprobHeadGradWork(head(0), grad(0, of_forward), d_weight),
+        [=, this](size_t i) {
+          kernels_.LogprobHeadBackward(stream_, head(i), grad(i, of_forward),
+                                       d_x[i], d_weight);
+        },
+        {d_x[0], d_w, squares});
+  };
+  backward("logprob_head_backward", kept);
+  backward("logprob_head_backward_without_kept", Tensor());
 }
 
 }  // namespace gradwire

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,7 +25,8 @@
 
 ABSL_FLAG(std::string, dtype, "bf16", "f32, bf16 or both");
 ABSL_FLAG(int, rounds, 15, "timed rounds of each op");
-ABSL_FLAG(std::string, model, "Qwen3-1.7B", "its geometry; or tiny, for tests");
+ABSL_FLAG(std::string, model, "Qwen3-1.7B",
+          "its geometry: Qwen3-0.6B, -1.7B, -4B, -8B; or tiny, for tests");
 ABSL_FLAG(int64_t, tokens, 4096, "tokens of a micro-batch");
 ABSL_FLAG(int64_t, length, 0, "tokens of a sequence; 0: all of them");
 ABSL_FLAG(std::string, commit, "", "commit of the build, for the record");
@@ -36,12 +38,21 @@ namespace {
 // Of a round: what the clock can tell apart, and launches can be queued ahead.
 constexpr int kCalls = 12;
 
-constexpr GpuShape kTiny = {.hidden = 64,
-                            .ffn = 96,
-                            .heads = 4,
-                            .kv_heads = 2,
-                            .head_dim = 32,
-                            .vocab = 256};
+const std::map<std::string, GpuShape>& Shapes() {
+  static const auto* const shapes = new std::map<std::string, GpuShape>{
+      {"Qwen3-0.6B", {.hidden = 1024, .ffn = 3072, .heads = 16}},
+      {"Qwen3-1.7B", {.hidden = 2048, .ffn = 6144, .heads = 16}},
+      {"Qwen3-4B", {.hidden = 2560, .ffn = 9728, .heads = 32}},
+      {"Qwen3-8B", {.hidden = 4096, .ffn = 12288, .heads = 32}},
+      {"tiny",
+       {.hidden = 64,
+        .ffn = 96,
+        .heads = 4,
+        .kv_heads = 2,
+        .head_dim = 32,
+        .vocab = 256}}};
+  return *shapes;
+}
 
 Timing TimeOnDevice(CudaStream& stream,
                     const std::function<void(int call)>& run, int rounds) {
@@ -80,6 +91,47 @@ double CopyBandwidth(CudaDevice& device, CudaStream& stream) {
   return t.median > 0 ? 2.0 * static_cast<double>(kBytes) / t.median : 0;
 }
 
+struct HostCopies {
+  double pinned = 0;    // bytes a second of the driver's, to page-locked memory
+  double pageable = 0;  // of CopyToHost, to memory that is not
+};
+
+// What a snapshot takes off the device with, and what the bus would give.
+HostCopies CopiesToHost(CudaDevice& device, CudaStream& stream, int64_t bytes) {
+  constexpr int kRounds = 5;
+  HostCopies best;
+  auto from = device.Allocate(bytes);
+  void* pinned = nullptr;
+  stream.Fail(from.status());
+  stream.Check(
+      cudaHostAlloc(&pinned, static_cast<size_t>(bytes), cudaHostAllocDefault),
+      "page-locked memory");
+  if (!stream.ok()) return best;
+  const Tensor tensor((*from)->data(), DType::kF32, {bytes / 4});
+  // Written, so that no copy waits for its pages.
+  std::vector<char> host(static_cast<size_t>(bytes), 1);
+  const auto rate = [&](const std::function<void()>& copy) {
+    const double start = NowSeconds();
+    copy();
+    return static_cast<double>(bytes) / (NowSeconds() - start);
+  };
+  for (int round = 0; round < kRounds && stream.ok(); ++round) {
+    best.pinned = std::max(
+        best.pinned, rate([&] {
+          stream.Check(
+              cudaMemcpyAsync(pinned, tensor.raw(), static_cast<size_t>(bytes),
+                              cudaMemcpyDeviceToHost, stream.get()),
+              "a copy");
+          stream.Check(cudaStreamSynchronize(stream.get()), "a copy");
+        }));
+    best.pageable =
+        std::max(best.pageable,
+                 rate([&] { device.CopyToHost(stream, tensor, host.data()); }));
+  }
+  cudaFreeHost(pinned);
+  return best;
+}
+
 bool IsFinite(const Tensor& host) {
   for (int64_t i = 0; i < host.num_elements(); ++i) {
     const double value = host.dtype() == DType::kBF16
@@ -110,8 +162,8 @@ absl::Status RunAll(CudaDevice& device, Kernels& kernels, DType act) {
   const std::unique_ptr<Stream> owned = device.NewStream();
   auto& stream = static_cast<CudaStream&>(*owned);
   const double copy = CopyBandwidth(device, stream);
-  GpuShape shape;
-  if (absl::GetFlag(FLAGS_model) == "tiny") shape = kTiny;
+  const bool tiny = absl::GetFlag(FLAGS_model) == "tiny";
+  GpuShape shape = Shapes().at(absl::GetFlag(FLAGS_model));
   shape.tokens = absl::GetFlag(FLAGS_tokens);
   shape.length = absl::GetFlag(FLAGS_length);
   if (shape.length == 0) shape.length = shape.tokens;
@@ -130,6 +182,16 @@ absl::Status RunAll(CudaDevice& device, Kernels& kernels, DType act) {
   nlohmann::ordered_json top = line("copy");
   top["gbps"] = copy * 1e-9;
   std::printf("%s\n", top.dump().c_str());
+  if (std::string("copy_to_host").find(absl::GetFlag(FLAGS_only)) !=
+      std::string::npos) {
+    const HostCopies copies =
+        CopiesToHost(device, stream, int64_t{1} << (tiny ? 22 : 30));
+    nlohmann::ordered_json json = line("copy_to_host");
+    json["gbps"] = copies.pageable * 1e-9;
+    json["pinned_gbps"] = copies.pinned * 1e-9;
+    json["share_of_pinned"] = copies.pageable / copies.pinned;
+    std::printf("%s\n", json.dump().c_str());
+  }
   const GpuOps ops(device, kernels, stream, shape, act);
   for (const GpuOp& op : ops.ops()) {
     if (!stream.ok()) break;
@@ -181,9 +243,10 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "--dtype must be f32, bf16 or both\n");
     return 2;
   }
-  const std::string model = absl::GetFlag(FLAGS_model);
-  if (model != "Qwen3-1.7B" && model != "tiny") {
-    std::fprintf(stderr, "--model must be Qwen3-1.7B or tiny\n");
+  if (!gradwire::Shapes().contains(absl::GetFlag(FLAGS_model))) {
+    std::string names;
+    for (const auto& [name, shape] : gradwire::Shapes()) names += " " + name;
+    std::fprintf(stderr, "--model must be one of%s\n", names.c_str());
     return 2;
   }
   const int64_t tokens = absl::GetFlag(FLAGS_tokens);

@@ -12,7 +12,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """A Qwen3 model with a tied head."""
+    """A Qwen3 model."""
 
     hidden: int
     ffn: int
@@ -24,6 +24,7 @@ class Geometry:
     positions: int = 40960
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
+    tied: bool = True  # the head is the embedding
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of each parameter by its Hugging Face name."""
@@ -49,6 +50,11 @@ class Geometry:
                 for name, shape in block.items()
             }
             | {"model.norm.weight": (self.hidden,)}
+            | (
+                {}
+                if self.tied
+                else {"lm_head.weight": (self.vocab, self.hidden)}
+            )
         )
 
     def sampled(self) -> list[str]:
@@ -56,6 +62,7 @@ class Geometry:
         return [
             "model.embed_tokens.weight",
             "model.norm.weight",
+            *([] if self.tied else ["lm_head.weight"]),
             *(
                 f"model.layers.{i}.{name}.weight"
                 for i in sorted({0, self.layers // 2, self.layers - 1})
@@ -106,7 +113,7 @@ class Geometry:
             "rms_norm_eps": self.rms_eps,
             "hidden_act": "silu",
             "attention_bias": False,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "torch_dtype": "bfloat16",
         }
 
@@ -168,6 +175,10 @@ GEOMETRIES = {
     "Qwen3-0.6B": Geometry(1024, 3072, 28, 16, 8),
     "Qwen3-1.7B": Geometry(2048, 6144, 28, 16, 8),
     "Qwen3-4B": Geometry(2560, 9728, 36, 32, 8),
+    "Qwen3-8B": Geometry(4096, 12288, 36, 32, 8, tied=False),
     # Of tests.
     "tiny": Geometry(64, 96, 2, 4, 2, 32, vocab=256, positions=64),
+    "tiny-untied": Geometry(
+        64, 96, 2, 4, 2, 32, vocab=256, positions=64, tied=False
+    ),
 }

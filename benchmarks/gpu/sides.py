@@ -67,8 +67,14 @@ def gradwire(
     sequences: int,
     length: int,
     precision: str,
+    *more: str,
+    keep: bool = True,
 ) -> Side:
-    """All of the batch is one micro-batch, whose activations are kept."""
+    """All of the batch is one micro-batch, whose activations are kept.
+
+    Unless `keep`: then the planner says how many layers keep theirs. more:
+    further arguments of the program.
+    """
     tokens = sequences * length
     return Side(
         "gradwire",
@@ -80,7 +86,8 @@ def gradwire(
             f"--length={length}",
             f"--micro_batch={tokens}",
             f"--max_context={length}",
-            f"--retained_tokens={tokens}",
+            f"--retained_tokens={tokens if keep else 0}",
+            *more,
         ],
         libraries(),
     )

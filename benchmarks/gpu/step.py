@@ -11,7 +11,9 @@ AdamW. A custom step (a forward that keeps its activations, gradients from the
 host, the backward) alternates with its two-forward form.
 
 Where the GPU's memory does not hold both sides at once, they run after each
-other instead: gradwire, PyTorch, gradwire.
+other instead: gradwire, PyTorch, gradwire. With --tight not all activations
+need to fit: gradwire's plan decides how many layers keep theirs, PyTorch's ways
+say it (ac), and there is no custom step.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--precision", choices=["bf16", "f32"], default="bf16")
+    parser.add_argument("--moments", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--tight", action="store_true")
     parser.add_argument("--binary", type=pathlib.Path, default=BINARY)
     parser.add_argument("--warm", type=int, default=5, help="rounds before")
     return parser.parse_args(given)
@@ -87,7 +91,12 @@ class Run:
     def start_ours(self) -> sides.Side:
         args = self.args
         return sides.gradwire(
-            args.binary, self.directory, *args.shape, args.precision
+            args.binary,
+            self.directory,
+            *args.shape,
+            args.precision,
+            f"--moments={args.moments}",
+            keep=not args.tight,
         )
 
     def start_theirs(self, way: str) -> sides.Side:
@@ -100,6 +109,11 @@ class Run:
             args.shape,
             args.device,
         )
+
+    def modes(self) -> list[str]:
+        """Gradwire's."""
+        modes = ["step", "forward_backward"]
+        return modes if self.args.tight else [*modes, "custom", "double"]
 
     def gradient(self, side: sides.Side) -> dict[str, torch.Tensor]:
         names = self.geometry.sampled()
@@ -147,7 +161,7 @@ class Run:
         side.ask(f"batch {self.scratch / 'batch'}")
         self.total = side.ask("forward_backward")["logprob_sum"]
         self.gradients = self.gradient(side)
-        for mode in ("step", "custom", "double"):
+        for mode in self.modes():
             side.ask(mode)
         if self.gpu:
             self.peaks["gradwire"] = machine.used_bytes() - self.idle
@@ -193,7 +207,7 @@ def alternate(
     run: Run, way: str
 ) -> tuple[dict[str, list[float]], dict[str, object]]:
     """Seconds of each mode, and what the sides say of themselves."""
-    ours_modes = ["step", "forward_backward", "custom", "double"]
+    ours_modes = run.modes()
     their_modes = ["step", "forward_backward"]
     rounds = run.args.rounds
     together = both_at_once(run, way)
@@ -234,17 +248,34 @@ def alternate(
     return seconds, about
 
 
-def executed_flops(run: Run, mode: str) -> float:
-    """Useful ones, attention's scores made again, gradwire's logits too."""
+def executed_flops(run: Run, mode: str, way: str) -> float | None:
+    """Useful ones, attention's scores made again, and whole forwards.
+
+    The backward of attention has five products in PyTorch, of which four are
+    useful, and seven here, where no block adds to what another has written.
+    None where a plan decides what is made again.
+    """
     g, (sequences, length) = run.geometry, run.args.shape
     tokens = sequences * length
     attention = 2.0 * g.layers * g.heads * g.head_dim * length * tokens
-    again = 0.5 * attention
-    if not mode.startswith("torch_"):
-        again += 2.0 * g.hidden * g.vocab * tokens
     useful = g.useful_flops(sequences, length)
-    forward = useful / 3 if mode == "double" else 0.0
-    return useful + again + forward
+    if not mode.startswith("torch_"):
+        if run.args.tight:
+            return None
+        forward = useful / 3 if mode == "double" else 0.0
+        return useful + 1.5 * attention + forward
+    head = 2.0 * g.hidden * g.vocab * tokens
+    words = way.split()
+    again = 0.5 * attention
+    if any(word.startswith("head=") for word in words):
+        again += head
+    blocks = (useful / 3 - head) / g.layers
+    for word in words:
+        if word == "ac":
+            again += g.layers * blocks
+        elif word.startswith("ac="):
+            again += int(word.removeprefix("ac=")) * blocks
+    return useful + again
 
 
 MODE_NAMES = {
@@ -280,6 +311,12 @@ def report(run: Run, way: str, ceilings: dict, seconds, about) -> None:
         if not run.gpu:
             memory = None
         ratio = median[against] / median[mode]
+        executed = executed_flops(run, mode, way)
+        recompute = "none"
+        if theirs:
+            recompute = " ".join(w for w in way.split() if "ac" in w[:2])
+        elif args.tight:
+            recompute = "planned"
         common.print_line(
             "gpu_step",
             device=name,
@@ -287,12 +324,16 @@ def report(run: Run, way: str, ceilings: dict, seconds, about) -> None:
             model=args.model,
             mode=MODE_NAMES[mode],
             dtype=args.precision,
-            optimizer="adamw" if mode.endswith("step") else None,
+            optimizer=f"adamw, {args.moments} moments"
+            if mode == "step"
+            else "adamw"
+            if mode == "torch_step"
+            else None,
             T=length,
             tokens=tokens,
             packing=not theirs,
             microbatch=tokens,
-            recompute="none",
+            recompute=recompute or "none",
             graphs=not theirs
             and os.environ.get("GRADWIRE_CUDA_GRAPHS", "0") not in ("", "0"),
             rounds=len(values),
@@ -300,9 +341,7 @@ def report(run: Run, way: str, ceilings: dict, seconds, about) -> None:
             tok_s=tokens / median[mode],
             mfu_c=rate / peak if peak else None,
             mcu=rate / ceilings["gemm"] if run.gpu else None,
-            hfu=executed_flops(run, mode) / median[mode] / peak
-            if peak
-            else None,
+            hfu=executed / median[mode] / peak if peak and executed else None,
             peak_mem=memory,
             ceil_gemm=ceilings.get("gemm"),
             ceil_copy=ceilings.get("copy"),
@@ -320,6 +359,9 @@ def report(run: Run, way: str, ceilings: dict, seconds, about) -> None:
             grad_cos=run.cosine,
             grad_cos_least=run.least_cosine,
             alternating=about["alternating"],
+            plan=about.get("gradwire"),
+            peaks=run.peaks,
+            memory_total=machine.total_bytes() if run.gpu else None,
         )
         share = f"MFU {100 * rate / peak:5.1f} %" if peak else ""
         gib = f"peak {memory / 2**30:6.2f} GiB" if memory else ""

@@ -116,8 +116,12 @@ class Qwen3(nn.Module):
         super().__init__()
         self.model = Trunk(g, grouped)
         self.geometry = g
+        if not g.tied:
+            self.lm_head = nn.Linear(g.hidden, g.vocab, bias=False)
         # Tokens of a piece of the head; 0: all at once.
         self.head_tokens = 0
+        # Blocks from the first on that keep their input alone.
+        self.checkpointed = 0
 
     def rope(self, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
         g = self.geometry
@@ -132,13 +136,16 @@ class Qwen3(nn.Module):
         # An embedding is not cast by autocast; the residual stream is bf16.
         x = self.model.embed_tokens(ids).to(compute)
         cos, sin = self.rope(ids.shape[1], ids.device)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin)
+        for i, layer in enumerate(self.model.layers):
+            if i < self.checkpointed:
+                x = torch.utils.checkpoint.checkpoint(
+                    layer, x, cos, sin, use_reentrant=False
+                )
+            else:
+                x = layer(x, cos, sin)
         x = self.model.norm(x).flatten(0, 1)
-        return head(
-            x, self.model.embed_tokens.weight, targets.flatten(),
-            self.head_tokens,
-        )  # fmt: skip
+        last = self.model.embed_tokens if self.geometry.tied else self.lm_head
+        return head(x, last.weight, targets.flatten(), self.head_tokens)
 
 
 def logprobs_of(x, weight, targets):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op on one GPU, and attention and the head beside PyTorch's.
+"""Every op on one GPU; attention, the head and AdamW beside PyTorch's.
 
     benchmarks/gpu.sh ops
 
 Runs //benchmarks/cuda_kernels, whose lines it passes on, at some lengths of
 sequences, and PyTorch at the same shapes: attention by each backend of SDPA,
-the head by chunks of tokens, eager and compiled. Times are the GPU's own.
+the head by chunks of tokens, eager and compiled, the fused step of AdamW. The
+head comes once more at a larger model's width. Times are the GPU's own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from gpu.torch_model import (
     use_backend,
 )
 
-MODEL = "Qwen3-1.7B"
+MODEL, WIDE_MODEL = "Qwen3-1.7B", "Qwen3-8B"
 BINARY = pathlib.Path(__file__).parents[2] / "tests/gpu/bin/cuda_kernels"
 # (tokens, of a sequence); the first has all ops, the others attention alone.
 SHAPES = [(4096, 4096), (4096, 1024), (16384, 16384)]
@@ -160,15 +161,32 @@ def head(
     return best
 
 
+def optimizer(g: Geometry, rounds: int) -> dict[str, tuple[list[float], str]]:
+    """Of the embedding's parameters, float32 throughout."""
+    p = torch.nn.Parameter(torch.randn(g.vocab * g.hidden, device="cuda"))
+    p.grad = torch.randn_like(p)
+    step = torch.optim.AdamW([p], lr=1e-5, betas=(0.9, 0.95), fused=True).step
+    us = microseconds(lambda _: step(), rounds)
+    return {
+        op: (us, "AdamW, fused, moments f32")
+        for op in ("adamw_digest", "adamw_bf16_moments_digest")
+    }
+
+
 def ours(
-    binary: pathlib.Path, tokens: int, length: int, only: str, rounds: int
+    binary: pathlib.Path,
+    model: str,
+    shape: tuple[int, int],
+    only: str,
+    rounds: int,
 ) -> dict[str, list[float]]:
     """Each op's microseconds; its lines go on to stdout."""
     done = subprocess.run(
         [
             str(binary),
-            f"--tokens={tokens}",
-            f"--length={length}",
+            f"--model={model}",
+            f"--tokens={shape[0]}",
+            f"--length={shape[1]}",
             f"--rounds={rounds}",
             f"--only={only}",
             f"--commit={common.commit() or ''}",
@@ -195,8 +213,8 @@ def ours(
     return found
 
 
-def flops(g: Geometry, op: str, tokens: int, length: int) -> float:
-    """As op_work.h counts them."""
+def flops(g: Geometry, op: str, tokens: int, length: int) -> float | None:
+    """As op_work.h counts them; None of what memory bounds."""
     forward = 2.0 * g.heads * g.head_dim * length * tokens
     product = 2.0 * g.hidden * g.vocab * tokens
     return {
@@ -204,7 +222,60 @@ def flops(g: Geometry, op: str, tokens: int, length: int) -> float:
         "attention_backward": 2.5 * forward,
         "logprob_head_forward": product,
         "logprob_head_forward_backward": 3 * product,
-    }[op]
+    }.get(op)
+
+
+def measure(
+    args: argparse.Namespace,
+    model: str,
+    shape: tuple[int, int],
+    only: str,
+    ceiling: float,
+) -> list[str]:
+    """Prints the lines of one shape; the table's rows."""
+    g, (tokens, length) = GEOMETRIES[model], shape
+    name, driver = machine.query("name", "driver_version")
+    mine = ours(args.binary, model, shape, only, args.rounds)
+    theirs: dict[str, tuple[list[float], str]] = {}
+    if only in ("", "attention_"):
+        theirs |= attention(g, tokens, length, args.rounds)
+    if only in ("", "logprob_head_"):
+        theirs |= head(g, tokens, args.rounds)
+    if only == "":
+        theirs |= optimizer(g, args.rounds)
+    torch.cuda.empty_cache()
+    rows = []
+    for op, (us, way) in theirs.items():
+        work = flops(g, op, tokens, length)
+        ratio = us[0] / mine[op][0]
+        common.print_line(
+            "torch_ops",
+            device=name,
+            driver=driver,
+            model=model,
+            op=op,
+            dtype="bf16",
+            T=length,
+            tokens=tokens,
+            rounds=args.rounds,
+            us=us,
+            tflops=work / us[0] * 1e-6 if work else None,
+            baseline={
+                "name": "torch",
+                "version": torch.__version__,
+                "options": way,
+            },
+            ceil_gemm=ceiling,
+            gradwire_us=mine[op],
+            gradwire_tflops=work / mine[op][0] * 1e-6 if work else None,
+            ratio=ratio,
+        )
+        rate = f"{work / mine[op][0] * 1e-6:6.1f} TFLOP/s" if work else ""
+        rows.append(
+            f"  {model:10} {op:30} T {length:6} {mine[op][0]:9.1f} us "
+            f"{rate:14}   {us[0]:9.1f} us {ratio:5.2f}x  {way}"
+        )
+    return rows
 
 
 def main() -> None:
@@ -212,48 +283,20 @@ def main() -> None:
     machine.need()
     if not args.binary.exists():
         raise SystemExit(f"{args.binary} is missing: tests/gpu/pack.sh")
-    g = GEOMETRIES[MODEL]
-    name, driver = machine.query("name", "driver_version")
+    tokens = SHAPES[0][0]
+    ceiling = machine.gemm_ceiling(
+        [
+            (tokens, GEOMETRIES[model].hidden, GEOMETRIES[model].vocab)
+            for model in (MODEL, WIDE_MODEL)
+        ]
+    )
     rows = []
-    for tokens, length in SHAPES:
-        first = (tokens, length) == SHAPES[0]
-        mine = ours(
-            args.binary, tokens, length, "" if first else "attention_",
-            args.rounds,
-        )  # fmt: skip
-        theirs = attention(g, tokens, length, args.rounds)
-        if first:
-            theirs |= head(g, tokens, args.rounds)
-        torch.cuda.empty_cache()
-        for op, (us, way) in theirs.items():
-            work = flops(g, op, tokens, length)
-            ratio = us[0] / mine[op][0]
-            common.print_line(
-                "torch_ops",
-                device=name,
-                driver=driver,
-                model=MODEL,
-                op=op,
-                dtype="bf16",
-                T=length,
-                tokens=tokens,
-                rounds=args.rounds,
-                us=us,
-                tflops=work / us[0] * 1e-6,
-                baseline={
-                    "name": "torch",
-                    "version": torch.__version__,
-                    "options": way,
-                },
-                gradwire_us=mine[op],
-                ratio=ratio,
-            )
-            rows.append(
-                f"  {op:30} T {length:6} {mine[op][0]:9.1f} us "
-                f"{work / mine[op][0] * 1e-6:6.1f} TFLOP/s   {us[0]:9.1f} us "
-                f"{ratio:5.2f}x  {way}"
-            )
-    print(f"\n{MODEL}, bf16, {name}; gradwire, then PyTorch", *rows, sep="\n")
+    for shape in SHAPES:
+        only = "" if shape == SHAPES[0] else "attention_"
+        rows += measure(args, MODEL, shape, only, ceiling)
+    rows += measure(args, WIDE_MODEL, SHAPES[0], "logprob_head_", ceiling)
+    name, _ = machine.query("name", "driver_version")
+    print(f"\nbf16, {name}; gradwire, then PyTorch", *rows, sep="\n")
 
 
 if __name__ == "__main__":

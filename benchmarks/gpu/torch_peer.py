@@ -2,12 +2,18 @@
 """The step of gpu_step.cc by PyTorch, in a process of its own.
 
 The same commands on stdin and answers on stdout. A way is words of
-  f32 | autocast | master   how it computes: float32; bf16 by autocast over
-                            float32 weights; bf16 weights with a float32 master
-  compile | max-autotune    by torch.compile; without either, eager
+  f32 | autocast | master | bf16
+                            how it computes: float32; bf16 by autocast over
+                            float32 weights; bf16 weights with a float32 master;
+                            with none, and moments in bf16
+  compile | max-autotune | reduce-overhead
+                            by torch.compile; without any, eager
   head=N                    logits of N tokens at once, made again for the
                             backward; without it, of all
-AdamW is fused, over float32 weights, and SDPA's backend is the fastest.
+  ac | ac=N                 all blocks, or the first N, keep their input alone,
+                            and the backward makes the rest again
+AdamW is fused, over float32 weights but for bf16's, and SDPA's backend is the
+fastest.
 """
 
 from __future__ import annotations
@@ -49,6 +55,8 @@ class Peer:
         self.model.load_state_dict(weights)
         parameters = list(self.model.parameters())
         self.masters: list[torch.Tensor] | None = None
+        if "bf16" in words:
+            self.model.bfloat16()
         if "master" in words:
             # Before rounding: the files hold bf16, so that nothing is lost.
             self.masters = [p.detach().clone() for p in parameters]
@@ -64,6 +72,10 @@ class Peer:
         for word in words:
             if word.startswith("head="):
                 self.model.head_tokens = int(word.removeprefix("head="))
+            if word == "ac":
+                self.model.checkpointed = geometry.layers
+            if word.startswith("ac="):
+                self.model.checkpointed = int(word.removeprefix("ac="))
         ids = torch.from_file(
             str(args.batch), size=2 * shape[0] * shape[1], dtype=torch.int32
         ).to(args.device)
@@ -75,6 +87,9 @@ class Peer:
             self.forward = torch.compile(
                 self.model, mode="max-autotune-no-cudagraphs"
             )
+        self.graphs = "reduce-overhead" in words
+        if self.graphs:
+            self.forward = torch.compile(self.model, mode="reduce-overhead")
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -82,6 +97,8 @@ class Peer:
 
     def forward_backward(self) -> torch.Tensor:
         """The sum of logprobs, still on the device."""
+        if self.graphs:  # what the last step left may be written over
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(
             self.device, dtype=torch.bfloat16, enabled=self.autocast
         ):

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // A training step in this process, without a server around it. Its flags:
-// --model, --precision, --threads, --sequences, --length, --shared, --prompt,
-// --micro_batch, --max_context, --retained_tokens.
+// --model, --precision, --moments, --threads, --sequences, --length, --ragged,
+// --shared, --prompt, --micro_batch, --max_context, --retained_tokens.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -26,6 +27,8 @@ class LocalStep {
   static std::unique_ptr<CpuDevice> NewDevice();
   // The activation type of --precision.
   static DType Act();
+  // The last part of --model.
+  static std::string Model();
 
   // One forward and backward of cross entropy; the sum of the logprobs.
   absl::StatusOr<double> ForwardBackward();
@@ -45,8 +48,8 @@ class LocalStep {
 
   const std::vector<TrainDatum>& batch() const { return batch_; }
   int64_t sequences() const { return static_cast<int64_t>(batch_.size()); }
-  int64_t length() const;
-  int64_t tokens() const { return sequences() * length(); }
+  int64_t length() const;  // of the flags: the most, if they are ragged
+  int64_t tokens() const;
 
  private:
   explicit LocalStep(std::unique_ptr<Trainer> trainer);

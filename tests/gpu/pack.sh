@@ -21,7 +21,8 @@ case "$what" in
       'attr(tags, "\bgpu\b", tests(//...))' 2>/dev/null)
     ;;&
   all | benchmarks)
-    targets+=(//benchmarks/gpu:gpu_step //benchmarks/cuda_kernels:cuda_kernels)
+    targets+=(//benchmarks/gpu:gpu_step //benchmarks/cuda_kernels:cuda_kernels
+      //benchmarks/checkpoint:gpu_checkpoint)
     ;;
   tests) ;;
   *)

@@ -15,11 +15,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import FIELDS  # noqa: E402
-from gpu import sides, step  # noqa: E402
+from gpu import goals, sides, step  # noqa: E402
 
 BIN = ROOT / "bazel-bin" / "benchmarks"
 STEP = BIN / "gpu" / "gpu_step_emulated"
 OPS = BIN / "cuda_kernels" / "cuda_kernels_emulated"
+SAVES = BIN / "checkpoint" / "gpu_checkpoint_emulated"
 
 
 def need(binary):
@@ -176,6 +177,66 @@ def test_sides_that_do_not_fit_at_once_run_after_each_other(
     assert lines["torch_ft"]["peak_mem"] == 100 * gib
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+def test_where_memory_is_tight_both_sides_make_activations_again(model):
+    done = run(
+        sys.executable,
+        ROOT / "benchmarks/gpu/step.py",
+        *("--device=cpu", f"--model={model}", "--shape=3x16", "--tight"),
+        *("--rounds=1", "--warm=0", "--moments=bf16"),
+        *("--way=master ac=1", "--way=bf16 ac head=16"),
+        f"--binary={need(STEP)}",
+    )
+    assert done.returncode == 0, done.stderr
+    for way in ("master ac=1", "bf16 ac head=16"):
+        assert f"parity with {way}:" in done.stderr
+    lines = {line["mode"]: line for line in lines_of(done.stdout)}
+    assert set(lines) == {
+        *("ft", "ft_forward_backward"),
+        *("torch_ft", "torch_ft_forward_backward"),
+    }
+    assert lines["ft"]["recompute"] == "planned"
+    assert lines["torch_ft"]["recompute"] in ("ac", "ac=1")
+    assert lines["ft"]["optimizer"] == "adamw, bf16 moments"
+
+
+def test_a_ragged_batch_has_as_many_tokens():
+    done = run(
+        sys.executable,
+        ROOT / "benchmarks/gpu/lengths.py",
+        *("--device=cpu", "--model=tiny", "--shape=2x64"),
+        *("--rounds=1", "--warm=0", f"--binary={need(STEP)}"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line["mode"]: line for line in lines_of(done.stdout)}
+    full, ragged = lines["full"], lines["ragged"]
+    assert set(FIELDS) <= set(full)
+    assert full["tokens"] == ragged["tokens"] == 128
+    assert full["sequences"] == 2 < ragged["sequences"]
+    assert ragged["useful_flops"] < full["useful_flops"]
+    assert ragged["ratio"] == pytest.approx(full["ms"][0] / ragged["ms"][0])
+    assert goals.table(lines_of(done.stdout)).count("not measured") == (
+        len(goals.GOALS) - 1
+    )
+
+
+def test_saves_of_a_gpu_are_timed():
+    done = run(
+        sys.executable,
+        ROOT / "benchmarks/gpu/saves.py",
+        *("--device=cpu", "--model=tiny", "--shape=3x16", "--rounds=1"),
+        f"--binary={need(SAVES)}",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line["op"]: line for line in lines_of(done.stdout)}
+    assert set(lines) == {"checkpoint", "delta", "base"}
+    for line in lines.values():
+        assert set(FIELDS) <= set(line)
+        assert line["model"] == "tiny"
+        assert line["ms"][0] > 0
+        assert line["still_ms"][0] > 0
+
+
 def test_the_work_of_a_step_is_that_of_the_specification():
     # GFLOP a token of a full fine-tune, at 1k and 4k tokens.
     for name, length, gflop in [
@@ -212,7 +273,108 @@ def test_every_op_of_the_table_gives_finite_numbers():
     } <= ops
 
 
-@pytest.mark.parametrize("part", ["step", "ops", "all"])
+def measured(bench, **fields):
+    return {"bench": bench, "commit": "c", "dtype": "bf16"} | fields
+
+
+def steps(model, tok_s, way="master compile head=1024", **fields):
+    """A whole step and PyTorch's, which makes 1,000 tokens a second."""
+    common = {
+        "model": model,
+        "T": 4096,
+        "tokens": 4096,
+        "recompute": "none",
+        "baseline": {"name": "torch", "options": f"{way}, SDPA FLASH"},
+        "mfu_c": 0.55,
+        "mcu": 0.7,
+        "peaks": {"gradwire": 60, "master compile": 75, way: 80},
+    } | fields
+    return [
+        measured("gpu_step", **common, mode="ft", tok_s=tok_s,
+                 ratio=tok_s / 1000),
+        measured("gpu_step", **common, mode="torch_ft", tok_s=1000.0, ratio=1),
+    ]  # fmt: skip
+
+
+def verdicts(lines):
+    """The last column and the measured one of each goal's first row."""
+    rows = {}
+    for row in goals.table(goals.counted(lines)).splitlines()[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        rows.setdefault(cells[0], (cells[4], cells[5]))
+    return rows
+
+
+def test_a_goal_needs_all_models_and_takes_the_worst():
+    lines = steps("Qwen3-1.7B", 1100.0)
+    assert verdicts(lines)["G1"] == ("-", "not measured: gpu.sh step")
+    lines += steps("Qwen3-4B", 1030.0)
+    assert verdicts(lines)["G1"] == ("1.03x", "must")
+    # Another batch, at which both are faster, but PyTorch more so.
+    faster = steps("Qwen3-4B", 1200.0, tokens=8192)
+    faster[1]["tok_s"] = 1300.0
+    assert verdicts(lines + faster)["G1"] == ("0.92x", "BELOW")
+    assert verdicts(lines)["G3"] == ("55.0 %", "must")
+    assert verdicts(lines)["G9"] == ("0.75x", "target")
+
+
+def test_a_goal_does_not_take_the_lines_of_another():
+    lines = [
+        *steps("Qwen3-1.7B", 5000.0, way="master"),  # eager
+        *steps("Qwen3-4B", 4000.0, way="master"),
+        *steps("Qwen3-0.6B", 1700.0, way="master reduce-overhead", tokens=512),
+        *steps("Qwen3-8B", 900.0, recompute="planned"),
+    ]
+    rows = verdicts(lines)
+    assert rows["G1"][0] == "-"
+    assert rows["G6"] == ("4.00x", "target")
+    assert rows["G7"] == ("1.70x", "target")
+    assert rows["G2"] == ("0.90x", "BELOW")
+
+
+def test_only_the_last_commit_counts_and_the_later_of_two_lines():
+    both = [*steps("Qwen3-1.7B", 1200.0), *steps("Qwen3-4B", 1200.0)]
+    old = [line | {"commit": "old", "tok_s": 9000.0} for line in both]
+    again = steps("Qwen3-4B", 1001.0)
+    assert verdicts(old + both)["G1"] == ("1.20x", "target")
+    assert verdicts(old + both + again)["G1"] == ("1.00x", "must")
+    assert verdicts([])["G1"][0] == "-"
+
+
+def test_ops_count_by_the_least_of_them():
+    def op(name, **fields):
+        return measured("torch_ops", op=name, model="Qwen3-1.7B", **fields)
+
+    lines = [
+        op(name, T=length, ratio=1.2)
+        for name in ("attention_forward", "attention_backward")
+        for length in (1024, 4096, 16384)
+    ]
+    assert verdicts(lines)["G11"] == ("1.20x", "target")
+    lines[3]["ratio"] = 0.96
+    assert verdicts(lines)["G11"] == ("0.96x", "must")
+    assert verdicts(lines[1:])["G11"][0] == "-"
+    copy = measured("cuda_kernels", op="copy_to_host", share_of_pinned=0.5)
+    assert verdicts([copy])["G18"] == ("50.0 %", "BELOW")
+
+
+def test_the_table_is_made_of_a_file_of_the_caller(tmp_path):
+    lines = [*steps("Qwen3-1.7B", 1200.0), *steps("Qwen3-4B", 1200.0)]
+    text = "\n".join(["a table", *(json.dumps(line) for line in lines)])
+    (tmp_path / "lines").write_text(text + "\n")
+    env = os.environ | {"PYTHON": sys.executable}
+    command = [ROOT / "benchmarks/gpu.sh", "goals"]
+    done = run(*command, "lines", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "| 1.20x | target |" in done.stdout
+    for name in ("nowhere", "damaged"):
+        (tmp_path / "damaged").write_text('{"bench": ')
+        done = run(*command, name, cwd=tmp_path, env=env)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("part", ["step", "ops", "tight", "saves", "all"])
 def test_a_machine_without_a_gpu_is_told_so(tmp_path, part):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")

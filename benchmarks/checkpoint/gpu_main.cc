@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "absl/flags/parse.h"
+#include "base/status.h"
+#include "benchmarks/checkpoint/saves.h"
+#include "device/cuda/cuda_device.h"
+#include "kernels/cuda/cuda_kernels.h"
+
+namespace gradwire {
+namespace {
+
+absl::Status Main() {
+  GW_ASSIGN_OR_RETURN(const std::unique_ptr<CudaDevice> device,
+                      CudaDevice::Create(0));
+  GW_ASSIGN_OR_RETURN(const std::unique_ptr<Kernels> kernels,
+                      NewCudaKernels(*device));
+  GW_ASSIGN_OR_RETURN(LocalStep step, LocalStep::Create(*device, *kernels));
+  return RunSaves(step, kernels->description(), 0);
+}
+
+}  // namespace
+}  // namespace gradwire
+
+int main(int argc, char** argv) {
+  absl::ParseCommandLine(argc, argv);
+  const absl::Status status = gradwire::Main();
+  if (!status.ok()) {
+    std::fprintf(stderr, "%s\n", status.ToString().c_str());
+    return EXIT_FAILURE;
+  }
+  return EXIT_SUCCESS;
+}
