@@ -253,14 +253,13 @@ void Job::Publish(const OperationPtr& op, bool recorded) {
 
 void Job::CountDurable(Handle& handle) const {
   const int64_t durable = journal_->durable();
-  const auto is_durable = [&](int64_t seq) {
-    const OperationPtr op = handle.queue.Find(seq);
-    if (op == nullptr) return seq < handle.queue.next_seq();
-    const int64_t at = op->logged_at >= 0 ? op->logged_at : op->outcome_at;
+  const auto is_durable = [&](const Operation& op) {
+    const int64_t at = op.logged_at >= 0 ? op.logged_at : op.outcome_at;
     // Of what the log has let go, the metadata know.
-    return at >= 0 ? at < durable : op->Final();
+    return at >= 0 ? at < durable : op.Final();
   };
-  while (is_durable(handle.durable_through + 1)) ++handle.durable_through;
+  handle.durable_through =
+      handle.queue.PassThrough(handle.durable_through, is_durable);
 }
 
 void Job::BreakJournal(const absl::Status& status) {

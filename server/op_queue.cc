@@ -11,12 +11,12 @@
 namespace gradwire {
 
 absl::Status OpQueue::CheckSeq(int64_t seq) const {
-  if (seq < 1) {
+  if (seq < 1 || seq > kMaxSeq) {
     return ErrorBuilder(absl::StatusCode::kInvalidArgument, "SEQ_INVALID")
         .With("field", "seq_id")
         .With("value", seq)
-        .With("limit", 1)
-        .Message("seq_id starts at 1.");
+        .With("limit", seq < 1 ? 1 : kMaxSeq)
+        .Message("seq_id starts at 1, and each request takes the next number.");
   }
   if (seq < next_seq_ && all_.count(seq) == 0) {
     return ErrorBuilder(absl::StatusCode::kFailedPrecondition,
@@ -73,6 +73,20 @@ absl::StatusOr<OperationPtr> OpQueue::Submit(OperationPtr op,
 OperationPtr OpQueue::Find(int64_t seq) const {
   auto it = all_.find(seq);
   return it == all_.end() ? nullptr : it->second;
+}
+
+int64_t OpQueue::PassThrough(
+    int64_t seq, const std::function<bool(const Operation& op)>& passes) const {
+  for (auto it = all_.upper_bound(seq);; ++it) {
+    const int64_t known =
+        it == all_.end() ? next_seq_ : std::min(it->first, next_seq_);
+    // Those between were closed.
+    seq = std::max(seq, known - 1);
+    if (it == all_.end() || it->first != seq + 1 || !passes(*it->second)) {
+      return seq;
+    }
+    seq = it->first;
+  }
 }
 
 void OpQueue::Remove(std::map<int64_t, OperationPtr>::iterator it) {

@@ -23,13 +23,16 @@ class OpQueue {
     int64_t max_bytes = int64_t{2} << 30;
     std::chrono::milliseconds gap_timeout = std::chrono::seconds(600);
   };
+  // Behind it there are numbers left for what follows.
+  static constexpr int64_t kMaxSeq = int64_t{1} << 62;
+
   explicit OpQueue(const Limits& limits) : limits_(limits) {}
 
   // Admits `op`, or returns the operation that has its seq_id and digest
   // already. The one that fills the lowest gap is admitted even when the queue
   // is full.
-  // Errors: INVALID_ARGUMENT SEQ_INVALID (below 1), SEQ_REUSED (another
-  // digest); FAILED_PRECONDITION SEQUENCE_CLOSED; RESOURCE_EXHAUSTED
+  // Errors: INVALID_ARGUMENT SEQ_INVALID (below 1, above kMaxSeq), SEQ_REUSED
+  // (another digest); FAILED_PRECONDITION SEQUENCE_CLOSED; RESOURCE_EXHAUSTED
   // QUEUE_FULL.
   absl::StatusOr<OperationPtr> Submit(OperationPtr op, Clock::time_point now);
 
@@ -39,6 +42,12 @@ class OpQueue {
 
   // The operation with this number, or null.
   OperationPtr Find(int64_t seq) const;
+
+  // The last number of those behind `seq` that are, without one between, of
+  // operations that `passes` says yes to, or were closed. However many were.
+  int64_t PassThrough(
+      int64_t seq,
+      const std::function<bool(const Operation& op)>& passes) const;
 
   // The operation whose turn it is, or null, also while it is being logged; the
   // caller runs it: its state becomes RUNNING and the next number's turn comes.

@@ -99,6 +99,32 @@ TEST(OpQueueTest, AGapTimesOutAndTheHandleGoesOn) {
   EXPECT_EQ(queue.TakeNext()->seq, 6);
 }
 
+TEST(OpQueueTest, NumbersFarAheadTakeNoTime) {
+  OpQueue::Limits limits;
+  limits.gap_timeout = std::chrono::seconds(5);
+  OpQueue queue(limits);
+  for (const int64_t seq : {int64_t{1}, int64_t{3}, OpQueue::kMaxSeq - 1}) {
+    ASSERT_TRUE(queue.Submit(Op(seq), kNow).ok());
+  }
+  EXPECT_EQ(Reason(queue.Submit(Op(OpQueue::kMaxSeq + 1), kNow).status()),
+            "SEQ_INVALID");
+  EXPECT_EQ(Reason(queue.Submit(Op(INT64_MAX), kNow).status()), "SEQ_INVALID");
+  const auto all = [](const Operation&) { return true; };
+  EXPECT_EQ(queue.PassThrough(0, all), 1) << "2 is to come";
+  queue.TakeNext();
+  EXPECT_EQ(queue.PassThrough(0, all), 1);
+  EXPECT_EQ(queue.PassThrough(1, all), 1);
+  ASSERT_EQ(queue.ExpireGap(kNow + std::chrono::seconds(5)).size(), 2u);
+  EXPECT_EQ(queue.next_seq(), OpQueue::kMaxSeq);
+  EXPECT_EQ(queue.PassThrough(0, all), OpQueue::kMaxSeq - 1);
+  const auto but_3 = [](const Operation& op) { return op.seq != 3; };
+  EXPECT_EQ(queue.PassThrough(0, but_3), 2);
+  EXPECT_EQ(queue.PassThrough(3, but_3), OpQueue::kMaxSeq - 1);
+  EXPECT_EQ(queue.PassThrough(0, [](const Operation&) { return false; }), 0);
+  ASSERT_TRUE(queue.Submit(Op(OpQueue::kMaxSeq), kNow).ok());
+  EXPECT_EQ(queue.TakeNext()->seq, OpQueue::kMaxSeq);
+}
+
 TEST(OpQueueTest, WhatIsBeingLoggedWaits) {
   OpQueue queue({});
   OperationPtr op = Op(1);
