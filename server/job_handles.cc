@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The handles of a job: who may train it, and who no longer may.
+#include <array>
+#include <string>
+#include <utility>
+
 #include "base/error.h"
 #include "base/status.h"
 #include "server/checkpoint_catalogue.h"
@@ -25,6 +29,29 @@ ErrorBuilder Mismatch(const std::string& field, const std::string& value,
                      "MODEL_CONFIG_MISMATCH");
   error.With("field", field).With("value", value).With("limit", limit);
   return error;
+}
+
+// Of the same session and model_seq_id.
+absl::Status CheckRepetition(const v1::CreateModelRequest& first,
+                             const v1::CreateModelRequest& again) {
+  const auto fields = [](const v1::CreateModelRequest& request) {
+    return std::array<std::pair<const char*, std::string>, 4>{
+        {{"base_model", request.base_model().substr(0, 256)},
+         {"mode", v1::ModelMode_Name(request.mode())},
+         {"init_from.ref", request.init_from().ref()},
+         {"init_from.optimizer",
+          request.init_from().optimizer() ? "true" : "false"}}};
+  };
+  const auto had = fields(first), asked = fields(again);
+  for (size_t i = 0; i < had.size(); ++i) {
+    if (had[i] == asked[i]) continue;
+    return Mismatch(had[i].first, asked[i].second, had[i].second)
+        .Message(
+            "The session has made another model under this model_seq_id; a "
+            "repetition must be the same request, and a new model takes the "
+            "next number.");
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -220,6 +247,7 @@ absl::StatusOr<Job::Handle*> Job::Attach(
   {
     absl::MutexLock lock(&mu_);
     if (Handle* earlier = FindAttached(request); earlier != nullptr) {
+      GW_RETURN_IF_ERROR(CheckRepetition(earlier->request, request));
       return earlier;
     }
     AwaitInit();

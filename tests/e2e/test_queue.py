@@ -12,7 +12,12 @@ import pytest
 from conftest import MODELS, sequences
 from google.rpc import error_details_pb2, status_pb2
 from gradwire import wire
-from gradwire._proto.gradwire.v1 import operations_pb2, sessions_pb2
+from gradwire._proto.gradwire.v1 import (
+    jobs_pb2,
+    operations_pb2,
+    sessions_pb2,
+    training_pb2,
+)
 from processes import Server
 
 VOCAB = MODELS["llama"][1]["vocab_size"]
@@ -187,6 +192,55 @@ def test_any_order_of_arrival_gives_the_same_end(new_client, stubs):
     shuffled = numbers + numbers[::5]
     random.Random(9).shuffle(shuffled)
     assert train(numbers, 1) == train(shuffled, 8)
+
+
+def test_numbers_far_ahead_hold_nobody_up(binaries, models, tmp_path):
+    far = 10**15
+    for again in range(2):
+        flags = ["--gap_timeout_seconds=1"]
+        with (
+            Server(tmp_path, *flags) as server,
+            calls.Stubs(server.address) as stubs,
+        ):
+            if not again:
+                stubs.create_job("job", base_model=str(models["llama"]))
+                model = calls.Model(stubs, stubs.attach("job"))
+                waits = model.zero_grad(seq=far)
+                error = calls.refusal(stubs, lambda ref=waits: ref)
+                assert error.reason == "SEQUENCE_GAP"
+                assert model.due() == far + 1
+            else:
+                stubs.watch("job", lambda job: job.ready)
+            # Closed by being taken over, too.
+            other = calls.Model(stubs, stubs.attach("job"))
+            other.zero_grad(seq=far)
+            last = calls.Model(stubs, stubs.attach("job"))
+            last.result(last.zero_grad())
+            request = jobs_pb2.GetJobRequest(job_id="job")
+            assert stubs.jobs.GetJob(request, timeout=10).ready
+            for seq in (2**62 + 1, 2**63 - 1):
+                error = calls.refusal(
+                    stubs, lambda seq=seq, last=last: last.zero_grad(seq=seq)
+                )
+                assert error.reason == "SEQ_INVALID"
+
+
+def test_a_repeated_model_is_the_same_request(stubs, shared_job):
+    request = {"session_id": stubs.new_session(), "take_over": True}
+    first = stubs.attach(shared_job, **request)
+    assert stubs.attach(shared_job, **request) == first
+    for other in (
+        {"mode": training_pb2.MODEL_MODE_FORWARD_ONLY},
+        {"base_model": "/another"},
+        {"init_from": {"ref": "jobs/a/checkpoints/b"}},
+    ):
+        error = calls.refusal(
+            stubs,
+            lambda other=other: stubs.attach(shared_job, **request, **other),
+        )
+        assert error.reason == "MODEL_CONFIG_MISMATCH"
+        assert error.metadata["field"].split(".")[0] in other
+    assert stubs.attach(shared_job, **request) == first
 
 
 def test_batches_and_results_of_many_messages(shared_client):
