@@ -14,6 +14,8 @@ namespace gradwire {
 namespace {
 
 constexpr absl::Duration kTick = absl::Milliseconds(250);
+// How long a job that is to be deleted waits for its saves.
+constexpr std::chrono::seconds kSaveLimit{2700};
 
 }  // namespace
 
@@ -223,6 +225,39 @@ absl::Status Job::Delete() {
     spdlog::warn("job {}: {}", id_, std::string(removed.message()));
   }
   RemoveDurableState();
+  return absl::OkStatus();
+}
+
+absl::Status Job::AwaitSaves(const std::function<bool()>& given_up) {
+  const Clock::time_point limit = Clock::now() + kSaveLimit;
+  absl::MutexLock lock(&mu_);
+  std::vector<OperationPtr> saves;
+  for (const auto& [id, handle] : handles_) {
+    handle->queue.Visit([&, &queue = handle->queue](const Operation& op) {
+      if (IsSave(op.kind) && op.record.state() == v1::OPERATION_STATE_RUNNING) {
+        saves.push_back(queue.Find(op.seq));
+      }
+    });
+  }
+  const auto runs = [](const OperationPtr& op) { return !op->Final(); };
+  // Without ranks nothing of them goes on.
+  while (std::any_of(saves.begin(), saves.end(), runs) &&
+         (job_.state() == v1::JOB_STATE_RUNNING ||
+          job_.state() == v1::JOB_STATE_PENDING)) {
+    if (environment_->draining || stopping_) return Draining();
+    if (given_up()) return absl::CancelledError("the caller has gone");
+    if (Clock::now() >= limit) {
+      return ErrorBuilder(absl::StatusCode::kDeadlineExceeded, "SAVES_RUNNING")
+          .With("job_id", id_)
+          .With("value", std::count_if(saves.begin(), saves.end(), runs))
+          .With("limit", kSaveLimit.count())
+          .Message("Saves of the job have not ended in " +
+                   std::to_string(kSaveLimit.count()) +
+                   " s; nothing was deleted. Delete it with `force` to give "
+                   "them up.");
+    }
+    state_changed_.WaitWithTimeout(&mu_, kTick);
+  }
   return absl::OkStatus();
 }
 

@@ -118,11 +118,16 @@ grpc::Status JobServiceImpl::WatchJob(grpc::ServerContext* call,
   return grpc::Status::OK;
 }
 
-grpc::Status JobServiceImpl::DeleteJob(grpc::ServerContext*,
+grpc::Status JobServiceImpl::DeleteJob(grpc::ServerContext* call,
                                        const v1::DeleteJobRequest* request,
                                        v1::Job* reply) {
   auto job = context_.jobs->Get(request->job_id());
   if (!job.ok()) return ToGrpcStatus(job.status());
+  if (!request->force()) {
+    const absl::Status saved =
+        (*job)->AwaitSaves([call] { return call->IsCancelled(); });
+    if (!saved.ok()) return ToGrpcStatus(saved);
+  }
   if (const absl::Status deleted = (*job)->Delete(); !deleted.ok()) {
     return ToGrpcStatus(deleted);
   }

@@ -415,6 +415,34 @@ def test_a_save_that_ends_in_a_replay_tells_nothing_of_the_job(
         assert job.optimizer_step == 3
 
 
+@pytest.mark.parametrize("kind", SAVES)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_job_is_deleted_when_its_saves_have_ended(tmp_path, kind, force):
+    call, command, field = SAVES[kind]
+    with Life(tmp_path) as life:
+        life.attach()
+        life.step(1)
+        save = getattr(life.model, call)("one")
+        writing = life.next()
+        assert writing.HasField(command)
+        request = calls.jobs_pb2.DeleteJobRequest(job_id="job", force=force)
+        deleted = life.stubs.jobs.DeleteJob.future(request)
+        if force:
+            assert (
+                calls.refusal(life.stubs, lambda: save).reason == "JOB_DELETED"
+            )
+        else:
+            # Others go on meanwhile.
+            life.step(2)
+            assert not deleted.done()
+            done = {field: saved_at(1)[field]}
+            life.rank.send_done(writing, step=1, version=1, **done)
+            life.answer("end_save", step=2, version=2, **done)
+            life.model.result(save)
+        state = deleted.result(LONG).state
+        assert state == calls.jobs_pb2.JOB_STATE_DELETED
+
+
 def test_a_save_before_numbers_that_were_closed_is_made_again(tmp_path):
     with Life(tmp_path, "--gap_timeout_seconds=0.1") as life:
         life.attach()
