@@ -8,6 +8,22 @@ AWAY = "client/python/tests/test_server_away.py"
 
 QUEUE_SEEDS = (
     Seed(
+        "numbers_before_a_gap_are_durable",
+        "what is not on the disk is said to be, as what follows it is",
+        "server/op_queue.cc",
+        "it->first != seq + 1 || !passes(*it->second)",
+        "!passes(*it->second)",
+        ("//server:states_test",),
+    ),
+    Seed(
+        "seq_without_an_end",
+        "a number behind which there is none is taken",
+        "server/op_queue.cc",
+        "if (seq < 1 || seq > kMaxSeq) {",
+        "if (seq < 1) {",
+        ("//server:states_test",),
+    ),
+    Seed(
         "dedup_off",
         "a repetition is an operation of its own",
         "server/op_queue.cc",
@@ -68,6 +84,39 @@ QUEUE_SEEDS = (
 )
 
 CLIENT_SEEDS = (
+    Seed(
+        "client_gives_no_number_back",
+        "what follows a refused number waits for it",
+        "client/python/gradwire/handle.py",
+        "        for seq in abandoned:\n            self._fill(seq)\n",
+        "",
+        (AWAY,),
+    ),
+    Seed(
+        "client_forgets_gradients",
+        "gradients of a step that failed are not announced",
+        "client/python/gradwire/handle.py",
+        "                        window.go_on(following)\n",
+        "                        pass\n",
+        (AWAY,),
+    ),
+    Seed(
+        "client_counts_a_failure_where_it_was",
+        "what fails after its window's end has failed is counted still",
+        "client/python/gradwire/handle.py",
+        "        while window._goes_on is not None:\n"
+        "            window = window._goes_on\n",
+        "",
+        (AWAY,),
+    ),
+    Seed(
+        "client_closes_at_once",
+        "calls that are under way at the end are lost",
+        "client/python/gradwire/training_client.py",
+        "        if wait:\n            self.settle()\n",
+        "",
+        (AWAY,),
+    ),
     Seed(
         "client_forgets_what_was_answered",
         "a request is let go that is not on the server's disk",

@@ -14,6 +14,22 @@ OUTLAST = "test_the_algorithms_of_products_outlast_the_server"
 
 JOB_SEEDS = (
     Seed(
+        "delete_beside_a_save",
+        "a job is deleted without a word to its saves",
+        "server/job_service.cc",
+        "if (!request->force()) {",
+        "if (request->force()) {",
+        (f"{REPLAY}::test_a_job_is_deleted_when_its_saves_have_ended",),
+    ),
+    Seed(
+        "model_of_another_request",
+        "a repeated key gets a model that it did not ask for",
+        "server/job_handles.cc",
+        "GW_RETURN_IF_ERROR(CheckRepetition(earlier->request, request));",
+        "",
+        (f"{QUEUE}::test_a_repeated_model_is_the_same_request",),
+    ),
+    Seed(
         "no_sync",
         "an optimizer step is answered without a sync of the log",
         "server/job_journal.cc",
@@ -45,8 +61,8 @@ JOB_SEEDS = (
         "durable_through_too_high",
         "a client lets requests go that are not on the disk",
         "server/job_journal.cc",
-        "return at >= 0 ? at < durable : op->Final();",
-        "return at >= 0 ? at < durable + (1 << 20) : op->Final();",
+        "return at >= 0 ? at < durable : op.Final();",
+        "return at >= 0 ? at < durable + (1 << 20) : op.Final();",
         (f"{RECOVERY}::test_an_unsynced_tail_that_is_torn_is_cut",),
     ),
     Seed(

@@ -18,14 +18,15 @@ _log = logging.getLogger("gradwire")
 class Future(Generic[T]):
     """Read it with result() or await.
 
-    A failure that nobody read is logged when the future is collected, and
-    raised by the check() and close() of the client that made it.
+    A failure that nobody read is logged when the future is collected, or
+    later, when the call has failed, and raised by the check() and close() of
+    the client that made it.
     """
 
     def __init__(self, what: str = "operation"):
         self._inner: concurrent.futures.Future[T] = concurrent.futures.Future()
         self._what = what
-        self._outcome = Outcome(self._inner)
+        self._outcome = Outcome(self._inner, what)
         self._on_cancel: Callable[[], bool] | None = None
 
     def result(self, timeout: float | None = None) -> T:
@@ -59,38 +60,46 @@ class Future(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         waiting = asyncio.wrap_future(self._inner)
-        self._outcome.read = True
-        return (yield from asyncio.shield(waiting).__await__())
+        try:
+            return (yield from asyncio.shield(waiting).__await__())
+        finally:
+            # A wait that was cancelled has read nothing.
+            if self._inner.done():
+                self._outcome.read = True
 
     def __del__(self) -> None:
-        inner = getattr(self, "_inner", None)
-        if inner is None or not inner.done() or self._outcome.read:
-            return
-        if self._outcome.failed():
-            _log.error(
-                "%s failed and nobody read it: %s",
-                self._what,
-                inner.exception(),
-            )
+        outcome = getattr(self, "_outcome", None)
+        if outcome is not None and not outcome.read:
+            outcome.inner.add_done_callback(lambda _: outcome.tell_if_unread())
 
 
 class Outcome:
     """What a client keeps of a future: whether a failure was read."""
 
-    def __init__(self, inner: concurrent.futures.Future[Any]):
-        self._inner = inner
+    def __init__(self, inner: concurrent.futures.Future[Any], what: str):
+        self.inner = inner
+        self.what = what
         self.read = False
+        self._told = False
 
     def failed(self) -> bool:
-        return self._inner.done() and self._inner.exception() is not None
+        return self.inner.done() and self.inner.exception() is not None
 
     def settled(self) -> bool:
-        return self._inner.done()
+        return self.inner.done()
+
+    def tell_if_unread(self) -> None:
+        """Logs a failure, once."""
+        if self.read or self._told or not self.failed():
+            return
+        self._told = True
+        error = self.inner.exception()
+        _log.error("%s failed and nobody read it: %s", self.what, error)
 
     def raise_if_unread(self) -> None:
         if not self.read and self.failed():
             self.read = True
-            error = self._inner.exception()
+            error = self.inner.exception()
             assert error is not None
             raise error
 

@@ -4,6 +4,7 @@ power loss of the server's machine has undone."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import threading
 from collections.abc import Callable
@@ -26,6 +27,13 @@ _WAIT_SECONDS = 30.0
 # For what may wait behind a request that was lost.
 _MOMENT_SECONDS = 1.0
 _MOST_LOSSES = 8  # of one request, in a row
+# Of the end of a window: failures that leave no gradients.
+_DROPS_GRADIENTS = {
+    "ACCUMULATION_MISMATCH",
+    "GRADIENTS_TAINTED",
+    "NONFINITE_GRADIENT",
+}
+_TELL_SECONDS = 10.0  # after which close() says what it waits for
 # What of a result comes with the answer to the wait for it.
 _ARRAY_BYTES = 1 << 20
 _log = logging.getLogger("gradwire")
@@ -43,6 +51,19 @@ class Window:
 
     def __init__(self) -> None:
         self.ops = 0
+        self._goes_on: Window | None = None
+
+    def fail(self) -> None:
+        """One that was counted is not there, here or where it went."""
+        window = self
+        while window._goes_on is not None:
+            window = window._goes_on
+        window.ops -= 1
+
+    def go_on(self, following: Window) -> None:
+        """Its gradients are the next window's: its end has failed."""
+        following.ops += self.ops
+        self._goes_on = following
 
 
 class Handle:
@@ -53,7 +74,7 @@ class Handle:
         self.service = service
         self.job_id = job_id
         self.model_id = model_id
-        self._lock = threading.Lock()  # guards the eight below
+        self._lock = threading.Lock()  # guards the nine below
         self._next_seq = 1
         self._window = Window()
         self._outcomes: list[Outcome] = []
@@ -62,6 +83,9 @@ class Handle:
         self._outages = service.patience.outages
         self._sending_again = False
         self._given_up = 0  # the number that was said to be lost for good
+        # Numbers whose calls have failed without an outcome that the server
+        # has recorded: it may wait for them.
+        self._abandoned: set[int] = set()
         self._workers = Workers(_NUM_WORKERS)
         self._unsynced = Unsynced()
 
@@ -79,13 +103,12 @@ class Handle:
         call: Call,
         *,
         adds_gradient: bool = False,
-        ends_window: Callable[[Window, Window], None] | None = None,
-        undo: Callable[[Window, Window], None] | None = None,
+        ends_window: Callable[[Window], None] | None = None,
     ) -> Future[Any]:
         """The future of a call that takes the next numbers.
 
-        ends_window: gets the window that ends here and the one that begins;
-            `undo` gets them if the call fails. Both run under the lock.
+        ends_window: gets the window that ends here, under the lock. If the
+            call fails, its gradients are there still, and the next window's.
         """
         future: Future[Any] = Future(what)
         inner, operation = future._inner, _Started(self)
@@ -95,14 +118,17 @@ class Handle:
             try:
                 result = call.run(seq, operation.set)
             except BaseException as error:
+                told = isinstance(error, GradwireError)
                 with self._lock:
                     if adds_gradient:
-                        window.ops -= 1
-                    if undo is not None:
-                        undo(window, following)
+                        window.fail()
+                    if ends_window is not None and not drops_gradients(error):
+                        window.go_on(following)
+                    if told and not error.final:
+                        self._abandoned.update(range(seq, seq + call.width))
                 # The server's failures are on its disk before they are
                 # answered; what the user's code raised is told it again.
-                ended(keep=not isinstance(error, GradwireError))
+                ended(keep=not told)
                 inner.set_exception(error)
             else:
                 ended(keep=True)
@@ -129,7 +155,7 @@ class Handle:
                 window.ops += 1
             if ends_window is not None:
                 self._window = Window()
-                ends_window(window, self._window)
+                ends_window(window)
             following = self._window
             self._outcomes = [
                 o
@@ -139,6 +165,29 @@ class Handle:
             self._outcomes.append(future._outcome)
             self._workers.submit(run)
         return future
+
+    def settle(self) -> None:
+        """Waits until every call has its outcome."""
+        with self._lock:
+            waiting = {o.inner: o.what for o in self._outcomes}
+        told = False
+        while waiting:
+            done, _ = concurrent.futures.wait(waiting, _TELL_SECONDS)
+            for inner in done:
+                del waiting[inner]
+            if waiting and not told:
+                told = True
+                _log.warning(
+                    "waiting for %d calls on model %s: %s",
+                    len(waiting),
+                    self.model_id,
+                    ", ".join(sorted(set(waiting.values()))),
+                )
+
+    def unread(self) -> list[Outcome]:
+        """Failures that nobody has read, the oldest first."""
+        with self._lock:
+            return [o for o in self._outcomes if o.failed() and not o.read]
 
     def repeat(self, attempt: Callable[[], Any]) -> Any:
         """`attempt`, repeated while the server is away."""
@@ -311,11 +360,14 @@ class Handle:
         lost = self._unsynced.since(missing)
         kept = bool(lost) and lost[0][0] <= missing
         with self._lock:
+            self._abandoned = {n for n in self._abandoned if n >= missing}
+            abandoned = sorted(self._abandoned)
             to_come = missing in self._open or missing >= self._next_seq
+            known = kept or to_come or missing in self._abandoned
             said = self._given_up == missing
-            if not kept and not to_come:
+            if not known:
                 self._given_up = missing
-        if not kept and not to_come and not said:
+        if not known and not said:
             _log.error(
                 "operation %d of model %s was lost by the server and is no "
                 "longer kept here; what comes after it will fail with "
@@ -328,6 +380,21 @@ class Handle:
                 call.send_again(seq)
             except GradwireError as error:
                 _log.debug("operation %d was not taken again: %s", seq, error)
+        for seq in abandoned:
+            self._fill(seq)
+
+    def _fill(self, seq: int) -> None:
+        """Uses a number that nobody will use, so that the next one's turn
+        comes: by a request that the server refuses, which changes nothing."""
+        request = training_pb2.OptimStepRequest(
+            model_id=self.model_id,
+            seq_id=seq,
+            params=operations_pb2.AdamParams(learning_rate=-1.0),
+        )
+        try:
+            self.service.call(self.service.training.OptimStep, request)
+        except GradwireError as error:
+            _log.debug("number %d was given back: %s", seq, error)
 
 
 class Sequenced:
@@ -369,6 +436,11 @@ class Sequenced:
 
     def send_again(self, seq: int) -> None:
         self._send(seq)
+
+
+def drops_gradients(error: BaseException) -> bool:
+    """Whether the failed end of a window has left no gradients."""
+    return isinstance(error, GradwireError) and error.reason in _DROPS_GRADIENTS
 
 
 def raise_if_failed(operation: Any) -> None:

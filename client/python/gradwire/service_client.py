@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from gradwire import at_exit
 from gradwire._proto.gradwire.v1 import (
     checkpoints_pb2,
     checkpoints_pb2_grpc,
@@ -88,6 +89,7 @@ class ServiceClient:
             address or os.environ.get("GRADWIRE_ADDRESS") or DEFAULT_ADDRESS
         )
         self.patience = Patience(self.address, patience)
+        at_exit.settle(self)
         key = api_key or os.environ.get("GRADWIRE_API_KEY")
         self.call_metadata = (
             (("authorization", f"Bearer {key}"),) if key else ()
@@ -206,9 +208,13 @@ class ServiceClient:
                 if call is not None:
                     call.cancel()
 
-    def delete_job(self, job_id: str) -> Any:
-        request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
-        return self.call(self._jobs.DeleteJob, request)
+    def delete_job(self, job_id: str, force: bool = False) -> Any:
+        """Ends the job; its checkpoints and snapshots stay.
+
+        Waits for saves that run. force: gives them up instead.
+        """
+        request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=force)
+        return self.call(self._jobs.DeleteJob, request, timeout=None)
 
     def list_checkpoints(
         self, job_id: str = "", *, remote: bool = False
@@ -537,14 +543,28 @@ class ServiceClient:
                     last = error.reason
                     _log.warning("heartbeat failed: %s", error)
 
-    def close(self) -> None:
-        """Ends the session and the connection; raises unread failures."""
+    def settle(self) -> None:
+        """Waits for the calls of its training clients, unless it is closed, and
+        logs the failures that nobody has read."""
+        if self.patience.closed.is_set():
+            return
+        for client in self._clients:
+            client.settle()
+            for outcome in client.unread():
+                outcome.tell_if_unread()
+
+    def close(self, wait: bool = True) -> None:
+        """Ends the session and the connection; raises unread failures.
+
+        wait: until all calls of its training clients have their outcome.
+            Without it, what has not reached the server is not executed.
+        """
         if self.patience.closed.is_set():
             return
         failure: Exception | None = None
         for client in self._clients:
             try:
-                client.close()
+                client.close(wait)
             except Exception as error:
                 failure = failure or error
         self._finish("success" if failure is None else "errored")

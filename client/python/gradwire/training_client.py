@@ -57,16 +57,18 @@ class TrainingClient(Handle):
     ) -> Future[ForwardResult]:
         """Log-probabilities of the targets; changes nothing."""
         datums = self._encode(data)
-        loss = training_pb2.LossConfig(loss_fn=loss_fn, config=loss_fn_config)
+        header = wire.message(
+            training_pb2.ForwardHeader,
+            model_id=self.model_id,
+            loss=_loss_config(loss_fn, loss_fn_config),
+            top_k=top_k,
+        )
 
         def send(seq: int) -> str:
-            header = training_pb2.ForwardHeader(
-                model_id=self.model_id, seq_id=seq, loss=loss, top_k=top_k
-            )
             return self.upload(
                 self.service.training.Forward,
                 training_pb2.ForwardRequest,
-                header,
+                wire.numbered(header, seq),
                 datums,
             )
 
@@ -84,7 +86,7 @@ class TrainingClient(Handle):
     ) -> Future[ForwardBackwardResult]:
         """Adds the gradient of a built-in loss (a sum over all positions)."""
         datums = self._encode(data)
-        loss = training_pb2.LossConfig(loss_fn=loss_fn, config=loss_fn_config)
+        loss = _loss_config(loss_fn, loss_fn_config)
 
         return self.submit(
             "forward_backward",
@@ -172,7 +174,7 @@ class TrainingClient(Handle):
                 effective=AdamParams.from_proto(done.effective),
             )
 
-        def announce(window: Window, _: Window) -> None:
+        def announce(window: Window) -> None:
             if params.expected_ops is None:
                 message.expected_ops = window.ops
 
@@ -189,13 +191,13 @@ class TrainingClient(Handle):
             return self.send(self.service.training.ZeroGrad, request)
 
         call = Sequenced(self, send, lambda done: None)
-        return self.submit("zero_grad", call, ends_window=lambda *_: None)
+        return self.submit("zero_grad", call, ends_window=lambda _: None)
 
     def save_weights_for_sampler(
         self,
         name: str,
         type: str = "base",
-        parent: str | None = None,
+        parent: str | SnapshotResult | None = None,
         ttl: float | None = None,
     ) -> Future[SnapshotResult]:
         """Exports the weights as they are at this place in the sequence.
@@ -220,16 +222,18 @@ class TrainingClient(Handle):
                 value=type,
             )
 
+        request = wire.message(
+            training_pb2.SaveSnapshotRequest,
+            model_id=self.model_id,
+            name=name,
+            kind=_KINDS[type],
+            parent=_reference(parent or ""),
+            ttl_seconds=ttl or 0.0,
+        )
+
         def send(seq: int) -> str:
-            request = training_pb2.SaveSnapshotRequest(
-                model_id=self.model_id,
-                seq_id=seq,
-                name=name,
-                kind=_KINDS[type],
-                parent=parent or "",
-                ttl_seconds=ttl or 0.0,
-            )
-            return self.send(self.service.training.SaveSnapshot, request)
+            save = self.service.training.SaveSnapshot
+            return self.send(save, wire.numbered(request, seq))
 
         def read(operation: Any) -> SnapshotResult:
             done = operation.snapshot
@@ -270,19 +274,18 @@ class TrainingClient(Handle):
             place of what was kept with one that it replaces. At most 64
             names, and 16 KiB in all.
         """
-        # Sent later, and perhaps again.
-        user_metadata = dict(user_metadata or {})
+        request = wire.message(
+            training_pb2.SaveStateRequest,
+            model_id=self.model_id,
+            name=name,
+            ttl_seconds=ttl or 0.0,
+            overwrite=overwrite,
+            user_metadata=user_metadata or {},
+        )
 
         def send(seq: int) -> str:
-            request = training_pb2.SaveStateRequest(
-                model_id=self.model_id,
-                seq_id=seq,
-                name=name,
-                ttl_seconds=ttl or 0.0,
-                overwrite=overwrite,
-                user_metadata=user_metadata,
-            )
-            return self.send(self.service.training.SaveState, request)
+            save = self.service.training.SaveState
+            return self.send(save, wire.numbered(request, seq))
 
         def read(operation: Any) -> SaveStateResult:
             done = operation.save_state
@@ -297,14 +300,18 @@ class TrainingClient(Handle):
 
         return self.submit("save_state", Sequenced(self, send, read))
 
-    def load_state(self, path: str) -> Future[LoadStateResult]:
+    def load_state(
+        self, path: str | SaveStateResult
+    ) -> Future[LoadStateResult]:
         """Puts the weights where `save_state` found them; moments and step
         begin at zero. `path` is what it returned, or a name of this job; any
         job with a model of the same shape can load it. Gradients and kept
         activations are dropped."""
         return self._load_state("load_state", path, optimizer=False)
 
-    def load_state_with_optimizer(self, path: str) -> Future[LoadStateResult]:
+    def load_state_with_optimizer(
+        self, path: str | SaveStateResult
+    ) -> Future[LoadStateResult]:
         """`load_state`, with moments and step: training goes on as if it had
         never stopped."""
         return self._load_state(
@@ -312,16 +319,18 @@ class TrainingClient(Handle):
         )
 
     def _load_state(
-        self, what: str, path: str, optimizer: bool
+        self, what: str, path: str | SaveStateResult, optimizer: bool
     ) -> Future[LoadStateResult]:
+        request = wire.message(
+            training_pb2.LoadStateRequest,
+            model_id=self.model_id,
+            ref=_reference(path),
+            optimizer=optimizer,
+        )
+
         def send(seq: int) -> str:
-            request = training_pb2.LoadStateRequest(
-                model_id=self.model_id,
-                seq_id=seq,
-                ref=path,
-                optimizer=optimizer,
-            )
-            return self.send(self.service.training.LoadState, request)
+            load = self.service.training.LoadState
+            return self.send(load, wire.numbered(request, seq))
 
         def read(operation: Any) -> LoadStateResult:
             done = operation.load_state
@@ -333,14 +342,8 @@ class TrainingClient(Handle):
                 dropped_ops=done.dropped_ops,
             )
 
-        def still_there(dropped: Window, following: Window) -> None:
-            following.ops += dropped.ops
-
         return self.submit(
-            what,
-            Sequenced(self, send, read),
-            ends_window=lambda *_: None,
-            undo=still_there,
+            what, Sequenced(self, send, read), ends_window=lambda _: None
         )
 
     def info(self) -> ModelInfo:
@@ -362,15 +365,19 @@ class TrainingClient(Handle):
 
     def check(self) -> None:
         """Raises the oldest failure that nobody has read."""
-        with self._lock:
-            outcomes = list(self._outcomes)
-        for outcome in outcomes:
+        for outcome in self.unread():
             outcome.raise_if_unread()
 
-    def close(self) -> None:
-        """No more calls; raises the oldest failure that nobody has read."""
+    def close(self, wait: bool = True) -> None:
+        """No more calls; raises the oldest failure that nobody has read.
+
+        wait: until all calls have their outcome. Without it those that are
+            under way may still be executed, and their failures go unread.
+        """
         with self._lock:
             self._closed = True
+        if wait:
+            self.settle()
         self.check()
 
     def __enter__(self) -> TrainingClient:
@@ -384,6 +391,17 @@ class TrainingClient(Handle):
 
     def _encode(self, data: Sequence[Datum]) -> list[Any]:
         return [wire.encode_datum(datum) for datum in data]
+
+
+def _loss_config(loss_fn: str, config: dict[str, float] | None) -> Any:
+    return wire.message(
+        training_pb2.LossConfig, loss_fn=loss_fn, config=config or {}
+    )
+
+
+def _reference(what: Any) -> str:
+    """The path of a checkpoint or snapshot, or of a result that has one."""
+    return getattr(what, "path", what)
 
 
 @dataclasses.dataclass

@@ -24,6 +24,36 @@ _DTYPES = {
 }
 
 
+def message(kind: Any, /, **fields: Any) -> Any:
+    """A message of these fields; an error that names one that cannot be.
+
+    Made before the call has a number, so that none is taken in vain.
+    """
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError, AttributeError):
+        for name, value in fields.items():
+            try:
+                kind(**{name: value})
+            except (TypeError, ValueError, AttributeError) as error:
+                raise invalid(
+                    "BAD_ARGUMENT",
+                    f"{name} cannot be {value!r} ({type(value).__name__}): "
+                    f"{error}",
+                    field=name,
+                    value=repr(value),
+                ) from None
+        raise
+
+
+def numbered(request: Any, seq: int) -> Any:
+    """A copy with its number: a request may be sent again beside another."""
+    copy = type(request)()
+    copy.CopyFrom(request)
+    copy.seq_id = seq
+    return copy
+
+
 def encode_tensor(values: Any, dtype: int) -> data_pb2.TensorData:
     array = to_array(values, _DTYPES[dtype])
     return data_pb2.TensorData(

@@ -80,6 +80,7 @@ class FakeServer:
     cuts: point -> how many connections break there.
     at: point -> what is called there, once.
     fails: seq -> reason of the UNAVAILABLE that is its recorded outcome.
+    refuses: seq -> reason for which it is not taken; its number stays open.
     has_log: else a step is never durable.
     hold_seconds: the longest that WaitOperation holds a call.
     """
@@ -89,6 +90,7 @@ class FakeServer:
         self.cuts = collections.Counter()
         self.at = {}
         self.fails = {}
+        self.refuses = {}
         self.has_log = True
         self.hold_seconds = 30.0
         self.heartbeats = 0
@@ -185,10 +187,17 @@ class FakeServer:
             elif model_id != self.handles[-1]:
                 code = grpc.StatusCode.FAILED_PRECONDITION
                 abort(context, "HANDLE_FENCED", code)
+            elif seq in self.refuses:
+                code = grpc.StatusCode.RESOURCE_EXHAUSTED
+                abort(context, self.refuses[seq], code)
             else:
-                self.requests[key] = kind, content
+                bad = kind == "optim_step" and content.params.learning_rate < 0
+                self.requests[key] = "refused" if bad else kind, content
                 self.batches[key] = list(batch)
                 self._run(model_id)
+                if bad:
+                    code = grpc.StatusCode.INVALID_ARGUMENT
+                    abort(context, "OPTION_OUT_OF_RANGE", code)
         return training_pb2.OperationRef(op_id=f"{model_id}.{seq}", seq_id=seq)
 
     def _run(self, model_id):

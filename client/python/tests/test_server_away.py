@@ -2,7 +2,10 @@
 """A training script goes on when its server goes away, comes back, and has
 forgotten what was not on its disk."""
 
+import asyncio
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -35,7 +38,7 @@ def service(server):
     service = gradwire.ServiceClient(address=server.address)
     yield service
     try:
-        service.close()
+        service.close(wait=False)
     except gradwire.GradwireError:
         pass  # a test has read what it wanted to
 
@@ -181,7 +184,7 @@ def test_closing_ends_the_waiting(server):
     step = client.optim_step()
     while service.patience.outages == 0:
         time.sleep(0.01)
-    service.close()
+    service.close(wait=False)
     with pytest.raises(gradwire.GradwireError) as caught:
         step.result(LONG)
     assert caught.value.reason == "CLIENT_CLOSED"
@@ -529,3 +532,217 @@ def test_another_process_goes_on(server, client):
     with pytest.raises(gradwire.GradwireError) as caught:
         client.optim_step().result(LONG)
     assert caught.value.reason == "HANDLE_FENCED"
+
+
+# Calls that failed without an outcome that the server has recorded.
+
+
+@pytest.fixture
+def hasty(server):
+    server.hold_seconds = 0.05
+    return server
+
+
+def reason_of(future):
+    with pytest.raises(gradwire.GradwireError) as caught:
+        future.result(LONG)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_full_disk_holds_nothing_up_once_there_is_room(
+    hasty, client, caplog, custom
+):
+    hasty.refuses = {1: "STORAGE_FULL", 3: "STORAGE_FULL"}
+    if custom:
+        failed = client.forward_backward_custom(DATA, Loss())
+        others = [client.zero_grad()]  # 3
+    else:
+        failed = client.forward_backward(DATA, "cross_entropy")
+        logprobs_later = client.forward(DATA)
+        others = [client.zero_grad()]
+    for future in (failed, *others):
+        assert reason_of(future) == "STORAGE_FULL"
+    step = client.optim_step()
+    with pytest.raises(TimeoutError):
+        step.result(0.3)
+    hasty.refuses.clear()
+    # Of what was refused no gradient is expected, and none is there.
+    assert step.result(LONG).effective.expected_ops == 0
+    if not custom:
+        assert logprobs(logprobs_later) == LOGPROBS
+    assert "lost by the server" not in caplog.text
+    kinds = dict(hasty.ran)
+    assert kinds[1] == kinds[3] == "refused"
+    assert kinds[4] == "optim_step"
+
+
+def test_a_number_that_was_never_sent_is_given_back(server, monkeypatch):
+    service = gradwire.ServiceClient(address=server.address, patience=0.3)
+    client = service.create_training_client("model", job_id="job")
+    server.hold_seconds = 0.05
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    with away(server):
+        gone = client.forward_backward(DATA, "cross_entropy")
+        with pytest.raises(gradwire.UnreachableError):
+            gone.result(LONG)
+    step = client.optim_step()
+    assert step.result(LONG).effective.expected_ops == 1
+    kinds = ["forward_backward", "refused", "optim_step"]
+    assert server.ran == list(enumerate(kinds, 1))
+    service.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda c: c.save_state("a", user_metadata={"e": 5}), "user_metadata"),
+        (lambda c: c.save_state(5), "name"),
+        (lambda c: c.save_state("a", ttl="1h"), "ttl_seconds"),
+        (lambda c: c.load_state(7), "ref"),
+        (lambda c: c.save_weights_for_sampler("a", parent=7), "parent"),
+        (lambda c: c.forward(DATA, top_k=2.5), "top_k"),
+        (lambda c: c.forward(DATA, top_k=2**40), "top_k"),
+        (lambda c: c.forward_backward(DATA, 5), "loss_fn"),
+        (lambda c: c.forward_backward(DATA, "ppo", {"a": "b"}), "config"),
+        (lambda c: c.save_state("a\ud800"), "name"),
+    ],
+)
+def test_an_argument_that_cannot_be_takes_no_number(
+    server, client, call, field
+):
+    with pytest.raises(gradwire.UserError) as caught:
+        call(client)
+    assert caught.value.reason == "BAD_ARGUMENT"
+    assert caught.value.metadata["field"] == field
+    assert client.optim_step().result(LONG).optimizer_step == 1
+    assert server.ran == [(1, "optim_step")]
+
+
+# Windows whose end has failed.
+
+
+@pytest.mark.parametrize("reason", ["OPTION_OUT_OF_RANGE", "CANCELLED"])
+def test_a_step_that_failed_leaves_its_gradients(server, client, reason):
+    server.fails = {3: reason}
+    for _ in range(2):
+        logprobs(client.forward_backward(DATA, "cross_entropy"))
+    assert reason_of(client.optim_step()) == reason
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    assert client.optim_step().result(LONG).effective.expected_ops == 3
+
+
+@pytest.mark.parametrize(
+    "reason", ["ACCUMULATION_MISMATCH", "GRADIENTS_TAINTED"]
+)
+def test_a_step_that_dropped_its_gradients_leaves_none(server, client, reason):
+    server.fails = {2: reason}
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    assert reason_of(client.optim_step()) == reason
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    assert client.optim_step().result(LONG).effective.expected_ops == 1
+
+
+def test_gradients_that_were_not_zeroed_are_there(server, client):
+    server.fails = {2: "CANCELLED"}
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    assert reason_of(client.zero_grad()) == "CANCELLED"
+    assert client.optim_step().result(LONG).effective.expected_ops == 1
+
+
+# The end of a script.
+
+
+def test_close_waits_for_calls_and_raises_what_fails(server, client):
+    server.fails = {2: "NONFINITE_GRADIENT"}
+    server.at["before forward_backward"] = lambda: time.sleep(0.3)
+    client.forward_backward(DATA, "cross_entropy")
+    client.optim_step()
+    with pytest.raises(gradwire.GradwireError) as caught:
+        client.close()
+    assert caught.value.reason == "NONFINITE_GRADIENT"
+    assert [seq for seq, _ in server.ran] == [1, 2]
+
+
+def test_a_with_block_loses_no_call(server):
+    server.at["before forward_backward"] = lambda: time.sleep(0.3)
+    with gradwire.ServiceClient(address=server.address) as service:
+        client = service.create_training_client("model", job_id="job")
+        pair(client)
+    assert server.ran == [(1, "forward_backward"), (2, "optim_step")]
+
+
+SCRIPT = """
+import sys, gradwire
+client = gradwire.ServiceClient(sys.argv[1]).create_training_client(
+    "model", job_id="job"
+)
+data = [gradwire.Datum.from_tokens([1, 2, 3])]
+for _ in range(5):
+    client.forward_backward(data, "cross_entropy")
+    client.optim_step()
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "all_run"), [("", True), ("sys.exit(3)", True), ("1 / 0", False)]
+)
+def test_a_script_that_just_ends_loses_no_call(server, end, all_run):
+    server.fails = {10: "NONFINITE_GRADIENT"}
+    if not all_run:
+        server.requests["job.0", 0] = "", ""
+        server.at["before forward_backward"] = lambda: time.sleep(5)
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(end=end), server.address],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    if all_run:
+        assert [seq for seq, _ in server.ran] == list(range(1, 11))
+        assert "optim_step failed and nobody read it" in done.stderr
+        assert done.returncode == (3 if end else 0)
+    else:
+        assert "ZeroDivisionError" in done.stderr
+        assert "nobody read" not in done.stderr
+        assert time.monotonic() - began < LONG
+
+
+# Failures that nobody reads.
+
+
+def test_a_failure_of_a_dropped_future_is_logged(server, client, caplog):
+    server.fails = {1: "NONFINITE_LOSS"}
+    server.at["before forward_backward"] = lambda: time.sleep(0.2)
+    client.forward_backward(DATA, "cross_entropy")
+    client.forward(DATA).result(LONG)
+    while "forward_backward failed and nobody read it" not in caplog.text:
+        time.sleep(0.01)
+    assert caplog.text.count("nobody read it") == 1
+    with pytest.raises(gradwire.GradwireError):
+        client.check()
+
+
+def test_an_await_that_was_cut_short_has_read_nothing(server, client):
+    server.fails = {1: "NONFINITE_LOSS"}
+    server.at["before forward_backward"] = lambda: time.sleep(0.5)
+
+    async def cut_short():
+        future = client.forward_backward(DATA, "cross_entropy")
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(_awaited(future), 0.05)
+        return future
+
+    future = asyncio.run(cut_short())
+    while not future.done():
+        time.sleep(0.01)
+    with pytest.raises(gradwire.GradwireError):
+        client.check()
+    client.check()  # read now
+
+
+async def _awaited(future):
+    return await future

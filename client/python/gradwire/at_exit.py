@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A script that ends without close() loses no calls and hears of failures."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradwire.service_client import ServiceClient
+
+_services: weakref.WeakSet[ServiceClient] = weakref.WeakSet()
+
+
+def settle(service: ServiceClient) -> None:
+    """Lets the interpreter wait for its calls at the end."""
+    _services.add(service)
+
+
+@atexit.register
+def _settle_all() -> None:
+    # What an error has ended is not to be waited for. A prompt goes on after
+    # one.
+    if getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1"):
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        for service in list(_services):
+            service.settle()
