@@ -407,8 +407,8 @@ def test_the_command_line_knows_checkpoints(
     assert "/checkpoints/mine" in capsys.readouterr().err
     assert cli.main(["checkpoint", "verify", saved.path]) == 0
     assert capsys.readouterr().err.startswith("verified jobs/")
-    assert cli.main(["checkpoint", "get"]) == 1
-    assert "needs a path" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "get"]) == 2
+    assert "PATH" in capsys.readouterr().err
     assert cli.main(["checkpoint", "delete", saved.path]) == 0
     assert not os.path.exists(saved.local_path)
     assert cli.main(["checkpoint", "get", saved.path]) == 1

@@ -398,8 +398,8 @@ def test_the_command_line_knows_snapshots(
     model = json.loads(run("promote", two.path, name, "--json").out)
     assert model["weight_id"] == two.weight_id
     assert model["local_path"] in run("promote", two.path, name).err
-    assert "needs a path and" in run("promote", two.path, status=1).err
-    assert "needs two paths" in run("diff", two.path, status=1).err
+    assert "MODEL_ID" in run("promote", two.path, status=2).err
+    assert "PATH" in run("diff", two.path, status=2).err
     run("delete", two.path)
     run("delete", one.path)
     assert not os.path.exists(one.local_path)

@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from gradwire.errors import GradwireError, ServerError, UserError
+from gradwire import __version__
+from gradwire.errors import GradwireError, ServerError
 from gradwire.local_server import find_server
 
 
@@ -23,22 +26,39 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class _UsageError(Exception):
+    """Arguments that a command does not take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(
+            f"{self.prog}: {message}; `{self.prog} --help` shows what it takes"
+        )
+
+
 def _serve(args: argparse.Namespace) -> int:
+    """Becomes gradwired: its process id, signals and exit status are the
+    server's."""
     binary = find_server()
-    state = os.path.expanduser("~/.local/state/gradwire")
-    flags = list(args.flags)
-    given = [f for f in flags if f.startswith(("--state_dir", "-state_dir"))]
-    if not given:
-        os.makedirs(state, exist_ok=True)
-        flags.append(f"--state_dir={state}")
-    _say(f"gradwire: starting {binary.name} {' '.join(flags)}")
-    process = subprocess.Popen([str(binary), *flags])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The terminal has sent the signal to the server as well.
-            continue
+    try:
+        if {"-h", "--help"} & set(args.flags):
+            print("usage: gradwire serve [FLAG ...]\n", flush=True)
+            status = subprocess.run([str(binary), "--help"]).returncode
+            return 0 if status == 1 else status  # 1 is Abseil's for help
+        _say(f"gradwire: starting {' '.join([binary.name, *args.flags])}")
+        # Python ignores these, and what is ignored stays so.
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored, signal.SIG_DFL)
+        os.execv(binary, [str(binary), *args.flags])
+    except OSError as error:
+        raise ServerError(
+            f"{binary} cannot be started ({error.strerror}); build it anew "
+            "with `bazel build //server:gradwired`",
+            reason="SERVER_NOT_STARTED",
+        ) from error
 
 
 def _processor_isa() -> list[str]:
@@ -202,61 +222,62 @@ def _checkpoint_line(row: Any) -> str:
     return line
 
 
-def _needed(args: argparse.Namespace, count: int, what: str) -> list[str]:
-    """The arguments of an action, of which there must be so many."""
-    given = [args.what, args.other]
-    if None in given[:count]:
-        raise UserError(
-            f"checkpoint {args.action} needs {what}; `gradwire checkpoint "
-            "list` shows them",
-            reason="MISSING_ARGUMENT",
-        )
-    return given[:count]
-
-
 def _promote(service: Any, args: argparse.Namespace) -> None:
-    path, model_id = _needed(args, 2, "a path and a model's id")
-    model = service.promote_checkpoint(path, model_id)
+    model = service.promote_checkpoint(args.path, args.model_id)
     if args.json:
         print(json.dumps(_checkpoint_fields(model)))
         return
-    _say(f"{model_id}  {_mib(model.bytes)}  {model.local_path}")
+    _say(f"{args.model_id}  {_mib(model.bytes)}  {model.local_path}")
+
+
+def _seconds_or_never(text: str) -> float | None:
+    try:
+        return None if text == "never" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no number of seconds; give one, or never"
+        ) from None
 
 
 def _set_ttl(service: Any, args: argparse.Namespace) -> None:
-    path, given = _needed(args, 2, "a path, and seconds or never")
-    try:
-        ttl = None if given == "never" else float(given)
-    except ValueError:
-        raise UserError(
-            f"{given} is no number of seconds; give one, or never",
-            reason="OPTION_OUT_OF_RANGE",
-        ) from None
-    row = service.set_checkpoint_ttl(path, ttl)
+    row = service.set_checkpoint_ttl(args.path, args.ttl)
     if args.json:
         print(json.dumps(_checkpoint_fields(row)))
         return
     _say(_checkpoint_line(row))
 
 
-def _diff(service: Any, args: argparse.Namespace) -> None:
-    before, after = _needed(args, 2, "two paths")
-    if args.export:
-        partial = f"{args.export}.partial"
-        try:
-            with open(partial, "wb") as file:
-                size = service.export_diff(before, after, file, args.format)
-            os.replace(partial, args.export)
-        except BaseException:
-            pathlib.Path(partial).unlink(missing_ok=True)
-            raise
-        if args.json:
-            fields = {"file": args.export, "format": args.format, "bytes": size}
-            print(json.dumps(fields))
-            return
-        _say(f"{args.export}  {args.format}  {_mib(size)}")
+def _export(service: Any, args: argparse.Namespace) -> None:
+    partial = pathlib.Path(f"{args.export}.partial")
+    layout = args.format or "dlt1"
+    try:
+        with open(partial, "wb") as file:
+            size = service.export_diff(args.before, args.after, file, layout)
+        os.replace(partial, args.export)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and not isinstance(error, GradwireError):
+            raise OSError(
+                f"the difference was not written to {args.export} "
+                f"({error.strerror}); give --export a file in a folder that "
+                "exists, can be written and has room"
+            ) from error
+        raise
+    if args.json:
+        fields = {"file": args.export, "format": layout, "bytes": size}
+        print(json.dumps(fields))
         return
-    diff = service.diff_checkpoints(before, after)
+    _say(f"{args.export}  {layout}  {_mib(size)}")
+
+
+def _diff(service: Any, args: argparse.Namespace) -> None:
+    if args.export is not None:
+        _export(service, args)
+        return
+    if args.format:
+        args.parser.error("--format needs --export FILE")
+    diff = service.diff_checkpoints(args.before, args.after)
     share = diff.changed / max(diff.elements, 1)
     if args.json:
         fields = _fields(diff)
@@ -286,7 +307,9 @@ def _checkpoint(args: argparse.Namespace) -> int:
 
     with ServiceClient() as service:
         if args.action == "list":
-            rows = service.list_checkpoints(args.what or "", remote=args.remote)
+            rows = service.list_checkpoints(
+                args.job_id or "", remote=args.remote
+            )
             if args.json:
                 listed = [_checkpoint_fields(row) for row in rows]
                 print(json.dumps(listed, indent=2))
@@ -302,14 +325,13 @@ def _checkpoint(args: argparse.Namespace) -> int:
         if args.action == "ttl":
             _set_ttl(service, args)
             return 0
-        (path,) = _needed(args, 1, "a path")
         call = {
             "get": service.get_checkpoint,
             "verify": service.verify_checkpoint,
             "delete": service.delete_checkpoint,
             "fetch": service.fetch_checkpoint,
         }[args.action]
-        row = call(path)
+        row = call(args.path)
         if args.json:
             print(json.dumps(_checkpoint_fields(row)))
         else:
@@ -334,12 +356,6 @@ def _job(args: argparse.Namespace) -> int:
             for job in jobs if not args.json else ():
                 _say(_line(job))
             return 0
-        if not args.job_id:
-            raise UserError(
-                f"job {args.action} needs a job's id; `gradwire job list` "
-                "shows them",
-                reason="MISSING_ARGUMENT",
-            )
         if args.action == "watch":
             for job in service.watch_job(args.job_id):
                 _print_job(job, args.json)
@@ -354,89 +370,142 @@ def _job(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gradwire")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser(prog="gradwire")
+    parser.add_argument(
+        "--version", action="version", version=f"gradwire {__version__}"
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True
+    )
     serve = commands.add_parser(
-        "serve", help="start a server; flags are those of gradwired"
+        "serve",
+        help="start a server; flags are those of gradwired, see `serve --help`",
+        add_help=False,
     )
     serve.set_defaults(run=_serve)
     doctor = commands.add_parser("doctor", help="what this machine has")
     doctor.add_argument("--json", action="store_true")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, parser=doctor)
     quickstart = commands.add_parser(
         "quickstart", help="fine-tune a model with a loss in Python"
     )
     quickstart.add_argument("--steps", type=int)
     quickstart.add_argument("--out", default="quickstart-out")
     quickstart.add_argument("--precision", choices=("f32", "bf16"))
-    quickstart.set_defaults(run=_quickstart)
-    job = commands.add_parser(
-        "job", help="list, get, watch, restart, delete jobs"
+    quickstart.set_defaults(run=_quickstart, parser=quickstart)
+    _add_job(commands)
+    _add_checkpoint(commands)
+    return parser
+
+
+def _actions(commands: Any, name: str, about: str) -> Callable[..., Any]:
+    """add(action, help, run): the parser of an action of command `name`."""
+    command = commands.add_parser(name, help=about)
+    command.add_argument("--json", action="store_true")
+    actions = command.add_subparsers(
+        dest="action", metavar="ACTION", required=True
     )
-    job.add_argument(
-        "action", choices=("list", "get", "watch", "restart", "delete")
-    )
-    job.add_argument("job_id", nargs="?")
-    job.add_argument("--json", action="store_true")
-    job.set_defaults(run=_job)
-    checkpoint = commands.add_parser(
+
+    def add(action: str, about: str, run: Callable[..., int]) -> Any:
+        leaf = actions.add_parser(action, help=about)
+        # The default is the command's, which takes the flag as well.
+        leaf.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS
+        )
+        leaf.set_defaults(run=run, parser=leaf)
+        return leaf
+
+    return add
+
+
+def _add_job(commands: Any) -> None:
+    add = _actions(commands, "job", "list, get, watch, restart, delete jobs")
+    add("list", "all jobs, oldest first", _job)
+    for action, about in (
+        ("get", "one job"),
+        ("watch", "a job now and at every change, until it is deleted"),
+        ("restart", "start a failed job again"),
+        ("delete", "end a job and delete it"),
+    ):
+        add(action, about, _job).add_argument(
+            "job_id", metavar="JOB", help="as `gradwire job list` shows it"
+        )
+
+
+def _add_checkpoint(commands: Any) -> None:
+    add = _actions(
+        commands,
         "checkpoint",
-        help="list, get, verify, promote, diff, ttl, fetch, delete checkpoints "
-        "and snapshots",
+        "list, get, verify, promote, diff, ttl, fetch, delete checkpoints and "
+        "snapshots",
     )
-    checkpoint.add_argument(
-        "action",
-        choices=(
-            "list",
-            "get",
-            "verify",
-            "promote",
-            "diff",
-            "ttl",
-            "fetch",
-            "delete",
-        ),
-    )
-    checkpoint.add_argument("what", nargs="?", help="a job's id (list), a path")
-    checkpoint.add_argument(
-        "other",
-        nargs="?",
-        help="the model's id (promote), the later snapshot's path (diff), "
-        "seconds since it was made, or never (ttl)",
-    )
-    checkpoint.add_argument(
-        "--export", metavar="FILE", help="write the difference (diff)"
-    )
-    checkpoint.add_argument(
-        "--format",
-        choices=("dlt1", "xor", "sparse"),
-        default="dlt1",
-        help="of --export: docs/delta.md, XOR + zstd, indices and values",
-    )
-    checkpoint.add_argument(
+    path = "as `gradwire checkpoint list` shows it"
+    listed = add("list", "those of a job, or of all jobs", _checkpoint)
+    listed.add_argument("job_id", nargs="?", metavar="JOB")
+    listed.add_argument(
         "--remote",
         action="store_true",
-        help="list also what is in the object store alone",
+        help="also what is in the object store alone",
     )
-    checkpoint.add_argument("--json", action="store_true")
-    checkpoint.set_defaults(run=_checkpoint)
-    return parser
+    for action, about in (
+        ("get", "one of them"),
+        ("verify", "read all of it and compare its digests"),
+        ("delete", "delete it"),
+        ("fetch", "bring it back from the object store"),
+    ):
+        add(action, about, _checkpoint).add_argument(
+            "path", metavar="PATH", help=path
+        )
+    promote = add("promote", "make a Hugging Face directory of it", _checkpoint)
+    promote.add_argument("path", metavar="PATH", help=path)
+    promote.add_argument("model_id", metavar="MODEL_ID")
+    diff = add("diff", "what has changed between snapshots", _checkpoint)
+    diff.add_argument("before", metavar="PATH", help="the earlier snapshot")
+    diff.add_argument("after", metavar="PATH", help="the later one")
+    diff.add_argument(
+        "--export", metavar="FILE", help="write the difference to a file"
+    )
+    diff.add_argument(
+        "--format",
+        choices=("dlt1", "xor", "sparse"),
+        help="of --export: docs/delta.md (the default), XOR + zstd, indices "
+        "and values",
+    )
+    ttl = add("ttl", "change when the server may delete it", _checkpoint)
+    ttl.add_argument("path", metavar="PATH", help=path)
+    ttl.add_argument(
+        "ttl",
+        type=_seconds_or_never,
+        metavar="SECONDS",
+        help="since it was made, or never",
+    )
+
+
+def _reason(error: OSError) -> str:
+    """In one line, without the number."""
+    if error.strerror is None:
+        return " ".join(str(error).split())
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}; mend that and run the command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 a failure, 2 usage, 130 Ctrl-C."""
-    args, rest = _parser().parse_known_args(argv)
-    if args.command == "serve":
-        args.flags = rest
-    elif rest:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        args, rest = _parser().parse_known_args(argv)
+        if args.command == "serve":
+            args.flags = rest
+        elif rest:
+            args.parser.error(f"it does not take {' '.join(rest)}")
         return args.run(args)
+    except _UsageError as error:
+        _say(str(error))
+        return 2
     except GradwireError as error:
         _say(f"gradwire: {' '.join(str(error).split())}")
         return 1
     except OSError as error:
-        _say(f"gradwire: {error}")
+        _say(f"gradwire: {_reason(error)}")
         return 1
     except KeyboardInterrupt:
         _say("gradwire: interrupted")

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from fake_service import FakeService  # noqa: E402
+from gradwire import cli  # noqa: E402
 from gradwire.quickstart import (  # noqa: E402
     data,
     evaluate,
@@ -153,3 +154,13 @@ def test_run_writes_what_scripts_rely_on(random_base, tmp_path):
 def test_run_refuses_no_steps(tmp_path, capsys):
     assert run.run(steps=0, out=tmp_path) == 2
     assert "--steps is 0; use 1 or more" in capsys.readouterr().err
+
+
+def test_an_out_that_can_be_no_folder_is_told(tmp_path, capsys):
+    out = tmp_path / "file"
+    out.touch()
+    assert cli.main(["quickstart", "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"gradwire: no folder can be made at {out} (File")
+    assert "give --out" in err
+    assert len(err.splitlines()) == 1

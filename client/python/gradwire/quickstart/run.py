@@ -50,7 +50,13 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
         )
         return 2
     out = pathlib.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"no folder can be made at {out} ({error.strerror}); give --out "
+            "a folder that can be written, or a name that is free"
+        ) from error
 
     import transformers
     from transformers import AutoTokenizer
@@ -79,7 +85,7 @@ def run(steps=None, out="quickstart-out", precision=None, service=None) -> int:
             base_model=str(base.path), job_id=job, precision=precision
         )
         stack.callback(service.delete_job, job)
-        stack.callback(policy.close)
+        stack.callback(policy.close, wait=False)
         precision = _effective_precision(policy, precision)
 
         loss_before, _ = _held_out_loss(policy, held_out)
