@@ -319,6 +319,7 @@ void Job::Tell(bool was_ready) {
   if (job_.state() == v1::JOB_STATE_DELETED) {
     environment_->metrics->RemoveJob(id_);
   } else {
+    environment_->metrics->SetStep(id_, job_.optimizer_step());
     environment_->metrics->SetJobState(id_, JobStateName(job_.state()),
                                        JobPhaseName(job_.phase()));
   }

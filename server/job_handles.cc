@@ -303,6 +303,10 @@ absl::StatusOr<v1::CreateModelResponse> Job::CreateModel(
   if (request.lora().rank() != 0) {
     return Unsupported("lora.rank", std::to_string(request.lora().rank()));
   }
+  if (request.lora().ByteSizeLong() > 0) {
+    return Unsupported("lora",
+                       request.lora().ShortDebugString().substr(0, 128));
+  }
   if (request.mode() == v1::MODEL_MODE_BASE_ONLY ||
       !v1::ModelMode_IsValid(request.mode())) {
     return Unsupported("mode", std::to_string(request.mode()));

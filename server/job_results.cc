@@ -51,6 +51,7 @@ void Job::OnDone(const GroupEvent& event) {
   if (tells) {
     job_.set_weight_version(done.weight_version());
     job_.set_optimizer_step(done.optimizer_step());
+    environment_->metrics->SetStep(id_, done.optimizer_step());
   }
   *job_.mutable_memory_use() = done.memory_use();
   *job_.mutable_memory_use_max() = event.most_memory;
@@ -253,12 +254,19 @@ void Job::Measure(const OperationPtr& op) {
   measure.queue_seconds = ran ? seconds(op->started - op->submitted) : 0;
   measure.execution_seconds = ran ? seconds(op->ended - op->started) : 0;
   measure.tokens = ok ? op->tokens : 0;
+  if (record.has_backward() ||
+      op->kind == v1::OPERATION_KIND_FORWARD_BACKWARD) {
+    const auto& metrics = record.has_backward() ? record.backward().metrics()
+                                                : record.forward().metrics();
+    const auto weighted = metrics.find("tokens:sum");
+    measure.trained =
+        weighted == metrics.end() ? 0 : static_cast<int64_t>(weighted->second);
+  }
   measure.reason = record.error().reason();
   environment_->metrics->CountOperation(measure);
   if (ok && record.has_optim_step()) {
-    environment_->metrics->SetStep(
-        id_, record.optim_step().optimizer_step(),
-        record.optim_step().grad_norm(),
+    environment_->metrics->SetGradNorm(
+        id_, record.optim_step().grad_norm(),
         record.optim_step().effective().learning_rate());
   }
   if (ok && record.has_forward()) {

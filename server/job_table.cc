@@ -7,6 +7,7 @@
 #include "absl/strings/numbers.h"
 #include "base/error.h"
 #include "base/status.h"
+#include "google/protobuf/text_format.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "server/names.h"
 
@@ -81,6 +82,16 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
     return Unsupported("lora.max_rank", std::to_string(spec.lora().max_rank()),
                        "0");
   }
+  if (spec.lora().max_adapters() != 0) {
+    return Unsupported("lora.max_adapters",
+                       std::to_string(spec.lora().max_adapters()), "0");
+  }
+  if (const auto& unknown = spec.GetReflection()->GetUnknownFields(spec);
+      !unknown.empty()) {
+    const std::string field = std::to_string(unknown.field(0).number());
+    return Unsupported("spec field " + field, "set",
+                       "a field that this server knows");
+  }
   if (spec.forward_only() && !spec.moment_precision().empty()) {
     return Unsupported("moment_precision", spec.moment_precision(),
                        "an empty one with forward_only");
@@ -95,16 +106,36 @@ absl::Status CheckSpec(const v1::JobSpec& spec) {
 }
 
 // The first field in which two specifications differ.
-std::string Difference(const v1::JobSpec& a, const v1::JobSpec& b) {
+const google::protobuf::FieldDescriptor* Difference(const v1::JobSpec& a,
+                                                    const v1::JobSpec& b) {
   const google::protobuf::Descriptor* type = v1::JobSpec::descriptor();
   for (int i = 0; i < type->field_count(); ++i) {
     google::protobuf::util::MessageDifferencer differencer;
     if (!differencer.CompareWithFields(a, b, {type->field(i)},
                                        {type->field(i)})) {
-      return type->field(i)->name();
+      return type->field(i);
     }
   }
-  return "";
+  return nullptr;
+}
+
+// One rank is one rank, whether it was said or not.
+v1::JobSpec WithDefaults(v1::JobSpec spec) {
+  spec.set_world_size(std::max(1, spec.world_size()));
+  spec.set_replicas(std::max(1, spec.replicas()));
+  return spec;
+}
+
+std::string ValueOf(const v1::JobSpec& spec,
+                    const google::protobuf::FieldDescriptor& field) {
+  if (field.is_repeated() ||
+      (field.has_presence() && !spec.GetReflection()->HasField(spec, &field))) {
+    return "";
+  }
+  std::string text;
+  google::protobuf::TextFormat::PrintFieldValueToString(spec, &field, -1,
+                                                        &text);
+  return text.substr(0, 160);
 }
 
 absl::Status NotFound(const std::string& field, const std::string& reason,
@@ -136,12 +167,16 @@ absl::StatusOr<JobPtr> JobTable::Create(const std::string& job_id,
                 "A job of this id was deleted; ids are not used again. "
                 "Choose another.");
       }
-      const std::string field = Difference(spec, existing->spec());
-      if (field.empty()) return existing;
+      const v1::JobSpec asked = WithDefaults(spec);
+      const v1::JobSpec has = WithDefaults(existing->spec());
+      const auto* const field = Difference(asked, has);
+      if (field == nullptr) return existing;
       return ErrorBuilder(absl::StatusCode::kAlreadyExists, "JOB_SPEC_MISMATCH")
-          .With("field", field)
+          .With("field", field->name())
+          .With("value", ValueOf(asked, *field))
+          .With("limit", ValueOf(has, *field))
           .With("job_id", job_id)
-          .Message("A job of this id exists with another " + field +
+          .Message("A job of this id exists with another " + field->name() +
                    ". Choose another id, or use its specification.");
     }
     if (environment_->draining) {

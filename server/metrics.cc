@@ -343,11 +343,16 @@ void Metrics::CountOperation(const OperationMeasure& measure) {
     state_->execution_seconds.Add({{"op", measure.op}}, kSeconds)
         .Observe(measure.execution_seconds);
   }
-  if (measure.tokens > 0) {
+  const std::pair<const char*, int64_t> kinds[] = {
+      {"trained", std::max<int64_t>(0, measure.trained)},
+      {"prompt", measure.trained < 0 ? 0 : measure.tokens - measure.trained},
+      {"scored", measure.trained < 0 ? measure.tokens : 0}};
+  for (const auto& [kind, tokens] : kinds) {
+    if (tokens <= 0) continue;
     state_
         ->OfJob(state_->tokens, measure.job_id,
-                {{"op", measure.op}, {"kind", "trained"}})
-        .Increment(static_cast<double>(measure.tokens));
+                {{"op", measure.op}, {"kind", kind}})
+        .Increment(static_cast<double>(tokens));
   }
   if (measure.op == "optim_step") {
     const std::string outcome = measure.outcome == "ok" ? "applied"
@@ -368,9 +373,12 @@ void Metrics::CountOperation(const OperationMeasure& measure) {
   state_->OfJob(state_->job_progress, measure.job_id).Set(UnixNow());
 }
 
-void Metrics::SetStep(const std::string& job_id, int64_t step, double grad_norm,
-                      double learning_rate) {
+void Metrics::SetStep(const std::string& job_id, int64_t step) {
   state_->OfJob(state_->job_step, job_id).Set(static_cast<double>(step));
+}
+
+void Metrics::SetGradNorm(const std::string& job_id, double grad_norm,
+                          double learning_rate) {
   state_->OfJob(state_->grad_norm, job_id).Set(grad_norm);
   state_->OfJob(state_->learning_rate, job_id).Set(learning_rate);
 }

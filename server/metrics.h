@@ -45,10 +45,14 @@ class Metrics {
     double queue_seconds = 0;
     double execution_seconds = 0;  // 0: never ran
     int64_t tokens = 0;
+    // Of these, those with a weight, of what adds a gradient; -1: it adds none.
+    int64_t trained = -1;
   };
   void CountOperation(const OperationMeasure& measure);
-  void SetStep(const std::string& job_id, int64_t step, double grad_norm,
-               double learning_rate);
+  void SetStep(const std::string& job_id, int64_t step);
+  // Of an optimizer step.
+  void SetGradNorm(const std::string& job_id, double grad_norm,
+                   double learning_rate);
   void SetLoss(const std::string& job_id, double loss);
 
   // Of copies in an object store; outcome: ok, error.

@@ -38,6 +38,16 @@ absl::Status CheckName(const std::string& name, const std::string& field) {
                "a dot.");
 }
 
+absl::Status CheckNewName(const std::string& name, const std::string& field) {
+  GW_RETURN_IF_ERROR(CheckName(name, field));
+  if (name != "latest") return absl::OkStatus();
+  return ErrorBuilder(absl::StatusCode::kInvalidArgument, "INVALID_NAME")
+      .With("field", field)
+      .With("value", name)
+      .With("limit", "any other name")
+      .Message("\"latest\" is reserved; choose another name.");
+}
+
 namespace {
 
 absl::Status CheckId(const std::string& id, const std::string& field) {

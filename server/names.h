@@ -12,6 +12,8 @@ namespace gradwire {
 // One path segment: 1-128 of [A-Za-z0-9._-], not starting with a dot.
 // Errors: INVALID_ARGUMENT INVALID_NAME.
 absl::Status CheckName(const std::string& name, const std::string& field);
+// Of what is to be made: not "latest" either, which is reserved.
+absl::Status CheckNewName(const std::string& name, const std::string& field);
 // What a checkpoint or a snapshot is called, and where it is:
 // jobs/<job_id>/checkpoints/<name>, jobs/<job_id>/snapshots/<name>.
 struct CheckpointRef {

@@ -39,15 +39,11 @@ absl::StatusOr<std::unique_ptr<OpsHttp>> OpsHttp::Start(
   const std::string host = where.host == "localhost" ? "127.0.0.1" : where.host;
   const std::string ports = host + ":" + std::to_string(where.port);
   // Nothing is served from disk: there is no document root.
-  const char* options[] = {"listening_ports",
-                           ports.c_str(),
-                           "num_threads",
-                           "2",
-                           "request_timeout_ms",
-                           "5000",
-                           "enable_directory_listing",
-                           "no",
-                           nullptr};
+  const char* options[] = {"listening_ports", ports.c_str(),
+                           // A connection that asks for nothing holds one
+                           // until its time is over.
+                           "num_threads", "16", "request_timeout_ms", "1000",
+                           "enable_directory_listing", "no", nullptr};
   mg_callbacks callbacks;
   std::memset(&callbacks, 0, sizeof(callbacks));
   callbacks.log_message = [](const mg_connection*, const char*) { return 1; };

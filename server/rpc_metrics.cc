@@ -51,8 +51,12 @@ class RpcMetrics : public grpc::experimental::Interceptor {
     // "/package.Service/Method"
     const std::string path = info->method();
     const size_t slash = path.rfind('/');
-    service_ = path.substr(1, slash - 1);
-    method_ = path.substr(slash + 1);
+    if (slash == std::string::npos) {  // a method that there is not
+      service_ = method_ = type_ = "unknown";
+    } else {
+      service_ = path.substr(1, slash - 1);
+      method_ = path.substr(slash + 1);
+    }
     metrics_->RpcStarted(service_, method_, type_);
   }
   ~RpcMetrics() override {
@@ -68,8 +72,7 @@ class RpcMetrics : public grpc::experimental::Interceptor {
 
  private:
   Metrics* const metrics_;
-  const std::string type_;
-  std::string service_, method_;
+  std::string type_, service_, method_;
   // Of a call that never got to a status.
   std::string code_ = "Cancelled";
 };

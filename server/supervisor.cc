@@ -24,9 +24,12 @@ constexpr int kMaxThreads = 4096;
 // The logprobs of one datum of 128k tokens, with 64 alternatives each, and
 // some.
 constexpr int kMaxRankMessage = 256 << 20;
-constexpr const char* kServices[] = {
-    "", "gradwire.v1.JobService", "gradwire.v1.SessionService",
-    "gradwire.v1.OperationService", "gradwire.v1.TrainingService"};
+constexpr const char* kServices[] = {"",
+                                     "gradwire.v1.CheckpointService",
+                                     "gradwire.v1.JobService",
+                                     "gradwire.v1.OperationService",
+                                     "gradwire.v1.SessionService",
+                                     "gradwire.v1.TrainingService"};
 
 absl::Status CheckLoopback(const std::string& flag,
                            const std::string& address) {

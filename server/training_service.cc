@@ -145,13 +145,7 @@ absl::Status CheckUserMetadata(
 }
 
 absl::Status CheckSaveState(const v1::SaveStateRequest& request) {
-  GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
-  if (request.name() == "latest") {
-    return ErrorBuilder(absl::StatusCode::kInvalidArgument, "INVALID_NAME")
-        .With("field", "name")
-        .With("value", "latest")
-        .Message("\"latest\" is reserved; give the checkpoint another name.");
-  }
+  GW_RETURN_IF_ERROR(CheckNewName(request.name(), "name"));
   GW_RETURN_IF_ERROR(CheckUserMetadata(request.user_metadata()));
   return CheckTtl(request.ttl_seconds());
 }
@@ -166,7 +160,7 @@ std::string DirectoryOf(const ServiceContext& context,
 }
 
 absl::Status CheckSnapshot(const v1::SaveSnapshotRequest& request) {
-  GW_RETURN_IF_ERROR(CheckName(request.name(), "name"));
+  GW_RETURN_IF_ERROR(CheckNewName(request.name(), "name"));
   const v1::SnapshotKind kind = request.kind();
   const bool delta =
       kind == v1::SNAPSHOT_KIND_DELTA || kind == v1::SNAPSHOT_KIND_AUTO;

@@ -778,6 +778,23 @@ def test_unknown_things_are_not_found(service, stubs, shared_job):
     )
 
 
+def test_fields_that_nobody_reads_are_refused(stubs, models, shared_job):
+    spec = jobs_pb2.JobSpec(base_model=str(models["llama"]))
+    # Field 103, of a later version.
+    unknown = spec.SerializeToString() + bytes([0xBA, 0x06, 1]) + b"x"
+    request = jobs_pb2.CreateJobRequest(
+        job_id="unknown", spec=jobs_pb2.JobSpec.FromString(unknown)
+    )
+    error = calls.refusal(stubs, lambda: stubs.jobs.CreateJob(request))
+    assert error.reason == "UNSUPPORTED_OPTION"
+    assert "103" in error.metadata["field"]
+    for lora in ({"rank": 4}, {"alpha": 8.0}, {"seed": 1}):
+        error = calls.refusal(
+            stubs, lambda lora=lora: stubs.attach(shared_job, lora=lora)
+        )
+        assert error.reason == "UNSUPPORTED_OPTION", lora
+
+
 def test_a_job_id_means_one_job(stubs, models):
     spec = {"base_model": str(models["llama"]), "precision": "f32"}
     job = stubs.create_job(**spec)
@@ -789,7 +806,10 @@ def test_a_job_id_means_one_job(stubs, models):
         StatusCode.ALREADY_EXISTS,
         "JOB_SPEC_MISMATCH",
     )
-    assert error.metadata["field"] == "precision"
+    found = {name: error.metadata[name] for name in ("field", "value", "limit")}
+    assert found == {"field": "precision", "value": '"bf16"', "limit": '"f32"'}
+    # What is the default, whether it is said or not.
+    assert stubs.start_job(job, **spec, world_size=1, replicas=1) == job
     with gradwire.ServiceClient(address=stubs.address) as service:
         service.delete_job(job)
         service.delete_job(job)
@@ -807,6 +827,8 @@ def test_a_job_id_means_one_job(stubs, models):
         ({"world_size": -1}, "OPTION_OUT_OF_RANGE"),
         ({"world_size": 1025}, "OPTION_OUT_OF_RANGE"),
         ({"preemptible": True}, "UNSUPPORTED_OPTION"),
+        ({"lora": {"max_rank": 8}}, "UNSUPPORTED_OPTION"),
+        ({"lora": {"max_adapters": 4}}, "UNSUPPORTED_OPTION"),
         ({"precision": "fp4"}, "PRECISION_UNKNOWN"),
         ({"moment_precision": "fp8"}, "PRECISION_UNKNOWN"),
         (

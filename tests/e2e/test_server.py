@@ -13,12 +13,13 @@ import urllib.request
 
 import calls
 import gradwire
+import numpy as np
 import pytest
 from conftest import MODELS, sequences
 from gradwire.local_server import find_server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import proto_reflection_descriptor_database
-from processes import Watched, ranks_of
+from processes import Server, Watched, ranks_of
 
 LONG = 60
 FREE = ("--listen=127.0.0.1:0", "--metrics_listen=127.0.0.1:0")
@@ -135,10 +136,14 @@ def test_a_polite_signal_ends_everything(binaries, tmp_path, models, number):
         assert not (state / "ports.json").exists()
 
 
+SERVICES = ("Checkpoint", "Job", "Operation", "Session", "Training")
+
+
 def test_health_is_the_standard_one(server, shared_job):
     with calls.Stubs(server.address) as stubs:
         health = health_pb2_grpc.HealthStub(stubs.channel)
-        for service in ("", "gradwire.v1.TrainingService"):
+        services = ["", *(f"gradwire.v1.{s}Service" for s in SERVICES)]
+        for service in services:
             request = health_pb2.HealthCheckRequest(service=service)
             assert (
                 health.Check(request).status
@@ -159,7 +164,7 @@ def test_reflection_lists_the_services(server):
         module = proto_reflection_descriptor_database
         database = module.ProtoReflectionDescriptorDatabase(stubs.channel)
         found = set(database.get_services())
-        for name in ("Job", "Session", "Training", "Operation"):
+        for name in SERVICES:
             assert f"gradwire.v1.{name}Service" in found
         file = database.FindFileContainingSymbol("gradwire.v1.TrainingService")
         assert "ForwardBackwardCustom" in [
@@ -175,6 +180,19 @@ def test_probes_answer(server):
         get(server.metrics_address, "/nothing")
     with contextlib.closing(caught.value):
         assert caught.value.code == 404
+
+
+def test_probes_answer_beside_connections_that_ask_for_nothing(server):
+    host, port = server.metrics_address.rsplit(":", 1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            silent = socket.create_connection((host, int(port)))
+            stack.enter_context(contextlib.closing(silent))
+            silent.sendall(b"GET /livez HTTP/1.1\r\n")
+        with urllib.request.urlopen(
+            f"http://{server.metrics_address}/livez", timeout=2
+        ) as got:
+            assert got.status == 200
 
 
 METRICS = {
@@ -237,6 +255,13 @@ def test_metrics_have_their_names_and_count(server, stubs, models):
     _, before = scrape(server)
     data = sequences(MODELS["llama"][1]["vocab_size"], (9, 5))
     tokens = sum(len(d.model_input) for d in data)
+    # A prompt of two tokens.
+    weights = np.ones(len(data[0].model_input), np.float32)
+    weights[:2] = 0
+    data[0].loss_fn_inputs["weights"] = weights
+    trained = sum(
+        int(np.count_nonzero(d.loss_fn_inputs["weights"])) for d in data
+    )
     calls_made = 3
     for _ in range(calls_made):
         parts = calls.batch(data)
@@ -251,9 +276,14 @@ def test_metrics_have_their_names_and_count(server, stubs, models):
     def grown(name, **labels):
         return value(after, name, **labels) - value(before, name, **labels)
 
-    assert grown("gradwire_tokens_total", job_id=job, kind="trained") == (
-        calls_made * tokens
-    )
+    for kind, count in (("trained", trained), ("prompt", tokens - trained)):
+        assert grown("gradwire_tokens_total", job_id=job, kind=kind) == (
+            calls_made * count
+        )
+    model.result(model.forward(calls.batch(data)))
+    _, scored = scrape(server)
+    labels = {"job_id": job, "kind": "scored", "op": "forward"}
+    assert value(scored, "gradwire_tokens_total", **labels) == tokens
     assert grown("gradwire_op_total", op="forward_backward", outcome="ok") == (
         calls_made
     )
@@ -273,6 +303,43 @@ def test_metrics_have_their_names_and_count(server, stubs, models):
     assert handled == 2 * calls_made
     assert value(after, "gradwire_build_info") == 1
     assert value(after, "process_resident_memory_bytes") > 1 << 20
+
+
+def test_the_step_of_a_job_is_that_of_its_weights(binaries, tmp_path, models):
+    def told(server):
+        _, samples = scrape(server)
+        return samples["gradwire_job_step", frozenset({("job_id", "job")})]
+
+    with Server(tmp_path) as server, calls.Stubs(server.address) as stubs:
+        stubs.create_job("job", base_model=str(models["llama"]))
+        assert told(server) == 0
+        model = calls.Model(stubs, stubs.attach("job"))
+        batch = calls.batch(sequences(9, (5,)))
+
+        def step():
+            model.result(model.forward_backward(batch))
+            model.result(model.optim_step())
+
+        step()
+        model.result(model.save_state("one"))
+        step()
+        assert told(server) == 2
+        model.result(model.load_state("one", optimizer=True))
+        assert told(server) == 1
+    with Server(tmp_path) as server, calls.Stubs(server.address) as stubs:
+        stubs.watch("job", lambda job: job.ready)
+        assert told(server) == 1
+
+
+def test_a_method_that_there_is_not_is_counted_as_unknown(server, stubs):
+    call = stubs.channel.unary_unary("/gradwire.v1.JobService/Nothing")
+    with pytest.raises(calls.grpc.RpcError):
+        call(b"")
+    _, samples = scrape(server)
+    assert value(samples, "grpc_server_started_total", grpc_service="unknown")
+    assert not value(
+        samples, "grpc_server_started_total", grpc_service="nknown"
+    )
 
 
 def test_server_info_describes_this_machine(service):

@@ -158,6 +158,7 @@ def test_what_cannot_be_a_parent(new_client, service):
     assert reason(snapshot, "x", parent="base") == "UNSUPPORTED_OPTION"
     assert reason(snapshot, "x", ttl=-1.0) == "OPTION_OUT_OF_RANGE"
     assert reason(snapshot, "x", type="lora") == "UNSUPPORTED_OPTION"
+    assert reason(snapshot, "latest") == "INVALID_NAME"
     step(client, 1)
     named = save(client, "named", type="delta", parent=base.path)
     assert named.parent == "base"
