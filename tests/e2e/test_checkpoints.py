@@ -423,7 +423,7 @@ def serving(state_dir):
         yield server, service
         # Not all calls were meant to succeed.
         with contextlib.suppress(gradwire.GradwireError):
-            service.close()
+            service.close(wait=False)
 
 
 def start(service, models, job, **options):

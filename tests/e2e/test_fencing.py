@@ -66,7 +66,7 @@ def taken_over(models, tmp_path):
         yield service, clients, successor, (old, new)
         for each in (service, successor):
             with contextlib.suppress(gradwire.GradwireError):
-                each.close()
+                each.close(wait=False)
 
 
 def test_a_server_that_was_taken_over_changes_nothing(

@@ -48,7 +48,7 @@ def serving(state_dir, *flags):
         yield server, service
         # Not all calls were meant to succeed.
         with contextlib.suppress(gradwire.GradwireError):
-            service.close()
+            service.close(wait=False)
 
 
 def train(client, steps):
@@ -799,7 +799,7 @@ def test_without_a_store_that_is_said(models, tmp_path, capsys, monkeypatch):
             lambda: service.list_checkpoints(remote=True),
         ):
             assert refusal(call).reason == "OBJECT_STORE_MISSING"
-        service.close()
+        service.close(wait=False)
         monkeypatch.setenv("GRADWIRE_ADDRESS", server.address)
         assert cli.main(["checkpoint", "list", "--remote"]) == 1
         assert "OBJECT_STORE_MISSING" in capsys.readouterr().err

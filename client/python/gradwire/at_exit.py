@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradwire.service_client import ServiceClient
 
+# For which the end of a script waits for a server that is away.
+_MOST_AWAY_SECONDS = 60.0
 _services: weakref.WeakSet[ServiceClient] = weakref.WeakSet()
 
 
@@ -28,4 +30,4 @@ def _settle_all() -> None:
         return
     with contextlib.suppress(KeyboardInterrupt):
         for service in list(_services):
-            service.settle()
+            service.settle(_MOST_AWAY_SECONDS)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +36,7 @@ _DROPS_GRADIENTS = {
     "NONFINITE_GRADIENT",
 }
 _TELL_SECONDS = 10.0  # after which close() says what it waits for
+_LOOK_SECONDS = 1.0  # between two looks whether the server is there
 # What of a result comes with the answer to the wait for it.
 _ARRAY_BYTES = 1 << 20
 _log = logging.getLogger("gradwire")
@@ -166,23 +169,35 @@ class Handle:
             self._workers.submit(run)
         return future
 
-    def settle(self) -> None:
-        """Waits until every call has its outcome."""
+    def settle(self, most_away: float = math.inf) -> None:
+        """Waits until every call has its outcome, or until the server has been
+        away for so many seconds."""
         with self._lock:
             waiting = {o.inner: o.what for o in self._outcomes}
-        told = False
+        began, told = time.monotonic(), False
         while waiting:
-            done, _ = concurrent.futures.wait(waiting, _TELL_SECONDS)
+            done, _ = concurrent.futures.wait(waiting, _LOOK_SECONDS)
             for inner in done:
                 del waiting[inner]
-            if waiting and not told:
-                told = True
-                _log.warning(
-                    "waiting for %d calls on model %s: %s",
+            calls = ", ".join(sorted(set(waiting.values())))
+            if waiting and self.service.patience.away_for() >= most_away:
+                _log.error(
+                    "%d calls on model %s were not waited for, as the server "
+                    "is away: %s",
                     len(waiting),
                     self.model_id,
-                    ", ".join(sorted(set(waiting.values()))),
+                    calls,
                 )
+                return
+            if waiting and not told:
+                told = time.monotonic() - began >= _TELL_SECONDS
+                if told:
+                    _log.warning(
+                        "waiting for %d calls on model %s: %s",
+                        len(waiting),
+                        self.model_id,
+                        calls,
+                    )
 
     def unread(self) -> list[Outcome]:
         """Failures that nobody has read, the oldest first."""

@@ -79,6 +79,12 @@ class Patience:
             return closed()
         return error
 
+    def away_for(self) -> float:
+        """Seconds since the server has gone away; 0 if it has not."""
+        with self._lock:
+            lost_at = self._lost_at
+        return 0.0 if lost_at is None else time.monotonic() - lost_at
+
     def has_met(self) -> bool:
         with self._lock:
             return self._met

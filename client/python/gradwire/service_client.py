@@ -543,13 +543,14 @@ class ServiceClient:
                     last = error.reason
                     _log.warning("heartbeat failed: %s", error)
 
-    def settle(self) -> None:
-        """Waits for the calls of its training clients, unless it is closed, and
-        logs the failures that nobody has read."""
+    def settle(self, most_away: float) -> None:
+        """Waits for the calls of its training clients, unless it is closed or
+        the server has been away for so many seconds, and logs the failures
+        that nobody has read."""
         if self.patience.closed.is_set():
             return
         for client in self._clients:
-            client.settle()
+            client.settle(most_away)
             for outcome in client.unread():
                 outcome.tell_if_unread()
 

@@ -711,6 +711,31 @@ def test_a_script_that_just_ends_loses_no_call(server, end, all_run):
         assert time.monotonic() - began < LONG
 
 
+ENDS_WITHOUT_ITS_SERVER = """
+import sys, gradwire, gradwire.at_exit
+gradwire.at_exit._MOST_AWAY_SECONDS = 0.5
+client = gradwire.ServiceClient(sys.argv[1]).create_training_client("model")
+print("ready", flush=True)
+sys.stdin.readline()
+client.optim_step()
+"""
+
+
+def test_the_end_of_a_script_does_not_wait_for_a_server_that_is_gone(server):
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDS_WITHOUT_ITS_SERVER, server.address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as script:
+        assert script.stdout.readline() == "ready\n"
+        server.stop()
+        _, said = script.communicate("\n", timeout=LONG)
+    assert "1 calls on model" in said
+    assert "the server is away: optim_step" in said
+
+
 # Failures that nobody reads.
 
 
