@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import sys
 import weakref
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradwire.service_client import ServiceClient
 
+_log = logging.getLogger("gradwire")
 # For which the end of a script waits for a server that is away.
 _MOST_AWAY_SECONDS = 60.0
 _services: weakref.WeakSet[ServiceClient] = weakref.WeakSet()
@@ -22,6 +24,14 @@ def settle(service: ServiceClient) -> None:
     _services.add(service)
 
 
+def wait_for(service: ServiceClient) -> None:
+    """Waits for its calls, as the end of a script does."""
+    try:
+        service.settle(_MOST_AWAY_SECONDS)
+    except Exception:
+        _log.exception("calls were not waited for")
+
+
 @atexit.register
 def _settle_all() -> None:
     # What an error has ended is not to be waited for. A prompt goes on after
@@ -30,4 +40,4 @@ def _settle_all() -> None:
         return
     with contextlib.suppress(KeyboardInterrupt):
         for service in list(_services):
-            service.settle(_MOST_AWAY_SECONDS)
+            wait_for(service)

@@ -360,12 +360,12 @@ def _job(args: argparse.Namespace) -> int:
             for job in service.watch_job(args.job_id):
                 _print_job(job, args.json)
             return 0
-        call = {
-            "get": service.get_job,
-            "restart": service.restart_job,
-            "delete": service.delete_job,
-        }[args.action]
-        _print_job(call(args.job_id), args.json)
+        if args.action == "delete":
+            job = service.delete_job(args.job_id, force=args.force)
+        else:
+            call = {"get": service.get_job, "restart": service.restart_job}
+            job = call[args.action](args.job_id)
+        _print_job(job, args.json)
     return 0
 
 
@@ -425,11 +425,16 @@ def _add_job(commands: Any) -> None:
         ("get", "one job"),
         ("watch", "a job now and at every change, until it is deleted"),
         ("restart", "start a failed job again"),
-        ("delete", "end a job and delete it"),
+        ("delete", "end a job and delete it, once its saves have ended"),
     ):
-        add(action, about, _job).add_argument(
+        made = add(action, about, _job)
+        made.add_argument(
             "job_id", metavar="JOB", help="as `gradwire job list` shows it"
         )
+        if action == "delete":
+            made.add_argument(
+                "--force", action="store_true", help="give saves up"
+            )
 
 
 def _add_checkpoint(commands: Any) -> None:

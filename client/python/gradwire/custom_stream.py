@@ -41,6 +41,7 @@ class CustomStep:
     """
 
     width = 2
+    taken = False  # the backward
 
     def __init__(
         self,
@@ -112,6 +113,8 @@ class CustomStep:
                     if self._instead is not None:
                         return None
                     self._answer(outgoing)
+                elif kind == "backward_accepted":
+                    self.taken = True
                 elif kind == "backward_done":
                     raise_if_failed(message.backward_done)
                     self._client.note_synced(message.backward_done)
@@ -198,6 +201,15 @@ class CustomStep:
                     outgoing.put(request(gradients=part))
         outgoing.put(None)
 
+    def _run_reserved(self, call: Sequenced, seq: int) -> Any:
+        try:
+            done = call.run(seq)
+        except GradwireError as error:
+            self._client.release(seq, error)
+            raise
+        self._client.release(seq)
+        return done
+
     def _two_pass(self, seq: int, error: GradwireError) -> Any:
         """The same gradient as cross-entropy with the weights -dC/dlogprob.
 
@@ -225,7 +237,7 @@ class CustomStep:
             if following is None:
                 raise error from None
             seq = following
-            done = call.run(seq)
+            done = self._run_reserved(call, seq)
         self._instead = seq, call
         return operations_pb2.BackwardResult(
             metrics=done.metrics, recomputed=True

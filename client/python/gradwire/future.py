@@ -70,7 +70,7 @@ class Future(Generic[T]):
     def __del__(self) -> None:
         outcome = getattr(self, "_outcome", None)
         if outcome is not None and not outcome.read:
-            outcome.inner.add_done_callback(lambda _: outcome.tell_if_unread())
+            outcome.inner.add_done_callback(outcome.note.tell_if_unread)
 
 
 class Outcome:
@@ -79,8 +79,15 @@ class Outcome:
     def __init__(self, inner: concurrent.futures.Future[Any], what: str):
         self.inner = inner
         self.what = what
-        self.read = False
-        self._told = False
+        self.note = _Note(what)
+
+    @property
+    def read(self) -> bool:
+        return self.note.read
+
+    @read.setter
+    def read(self, read: bool) -> None:
+        self.note.read = read
 
     def failed(self) -> bool:
         return self.inner.done() and self.inner.exception() is not None
@@ -89,12 +96,8 @@ class Outcome:
         return self.inner.done()
 
     def tell_if_unread(self) -> None:
-        """Logs a failure, once."""
-        if self.read or self._told or not self.failed():
-            return
-        self._told = True
-        error = self.inner.exception()
-        _log.error("%s failed and nobody read it: %s", self.what, error)
+        if self.settled():
+            self.note.tell_if_unread(self.inner)
 
     def raise_if_unread(self) -> None:
         if not self.read and self.failed():
@@ -102,6 +105,35 @@ class Outcome:
             error = self.inner.exception()
             assert error is not None
             raise error
+
+
+class _Note:
+    """What was read and told of a future; without it, so that a result goes
+    when nobody has the future any more."""
+
+    def __init__(self, what: str):
+        self.read = False
+        self._what = what
+        self._told = False
+
+    def tell_if_unread(self, inner: concurrent.futures.Future[Any]) -> None:
+        """Logs the failure of a call that is done, once."""
+        error = inner.exception()
+        if error is None or self.read or self._told:
+            return
+        # Whoever has closed the client knows.
+        if getattr(error, "reason", "") == "CLIENT_CLOSED":
+            return
+        self._told = True
+        _log.error("%s failed and nobody read it: %s", self._what, error)
+
+
+_thread = threading.local()
+
+
+def in_worker() -> bool:
+    """Whether this thread executes a call, and the loss of one."""
+    return getattr(_thread, "is_worker", False)
 
 
 class Workers:
@@ -131,6 +163,7 @@ class Workers:
             ).start()
 
     def _run(self) -> None:
+        _thread.is_worker = True
         while True:
             try:
                 work = self._work.get(timeout=self._idle)

@@ -17,7 +17,7 @@ import grpc
 from gradwire import wire
 from gradwire._proto.gradwire.v1 import data_pb2, operations_pb2, training_pb2
 from gradwire.errors import GradwireError, from_operation, invalid, stream_ended
-from gradwire.future import Future, Outcome, Workers
+from gradwire.future import Future, Outcome, Workers, in_worker
 from gradwire.types import ForwardBackwardResult
 from gradwire.unsynced import Request, Unsynced
 
@@ -45,6 +45,9 @@ Started = Callable[[str], None]
 
 
 class Call(Request, Protocol):
+    # Whether the server has taken all of it, where `started` does not say so.
+    taken: bool
+
     def run(self, seq: int, started: Started) -> Any:
         """Sends it and waits for its result."""
 
@@ -64,7 +67,10 @@ class Window:
         window.ops -= 1
 
     def go_on(self, following: Window) -> None:
-        """Its gradients are the next window's: its end has failed."""
+        """Its gradients are those of the next window that has not failed to
+        end, too: its own end has failed."""
+        while following._goes_on is not None:
+            following = following._goes_on
         following.ops += self.ops
         self._goes_on = following
 
@@ -98,7 +104,15 @@ class Handle:
             if self._next_seq != seq + 1:
                 return None
             self._next_seq += 1
+            self._open.add(seq + 1)
             return seq + 1
+
+    def release(self, seq: int, error: GradwireError | None = None) -> None:
+        """Ends what reserve_after has begun: with the failure, if it failed."""
+        with self._lock:
+            self._open.discard(seq)
+            if error is not None and not error.final:
+                self._abandoned.add(seq)
 
     def submit(
         self,
@@ -122,16 +136,25 @@ class Handle:
                 result = call.run(seq, operation.set)
             except BaseException as error:
                 told = isinstance(error, GradwireError)
+                # The server has taken it, and will execute it, though nobody
+                # here will know how it ends.
+                taken = (operation.is_known() or call.taken) and not (
+                    told and error.final
+                )
                 with self._lock:
-                    if adds_gradient:
+                    if adds_gradient and not taken:
                         window.fail()
-                    if ends_window is not None and not drops_gradients(error):
+                    if (
+                        ends_window is not None
+                        and not taken
+                        and not drops_gradients(error)
+                    ):
                         window.go_on(following)
-                    if told and not error.final:
+                    if told and not error.final and not taken:
                         self._abandoned.update(range(seq, seq + call.width))
                 # The server's failures are on its disk before they are
                 # answered; what the user's code raised is told it again.
-                ended(keep=not told)
+                ended(keep=taken or not told)
                 inner.set_exception(error)
             else:
                 ended(keep=True)
@@ -171,7 +194,10 @@ class Handle:
 
     def settle(self, most_away: float = math.inf) -> None:
         """Waits until every call has its outcome, or until the server has been
-        away for so many seconds."""
+        away for so many seconds. Nothing in a loss, which would wait for
+        itself."""
+        if in_worker():
+            return
         with self._lock:
             waiting = {o.inner: o.what for o in self._outcomes}
         began, told = time.monotonic(), False
@@ -351,11 +377,23 @@ class Handle:
             if of_new_outages and not self._unsynced.since(0):
                 return
             self._sending_again = True
-        threading.Thread(
-            target=self._send_again, name="gradwire-lost", daemon=True
-        ).start()
+        try:
+            threading.Thread(
+                target=self._send_again, name="gradwire-lost", daemon=True
+            ).start()
+        except RuntimeError:  # the interpreter is about to end
+            with self._lock:
+                self._sending_again = False
 
     def _send_again(self) -> None:
+        try:
+            self._send_until_calm()
+        except BaseException:
+            with self._lock:
+                self._sending_again = False
+            raise
+
+    def _send_until_calm(self) -> None:
         request = training_pb2.GetModelInfoRequest(model_id=self.model_id)
         info = self.service.training.GetModelInfo
         while True:
@@ -368,6 +406,7 @@ class Handle:
                 _log.debug("what is missing was not learned: %s", error)
             with self._lock:
                 if self.service.patience.outages == outages:
+                    # With the question, so that no later loss goes unseen.
                     self._sending_again = False
                     return
 
@@ -420,6 +459,7 @@ class Sequenced:
     """
 
     width = 1
+    taken = False
 
     def __init__(
         self,
@@ -475,6 +515,9 @@ class _Started:
 
     def set(self, op_id: str) -> None:
         self._op_id = op_id
+
+    def is_known(self) -> bool:
+        return bool(self._op_id)
 
     def cancel(self) -> bool:
         if not self._op_id:

@@ -89,7 +89,6 @@ class ServiceClient:
             address or os.environ.get("GRADWIRE_ADDRESS") or DEFAULT_ADDRESS
         )
         self.patience = Patience(self.address, patience)
-        at_exit.settle(self)
         key = api_key or os.environ.get("GRADWIRE_API_KEY")
         self.call_metadata = (
             (("authorization", f"Bearer {key}"),) if key else ()
@@ -128,7 +127,9 @@ class ServiceClient:
         self._lock = threading.Lock()
         self._session_id = ""
         self._num_models = 0
+        self._pid = os.getpid()
         self._clients: list[TrainingClient] = []
+        at_exit.settle(self)
 
     def attempt(
         self,
@@ -547,7 +548,7 @@ class ServiceClient:
         """Waits for the calls of its training clients, unless it is closed or
         the server has been away for so many seconds, and logs the failures
         that nobody has read."""
-        if self.patience.closed.is_set():
+        if self.patience.closed.is_set() or self._is_forked():
             return
         for client in self._clients:
             client.settle(most_away)
@@ -560,7 +561,7 @@ class ServiceClient:
         wait: until all calls of its training clients have their outcome.
             Without it, what has not reached the server is not executed.
         """
-        if self.patience.closed.is_set():
+        if self.patience.closed.is_set() or self._is_forked():
             return
         failure: Exception | None = None
         for client in self._clients:
@@ -571,6 +572,10 @@ class ServiceClient:
         self._finish("success" if failure is None else "errored")
         if failure is not None:
             raise failure
+
+    def _is_forked(self) -> bool:
+        """A child has none of the threads, and its parent's connection."""
+        return os.getpid() != self._pid
 
     def _finish(self, reason: str) -> None:
         self.patience.closed.set()
@@ -590,7 +595,13 @@ class ServiceClient:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if kind is None:
             self.close()
-        elif not self.patience.closed.is_set():
+        elif self.patience.closed.is_set() or self._is_forked():
+            return
+        elif issubclass(kind, SystemExit):
+            # The status is the script's; failures are logged.
+            at_exit.wait_for(self)
+            self._finish("success")
+        else:
             self._finish(
                 "interrupted" if kind is KeyboardInterrupt else "errored"
             )

@@ -52,7 +52,7 @@ class FakeTrainingClient:
     def info(self):
         return types.SimpleNamespace()
 
-    def close(self):
+    def close(self, wait=True):
         self.calls.append("close")
 
     def _logprobs(self, data):

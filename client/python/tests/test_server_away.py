@@ -3,11 +3,14 @@
 forgotten what was not on its disk."""
 
 import asyncio
+import gc
+import itertools
 import logging
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -16,6 +19,7 @@ if not hasattr(gradwire, "Datum"):
     pytest.skip("the client is not installed", allow_module_level=True)
 pytest.importorskip("torch")
 from fake_server import FakeServer, away  # noqa: E402
+from gradwire.handle import Window  # noqa: E402
 from gradwire.unsynced import Unsynced  # noqa: E402
 
 # Of waits that end early where all is well.
@@ -427,6 +431,7 @@ class Later:
     """Holds its number until the one after it has been lost and sent again."""
 
     width = 1
+    taken = False
 
     def __init__(self, client):
         self._client = client
@@ -643,6 +648,35 @@ def test_a_step_that_dropped_its_gradients_leaves_none(server, client, reason):
     assert client.optim_step().result(LONG).effective.expected_ops == 1
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_ends_that_fail_in_any_order_leave_all_gradients(order):
+    windows = [Window() for _ in range(4)]
+    for window in windows[:3]:
+        window.ops = 2
+    for i in order:
+        windows[i].go_on(windows[i + 1])
+    assert windows[3].ops == 6
+    windows[0].fail()
+    assert windows[3].ops == 5
+
+
+def test_a_step_that_was_taken_and_given_up_has_ended_its_window(server):
+    service = gradwire.ServiceClient(address=server.address, patience=0.5)
+    client = service.create_training_client("model", job_id="job")
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    server.at["after optim_step"] = lambda: server.cuts.update(
+        WaitOperation=10**6
+    )
+    step = client.optim_step()
+    with pytest.raises(gradwire.GradwireError):
+        step.result(LONG)
+    server.cuts.clear()
+    logprobs(client.forward_backward(DATA, "cross_entropy"))
+    assert client.optim_step().result(LONG).effective.expected_ops == 1
+    assert server.steps == 2
+    service.close()
+
+
 def test_gradients_that_were_not_zeroed_are_there(server, client):
     server.fails = {2: "CANCELLED"}
     logprobs(client.forward_backward(DATA, "cross_entropy"))
@@ -709,6 +743,68 @@ def test_a_script_that_just_ends_loses_no_call(server, end, all_run):
         assert "ZeroDivisionError" in done.stderr
         assert "nobody read" not in done.stderr
         assert time.monotonic() - began < LONG
+
+
+EXITS_IN_A_BLOCK = """
+import os, sys, gradwire
+with gradwire.ServiceClient(sys.argv[1]) as service:
+    client = service.create_training_client("model", job_id="job")
+    data = [gradwire.Datum.from_tokens([1, 2, 3])]
+    for _ in range(5):
+        client.forward_backward(data, "cross_entropy")
+        client.optim_step()
+    if os.fork() == 0:
+        sys.exit(7)  # has no thread that would end a call
+    sys.exit(4)
+"""
+
+
+def test_an_exit_in_a_block_loses_no_call(server):
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS_IN_A_BLOCK, server.address],
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert [seq for seq, _ in server.ran] == list(range(1, 11)), done.stderr
+    assert done.returncode == 4
+
+
+def test_a_loss_that_closes_its_client_does_not_wait_for_itself(client):
+    def closing(data, logprobs):
+        client.close()
+        return sum(lp.sum() for lp in logprobs), {}
+
+    step = client.forward_backward_custom(DATA, closing)
+    assert step.result(LONG).loss == -9
+
+
+def test_a_client_that_closes_at_once_tells_of_no_failure(server, caplog):
+    service = gradwire.ServiceClient(address=server.address)
+    client = service.create_training_client("model")
+    server.stop()
+    client.optim_step()
+    outcome = client._outcomes[0]
+    service.close(wait=False)
+    while not outcome.settled():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert "nobody read it" not in caplog.text
+
+
+def test_a_result_goes_with_its_future(client):
+    gc.disable()
+    try:
+        future = client.forward(DATA)
+        result = weakref.ref(future.result(LONG))
+        del future
+        # Once the client has seen that it has ended.
+        client.forward(DATA).result(LONG)
+        while result() is not None:
+            time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 ENDS_WITHOUT_ITS_SERVER = """
