@@ -218,14 +218,16 @@ class CustomStep:
         """
         assert self._loss is not None
         datums = []
-        for datum, gradient in zip(
-            self._data, self._loss.gradients, strict=True
+        # As they were sent, whatever has become of the caller's arrays.
+        for sent, gradient in zip(
+            self._datums, self._loss.gradients, strict=True
         ):
-            inputs = {
-                "target_tokens": datum.loss_fn_inputs["target_tokens"],
-                "weights": -gradient,
-            }
-            datums.append(wire.encode_datum(Datum(datum.model_input, inputs)))
+            datum = data_pb2.Datum()
+            datum.CopyFrom(sent)
+            datum.loss_fn_inputs["weights"].CopyFrom(
+                wire.encode_tensor(-gradient, data_pb2.DATA_TYPE_FLOAT32)
+            )
+            datums.append(datum)
         loss = training_pb2.LossConfig(loss_fn="cross_entropy")
         call = self._client.forward_backward_call(datums, loss)
         try:

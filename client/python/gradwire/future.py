@@ -35,19 +35,16 @@ class Future(Generic[T]):
         A timeout ends the waiting, not the work.
         """
         try:
-            value = self._inner.result(timeout)
-        except concurrent.futures.TimeoutError as error:
-            if not self._inner.done():
+            return self._inner.result(timeout)
+        except BaseException as error:
+            # It may have failed while this wait was timed out.
+            if self._inner.done() and error is self._inner.exception():
+                self._outcome.read = True
+            elif isinstance(error, concurrent.futures.TimeoutError):
                 raise TimeoutError(
                     f"{self._what} is not done after {timeout} s"
                 ) from error
-            self._outcome.read = True
             raise
-        except BaseException:
-            if self._inner.done():
-                self._outcome.read = True
-            raise
-        return value
 
     def done(self) -> bool:
         return self._inner.done()

@@ -6,6 +6,7 @@ model: the log-probability of a target is minus its id.
 """
 
 import concurrent.futures
+import copy
 import types
 
 import grpc
@@ -162,11 +163,15 @@ def test_expired_activations_take_the_two_pass_form(world):
     world.server.expired = True
     calls = []
 
+    data = copy.deepcopy(DATA)
+
     def counted(data, logprobs):
         calls.append(1)
+        # Used for something else by then.
+        data[0].loss_fn_inputs["target_tokens"][...] = 7
         return square(data, logprobs)
 
-    result = world.client.forward_backward_custom(DATA, counted).result(60)
+    result = world.client.forward_backward_custom(data, counted).result(60)
     assert result.recomputed
     assert result.loss == 81
     assert len(calls) == 1
@@ -174,6 +179,10 @@ def test_expired_activations_take_the_two_pass_form(world):
     assert kind == "forward_backward"
     weights = [wire.decode_tensor(d.loss_fn_inputs["weights"]) for d in datums]
     assert [w.tolist() for w in weights] == [[18, 18], [18]]
+    targets = [
+        wire.decode_tensor(d.loss_fn_inputs["target_tokens"]) for d in datums
+    ]
+    assert [t.tolist() for t in targets] == [[2, 3], [4]]
 
 
 def test_numbers_follow_the_order_of_the_calls(world):
