@@ -71,6 +71,33 @@ def test_a_job_begins_with_a_checkpoint(
     assert train(client, 2) == train(first, 2)
 
 
+def test_a_beginning_that_is_refused_leaves_no_job(trained, service):
+    client, path = trained
+    before = {job.job_id for job in service.list_jobs()}
+    for options, reason in (
+        ({"init_from": f"jobs/{client.job_id}/checkpoints/none"}, None),
+        ({"mode": "base_only"}, "UNSUPPORTED_OPTION"),
+        ({"lora": {"alpha": 8}}, "UNSUPPORTED_OPTION"),
+        ({"user_metadata": {"epoch": 1}}, "BAD_ARGUMENT"),
+        ({"world_size": "two"}, "BAD_ARGUMENT"),
+    ):
+        with pytest.raises(gradwire.GradwireError) as caught:
+            service.create_training_client(
+                client.info().base_model, precision="f32", **options
+            )
+        assert caught.value.reason == (reason or "CHECKPOINT_NOT_FOUND")
+        assert {job.job_id for job in service.list_jobs()} == before
+    # One that has a name may be somebody's.
+    with pytest.raises(gradwire.GradwireError):
+        service.create_training_client(
+            client.info().base_model, job_id=client.job_id, mode="base_only"
+        )
+    assert service.get_job(client.job_id).ready
+    # What save_state has returned is as good as its path.
+    saved = client.save_state("three").result()
+    assert client.load_state(saved).result().path == saved.path
+
+
 def test_attaching_again_finds_what_has_become_of_it(trained, begin):
     _, path = trained
     client = begin(init_from=path, job_id="continued")

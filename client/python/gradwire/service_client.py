@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from gradwire import at_exit
+from gradwire import at_exit, wire
 from gradwire._proto.gradwire.v1 import (
     checkpoints_pb2,
     checkpoints_pb2_grpc,
@@ -35,6 +35,7 @@ from gradwire.errors import (
 )
 from gradwire.patience import DEFAULT_SECONDS, Attempts, Patience
 from gradwire.training_client import TrainingClient
+from gradwire.types import SaveStateResult
 
 DEFAULT_ADDRESS = "127.0.0.1:7700"
 _VERSION = "0.1.0"
@@ -364,7 +365,7 @@ class ServiceClient:
         world_size: int = 1,
         max_context_length: int | None = None,
         activation_bytes: int | None = None,
-        init_from: str | None = None,
+        init_from: str | SaveStateResult | None = None,
         take_over: bool = False,
         user_metadata: dict[str, str] | None = None,
         moment_precision: str | None = None,
@@ -413,14 +414,17 @@ class ServiceClient:
                 field="with_optimizer",
                 value=True,
             )
+        init_from = getattr(init_from, "path", init_from)
         if base_model is None:
             base_model = self._base_of(job_id, init_from)
+        is_named = job_id is not None
         job_id = job_id or f"job-{uuid.uuid4().hex[:12]}"
         base_model = os.fspath(base_model)
         if os.path.isdir(base_model):
             # The server has a working directory of its own.
             base_model = os.path.abspath(base_model)
-        spec = jobs_pb2.JobSpec(
+        spec = wire.message(
+            jobs_pb2.JobSpec,
             base_model=base_model,
             precision=precision or "",
             moment_precision=moment_precision or "",
@@ -431,7 +435,8 @@ class ServiceClient:
             activation_bytes=activation_bytes or 0,
             forward_only=mode == "forward_only",
         )
-        request = training_pb2.CreateModelRequest(
+        request = wire.message(
+            training_pb2.CreateModelRequest,
             job_id=job_id,
             base_model=spec.base_model,
             mode=_MODES[mode],
@@ -440,13 +445,20 @@ class ServiceClient:
         )
         if lora is not None:
             fields = {"rank": lora} if isinstance(lora, int) else dict(lora)
-            request.lora.CopyFrom(training_pb2.LoraConfig(**fields))
+            request.lora.CopyFrom(
+                wire.message(training_pb2.LoraConfig, **fields)
+            )
             if fields.get("rank"):
                 spec.lora.max_rank = fields["rank"]
                 spec.lora.max_adapters = 1
         if init_from is not None:
-            request.init_from.ref = init_from
-            request.init_from.optimizer = with_optimizer
+            request.init_from.CopyFrom(
+                wire.message(
+                    training_pb2.InitFrom,
+                    ref=init_from,
+                    optimizer=with_optimizer,
+                )
+            )
         self.call(
             self._jobs.CreateJob,
             jobs_pb2.CreateJobRequest(job_id=job_id, spec=spec),
@@ -456,10 +468,22 @@ class ServiceClient:
             request.session_id = self._session()
             self._num_models += 1
             request.model_seq_id = self._num_models
-        model = self.call(self.training.CreateModel, request)
+        try:
+            model = self.call(self.training.CreateModel, request)
+        except GradwireError:
+            if not is_named:  # nobody else knows of it
+                self._forget_job(job_id)
+            raise
         client = TrainingClient(self, job_id, model.model_id)
         self._clients.append(client)
         return client
+
+    def _forget_job(self, job_id: str) -> None:
+        request = jobs_pb2.DeleteJobRequest(job_id=job_id, force=True)
+        try:
+            self.call_once(self._jobs.DeleteJob, request)
+        except GradwireError as error:
+            _log.debug("job %s was not deleted: %s", job_id, error)
 
     def _base_of(self, job_id: str | None, init_from: str | None) -> str:
         """The base model of a job, or of that which made a checkpoint."""
