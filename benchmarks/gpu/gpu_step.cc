@@ -52,6 +52,7 @@ Json Describe(LocalStep& step, const Kernels& kernels) {
           {"gradient_bytes", plan.gradients},
           {"optimizer_bytes", plan.optimizer},
           {"activation_bytes", plan.activations},
+          {"head_kept_bytes", step.HeadBytes(kernels)},
           {"workspace_bytes", plan.workspace}};
 }
 

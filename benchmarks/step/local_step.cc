@@ -218,6 +218,13 @@ int64_t LocalStep::tokens() const {
   return tokens;
 }
 
+int64_t LocalStep::HeadBytes(const Kernels& kernels) const {
+  return HeadKeptBytes(
+      kernels, trainer_->config(),
+      Act() == DType::kBF16 ? Precision::kBF16 : Precision::kF32,
+      absl::GetFlag(FLAGS_retained_tokens), 1);
+}
+
 int64_t LocalStep::length() const { return absl::GetFlag(FLAGS_length); }
 
 }  // namespace gradwire

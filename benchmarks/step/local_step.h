@@ -50,6 +50,9 @@ class LocalStep {
   int64_t sequences() const { return static_cast<int64_t>(batch_.size()); }
   int64_t length() const;  // of the flags: the most, if they are ragged
   int64_t tokens() const;
+  // Of the plan's activations, what the head keeps if there is room; 0 if the
+  // planner has chosen.
+  int64_t HeadBytes(const Kernels& kernels) const;
 
  private:
   explicit LocalStep(std::unique_ptr<Trainer> trainer);

@@ -322,14 +322,20 @@ def test_a_goal_does_not_take_the_lines_of_another():
     lines = [
         *steps("Qwen3-1.7B", 5000.0, way="master"),  # eager
         *steps("Qwen3-4B", 4000.0, way="master"),
+        *steps("Qwen3-0.6B", 4500.0, way="master"),
         *steps("Qwen3-0.6B", 1700.0, way="master reduce-overhead", tokens=512),
+        *steps("Qwen3-0.6B", 1800.0, way="bf16 reduce-overhead", tokens=2048),
         *steps("Qwen3-8B", 900.0, recompute="planned"),
     ]
     rows = verdicts(lines)
     assert rows["G1"][0] == "-"
-    assert rows["G6"] == ("4.00x", "target")
+    assert rows["G6"] == ("4.50x", "target")
     assert rows["G7"] == ("1.70x", "target")
-    assert rows["G2"] == ("0.90x", "BELOW")
+    assert rows["G2"][0] == "-", "a model is missing"
+    lines += steps("Qwen3-4B", 1200.0, recompute="planned", tokens=32768)
+    assert verdicts(lines)["G2"] == ("0.90x", "BELOW")
+    again = steps("Qwen3-8B", 1300.0, way="max-autotune", recompute="planned")
+    assert verdicts(lines + again)["G2"] == ("1.20x", "must")
 
 
 def test_only_the_last_commit_counts_and_the_later_of_two_lines():
