@@ -239,11 +239,18 @@ absl::Status Job::AwaitSaves(const std::function<bool()>& given_up) {
       }
     });
   }
+  // Those that were interrupted, and begin again.
+  for (const OperationPtr& op : again_) {
+    if (IsSave(op->kind)) saves.push_back(op);
+  }
   const auto runs = [](const OperationPtr& op) { return !op->Final(); };
-  // Without ranks nothing of them goes on.
-  while (std::any_of(saves.begin(), saves.end(), runs) &&
-         (job_.state() == v1::JOB_STATE_RUNNING ||
-          job_.state() == v1::JOB_STATE_PENDING)) {
+  const auto lives = [&] {
+    return job_.state() == v1::JOB_STATE_CREATING ||
+           job_.state() == v1::JOB_STATE_PENDING ||
+           job_.state() == v1::JOB_STATE_RUNNING;
+  };
+  // Of a job that has failed nothing goes on.
+  while (std::any_of(saves.begin(), saves.end(), runs) && lives()) {
     if (environment_->draining || stopping_) return Draining();
     if (given_up()) return absl::CancelledError("the caller has gone");
     if (Clock::now() >= limit) {

@@ -114,9 +114,9 @@ class Job {
   // Returns when no rank is left. Errors: those of Metadata; nothing has
   // changed then.
   absl::Status Delete();
-  // Returns when the saves that run now have ended. Errors: DEADLINE_EXCEEDED
-  // SAVES_RUNNING, after 45 minutes; CANCELLED, if `given_up` says so;
-  // UNAVAILABLE SERVER_DRAINING.
+  // Returns when the saves that run now, or were interrupted, have ended.
+  // Errors: DEADLINE_EXCEEDED SAVES_RUNNING, after 45 minutes; CANCELLED, if
+  // `given_up` says so; UNAVAILABLE SERVER_DRAINING.
   absl::Status AwaitSaves(const std::function<bool()>& given_up);
   // Ends the ranks, and the waiting for operations, which are in the log; the
   // job is of no use afterwards.

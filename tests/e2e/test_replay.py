@@ -443,6 +443,28 @@ def test_a_job_is_deleted_when_its_saves_have_ended(tmp_path, kind, force):
         assert state == calls.jobs_pb2.JOB_STATE_DELETED
 
 
+def test_a_job_is_deleted_when_an_interrupted_save_has_ended(tmp_path):
+    call, command, field = SAVES["checkpoint"]
+    with Life(tmp_path) as life:
+        life.attach()
+        life.step(1)
+        getattr(life.model, call)("one")
+        assert life.next().HasField(command)
+        life.kill_server()
+        request = calls.jobs_pb2.DeleteJobRequest(job_id="job")
+        deleted = life.stubs.jobs.DeleteJob.future(request)
+        life.answer("reset")
+        life.answer("optim_step", step=1, version=1)
+        writing = life.next()
+        assert writing.HasField(command)
+        assert not deleted.done()
+        done = {field: saved_at(1)[field]}
+        life.rank.send_done(writing, step=1, version=1, **done)
+        life.answer("end_save", step=1, version=1, **done)
+        state = deleted.result(LONG).state
+        assert state == calls.jobs_pb2.JOB_STATE_DELETED
+
+
 def test_a_save_before_numbers_that_were_closed_is_made_again(tmp_path):
     with Life(tmp_path, "--gap_timeout_seconds=0.1") as life:
         life.attach()
