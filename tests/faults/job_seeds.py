@@ -26,7 +26,7 @@ JOB_SEEDS = (
         "a repeated key gets a model that it did not ask for",
         "server/job_handles.cc",
         "GW_RETURN_IF_ERROR(CheckRepetition(earlier->request, request));",
-        "",
+        "GW_RETURN_IF_ERROR(CheckRepetition(request, request));",
         (f"{QUEUE}::test_a_repeated_model_is_the_same_request",),
     ),
     Seed(
