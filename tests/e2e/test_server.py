@@ -190,7 +190,7 @@ def test_probes_answer_beside_connections_that_ask_for_nothing(server):
             stack.enter_context(contextlib.closing(silent))
             silent.sendall(b"GET /livez HTTP/1.1\r\n")
         with urllib.request.urlopen(
-            f"http://{server.metrics_address}/livez", timeout=2
+            f"http://{server.metrics_address}/livez", timeout=4
         ) as got:
             assert got.status == 200
 

@@ -582,8 +582,9 @@ def test_a_full_disk_holds_nothing_up_once_there_is_room(
     assert kinds[4] == "optim_step"
 
 
-def test_a_number_that_was_never_sent_is_given_back(server, monkeypatch):
-    service = gradwire.ServiceClient(address=server.address, patience=0.3)
+def test_a_number_that_was_never_sent_is_given_back(server):
+    # More than what gRPC waits between two attempts to connect.
+    service = gradwire.ServiceClient(address=server.address, patience=3.0)
     client = service.create_training_client("model", job_id="job")
     server.hold_seconds = 0.05
     logprobs(client.forward_backward(DATA, "cross_entropy"))
@@ -661,7 +662,7 @@ def test_ends_that_fail_in_any_order_leave_all_gradients(order):
 
 
 def test_a_step_that_was_taken_and_given_up_has_ended_its_window(server):
-    service = gradwire.ServiceClient(address=server.address, patience=0.5)
+    service = gradwire.ServiceClient(address=server.address, patience=1.0)
     client = service.create_training_client("model", job_id="job")
     logprobs(client.forward_backward(DATA, "cross_entropy"))
     server.at["after optim_step"] = lambda: server.cuts.update(
@@ -746,15 +747,13 @@ def test_a_script_that_just_ends_loses_no_call(server, end, all_run):
 
 
 EXITS_IN_A_BLOCK = """
-import os, sys, gradwire
+import sys, gradwire
 with gradwire.ServiceClient(sys.argv[1]) as service:
     client = service.create_training_client("model", job_id="job")
     data = [gradwire.Datum.from_tokens([1, 2, 3])]
     for _ in range(5):
         client.forward_backward(data, "cross_entropy")
         client.optim_step()
-    if os.fork() == 0:
-        sys.exit(7)  # has no thread that would end a call
     sys.exit(4)
 """
 
@@ -769,6 +768,22 @@ def test_an_exit_in_a_block_loses_no_call(server):
     )
     assert [seq for seq, _ in server.ran] == list(range(1, 11)), done.stderr
     assert done.returncode == 4
+
+
+def test_a_child_that_was_forked_waits_for_nothing(server, monkeypatch):
+    """It has none of the threads that would end a call."""
+    hold = threading.Event()
+    server.at["before optim_step"] = lambda: hold.wait(LONG)
+    with gradwire.ServiceClient(address=server.address) as service:
+        client = service.create_training_client("model", job_id="job")
+        step = client.optim_step()
+        with monkeypatch.context() as child:
+            child.setattr("os.getpid", lambda: -1)
+            service.settle(LONG)
+            service.close()
+        assert not step.done()
+        hold.set()
+        assert step.result(LONG).optimizer_step == 1
 
 
 def test_a_loss_that_closes_its_client_does_not_wait_for_itself(client):
@@ -848,8 +863,9 @@ def test_a_failure_of_a_dropped_future_is_logged(server, client, caplog):
 
 
 def test_an_await_that_was_cut_short_has_read_nothing(server, client):
+    hold = threading.Event()
     server.fails = {1: "NONFINITE_LOSS"}
-    server.at["before forward_backward"] = lambda: time.sleep(0.5)
+    server.at["before forward_backward"] = lambda: hold.wait(LONG)
 
     async def cut_short():
         future = client.forward_backward(DATA, "cross_entropy")
@@ -858,6 +874,7 @@ def test_an_await_that_was_cut_short_has_read_nothing(server, client):
         return future
 
     future = asyncio.run(cut_short())
+    hold.set()
     while not future.done():
         time.sleep(0.01)
     with pytest.raises(gradwire.GradwireError):
