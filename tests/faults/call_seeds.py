@@ -103,7 +103,7 @@ CLIENT_SEEDS = (
     Seed(
         "client_counts_a_failure_where_it_was",
         "what fails after its window's end has failed is counted still",
-        "client/python/gradwire/handle.py",
+        "client/python/gradwire/window.py",
         "        while window._goes_on is not None:\n"
         "            window = window._goes_on\n",
         "",

@@ -19,7 +19,7 @@ _MOST_AWAY_SECONDS = 60.0
 _services: weakref.WeakSet[ServiceClient] = weakref.WeakSet()
 
 
-def settle(service: ServiceClient) -> None:
+def add(service: ServiceClient) -> None:
     """Lets the interpreter wait for its calls at the end."""
     _services.add(service)
 

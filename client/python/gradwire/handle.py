@@ -20,6 +20,7 @@ from gradwire.errors import GradwireError, from_operation, invalid, stream_ended
 from gradwire.future import Future, Outcome, Workers, in_worker
 from gradwire.types import ForwardBackwardResult
 from gradwire.unsynced import Request, Unsynced
+from gradwire.window import Window, drops_gradients
 
 if TYPE_CHECKING:
     from gradwire.service_client import ServiceClient
@@ -29,12 +30,6 @@ _WAIT_SECONDS = 30.0
 # For what may wait behind a request that was lost.
 _MOMENT_SECONDS = 1.0
 _MOST_LOSSES = 8  # of one request, in a row
-# Of the end of a window: failures that leave no gradients.
-_DROPS_GRADIENTS = {
-    "ACCUMULATION_MISMATCH",
-    "GRADIENTS_TAINTED",
-    "NONFINITE_GRADIENT",
-}
 _TELL_SECONDS = 10.0  # after which close() says what it waits for
 _LOOK_SECONDS = 1.0  # between two looks whether the server is there
 # What of a result comes with the answer to the wait for it.
@@ -50,29 +45,6 @@ class Call(Request, Protocol):
 
     def run(self, seq: int, started: Started) -> Any:
         """Sends it and waits for its result."""
-
-
-class Window:
-    """Gradients between two optimizer steps; counts the announced ones."""
-
-    def __init__(self) -> None:
-        self.ops = 0
-        self._goes_on: Window | None = None
-
-    def fail(self) -> None:
-        """One that was counted is not there, here or where it went."""
-        window = self
-        while window._goes_on is not None:
-            window = window._goes_on
-        window.ops -= 1
-
-    def go_on(self, following: Window) -> None:
-        """Its gradients are those of the next window that has not failed to
-        end, too: its own end has failed."""
-        while following._goes_on is not None:
-            following = following._goes_on
-        following.ops += self.ops
-        self._goes_on = following
 
 
 class Handle:
@@ -448,7 +420,7 @@ class Handle:
         try:
             self.service.call(self.service.training.OptimStep, request)
         except GradwireError as error:
-            _log.debug("number %d was given back: %s", seq, error)
+            _log.debug("number %d was offered: %s", seq, error)
 
 
 class Sequenced:
@@ -491,11 +463,6 @@ class Sequenced:
 
     def send_again(self, seq: int) -> None:
         self._send(seq)
-
-
-def drops_gradients(error: BaseException) -> bool:
-    """Whether the failed end of a window has left no gradients."""
-    return isinstance(error, GradwireError) and error.reason in _DROPS_GRADIENTS
 
 
 def raise_if_failed(operation: Any) -> None:

@@ -130,7 +130,7 @@ class ServiceClient:
         self._num_models = 0
         self._pid = os.getpid()
         self._clients: list[TrainingClient] = []
-        at_exit.settle(self)
+        at_exit.add(self)
 
     def attempt(
         self,

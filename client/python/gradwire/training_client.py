@@ -17,7 +17,7 @@ from gradwire.custom_stream import CustomStep
 from gradwire.datum import Datum
 from gradwire.errors import invalid
 from gradwire.future import Future
-from gradwire.handle import Handle, Sequenced, Window
+from gradwire.handle import Handle, Sequenced
 from gradwire.types import (
     AdamParams,
     ForwardBackwardResult,
@@ -27,6 +27,7 @@ from gradwire.types import (
     SaveStateResult,
     SnapshotResult,
 )
+from gradwire.window import Window
 
 _KINDS = {
     "auto": training_pb2.SNAPSHOT_KIND_AUTO,

@@ -19,8 +19,8 @@ if not hasattr(gradwire, "Datum"):
     pytest.skip("the client is not installed", allow_module_level=True)
 pytest.importorskip("torch")
 from fake_server import FakeServer, away  # noqa: E402
-from gradwire.handle import Window  # noqa: E402
 from gradwire.unsynced import Unsynced  # noqa: E402
+from gradwire.window import Window  # noqa: E402
 
 # Of waits that end early where all is well.
 LONG = 60
