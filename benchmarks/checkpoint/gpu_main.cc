@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 
-#include "absl/flags/parse.h"
 #include "base/status.h"
 #include "benchmarks/checkpoint/saves.h"
 #include "device/cuda/cuda_device.h"
@@ -25,11 +22,5 @@ absl::Status Main() {
 }  // namespace gradwire
 
 int main(int argc, char** argv) {
-  absl::ParseCommandLine(argc, argv);
-  const absl::Status status = gradwire::Main();
-  if (!status.ok()) {
-    std::fprintf(stderr, "%s\n", status.ToString().c_str());
-    return EXIT_FAILURE;
-  }
-  return EXIT_SUCCESS;
+  return gradwire::RunProgram(argc, argv, gradwire::Main);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/notification.h"
 #include "base/status.h"
@@ -240,6 +242,14 @@ absl::Status RunSaves(LocalStep& step, const std::string& device, int threads) {
   }
   std::filesystem::remove_all(snapshots);
   return absl::OkStatus();
+}
+
+int RunProgram(int argc, char** argv, absl::Status (*program)()) {
+  absl::ParseCommandLine(argc, argv);
+  const absl::Status status = program();
+  if (status.ok()) return EXIT_SUCCESS;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  return EXIT_FAILURE;
 }
 
 }  // namespace gradwire

@@ -18,4 +18,7 @@ namespace gradwire {
 // host that compute, 0 on a GPU.
 absl::Status RunSaves(LocalStep& step, const std::string& device, int threads);
 
+// Of a program: parses its flags and tells its failure.
+int RunProgram(int argc, char** argv, absl::Status (*program)());
+
 }  // namespace gradwire
