@@ -414,7 +414,7 @@ class ServiceClient:
                 field="with_optimizer",
                 value=True,
             )
-        init_from = getattr(init_from, "path", init_from)
+        init_from = wire.reference(init_from)
         if base_model is None:
             base_model = self._base_of(job_id, init_from)
         is_named = job_id is not None

@@ -228,7 +228,7 @@ class TrainingClient(Handle):
             model_id=self.model_id,
             name=name,
             kind=_KINDS[type],
-            parent=_reference(parent or ""),
+            parent=wire.reference(parent or ""),
             ttl_seconds=ttl or 0.0,
         )
 
@@ -325,7 +325,7 @@ class TrainingClient(Handle):
         request = wire.message(
             training_pb2.LoadStateRequest,
             model_id=self.model_id,
-            ref=_reference(path),
+            ref=wire.reference(path),
             optimizer=optimizer,
         )
 
@@ -398,11 +398,6 @@ def _loss_config(loss_fn: str, config: dict[str, float] | None) -> Any:
     return wire.message(
         training_pb2.LossConfig, loss_fn=loss_fn, config=config or {}
     )
-
-
-def _reference(what: Any) -> str:
-    """The path of a checkpoint or snapshot, or of a result that has one."""
-    return getattr(what, "path", what)
 
 
 @dataclasses.dataclass

@@ -46,6 +46,11 @@ def message(kind: Any, /, **fields: Any) -> Any:
         raise
 
 
+def reference(what: Any) -> Any:
+    """The path of a checkpoint or snapshot, or of a result that has one."""
+    return getattr(what, "path", what)
+
+
 def numbered(request: Any, seq: int) -> Any:
     """A copy with its number: a request may be sent again beside another."""
     copy = type(request)()
