@@ -450,6 +450,8 @@ def test_a_job_is_deleted_when_an_interrupted_save_has_ended(tmp_path):
         life.step(1)
         getattr(life.model, call)("one")
         assert life.next().HasField(command)
+        # Only what others ran behind is known to have begun.
+        life.step(2)
         life.kill_server()
         request = calls.jobs_pb2.DeleteJobRequest(job_id="job")
         deleted = life.stubs.jobs.DeleteJob.future(request)
@@ -457,10 +459,11 @@ def test_a_job_is_deleted_when_an_interrupted_save_has_ended(tmp_path):
         life.answer("optim_step", step=1, version=1)
         writing = life.next()
         assert writing.HasField(command)
+        life.answer("optim_step", step=2, version=2)
         assert not deleted.done()
         done = {field: saved_at(1)[field]}
         life.rank.send_done(writing, step=1, version=1, **done)
-        life.answer("end_save", step=1, version=1, **done)
+        life.answer("end_save", step=2, version=2, **done)
         state = deleted.result(LONG).state
         assert state == calls.jobs_pb2.JOB_STATE_DELETED
 
